@@ -1,0 +1,1 @@
+"""One file per subcommand: options -> configuration -> core -> console."""

@@ -1,0 +1,163 @@
+"""`metadiff pretrain`: train an encoder on the base classes."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from metadiff_cli.commands import options
+from metadiff_cli.config import Config, resolve
+from metadiff_cli.console import Screen
+
+if TYPE_CHECKING:
+    from metadiff_cli.commands.workspace import Run, Source
+    from metadiff_cli.core.pretraining import PretrainEpoch, Pretrainer, PretrainStep
+
+
+def pretrain(
+    preset: options.Preset = None,
+    data: options.Data = None,
+    encoder: options.EncoderOption = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the base classes.")] = None,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    resume: options.Resume = False,
+    config: options.ConfigFile = None,
+    settings: options.Settings = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    num_workers: options.NumWorkers = None,
+    batch_size: options.BatchSize = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Train an encoder on base classes; after each epoch it is measured on validation classes and the best is kept.
+
+    Examples:
+
+      metadiff pretrain --preset mini-5w5s --data ./mini-imagenet --out runs/encoder
+
+      metadiff pretrain --data ./photos --set data.size=84 --epochs 20
+    """
+    screen = Screen(quiet=quiet, verbose=verbose)
+    flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
+    resolved = resolve(
+        preset, config, settings or (), {**flags, "encoder": encoder, "pretrain.epochs": epochs}
+    )
+    from metadiff_cli.commands.workspace import ENCODER, open_run, open_source
+
+    run = open_run(out or Path("runs") / f"{resolved.name}-encoder", "pretrain", overwrite=overwrite, resume=resume)
+    run.save_config(resolved)
+    source = open_source(resolved, data, screen)
+    trainer = pretrain_encoder(resolved, source, run, screen)
+    run.save_manifest(data=source.dataset.root, classes=len(source.split("train").classes))
+    result = {
+        "schema": "metadiff.pretrain/1",
+        "encoder": str(run.folder / ENCODER),
+        "epochs": trainer.epoch,
+        "validation": trainer.best_validation,
+    }
+    if as_json:
+        screen.json(result)
+    else:
+        shown = "not measured" if trainer.best_validation is None else f"{trainer.best_validation:.1f} %"
+        screen.text(f"encoder: {result['encoder']}  (prototype, 5-way 1-shot, validation classes: {shown})")
+
+
+def pretrain_encoder(config: Config, source: "Source", run: "Run", screen: Screen) -> "Pretrainer":
+    """Train into the run directory, from its state file when there is one; the best encoder is also kept by its key."""
+    from metadiff_cli.commands.workspace import STATE, encoder_key, kept_encoder
+    from metadiff_cli.core.checkpoint import load_checkpoint, save_checkpoint
+    from metadiff_cli.core.pretraining import PretrainEpoch
+
+    val = source.split("val") if source.has("val") else None
+    trainer, header = _new_trainer(config, source)
+    state = run.folder / STATE
+    if state.is_file():
+        kept = load_checkpoint(state, "state")
+        trainer.restore(kept.part, kept.header["plain"])
+        screen.note(f"going on after epoch {trainer.epoch} of {config.pretrain.epochs}")
+    with screen.status("pretraining") as update:
+        for record in trainer.run(_validation(config, source, header["image"])):
+            if isinstance(record, PretrainEpoch):
+                _end_epoch(run, trainer, record, header, screen)
+                tensors, plain = trainer.state()
+                save_checkpoint(state, "state", tensors, {"plain": plain, "config": header["config"]})
+            else:
+                update(*_position(record, config.pretrain.epochs))
+    path = kept_encoder(encoder_key(config, source.split("train"), val))
+    save_checkpoint(path, "encoder", _best(trainer), {**header, "metrics": {"validation": trainer.best_validation}})
+    return trainer
+
+
+def _new_trainer(config: Config, source: "Source") -> tuple["Pretrainer", dict[str, Any]]:
+    import torch
+
+    from metadiff_cli.core.device import keep_freed_memory, pick_device, set_threads
+    from metadiff_cli.core.encoders import build_encoder
+    from metadiff_cli.core.pretraining import Pretrainer
+    from metadiff_cli.data.cache import channel_statistics
+
+    keep_freed_memory()
+    set_threads(config.runtime.threads)
+    train = source.split("train")
+    mean, std = channel_statistics(train.images)
+    torch.manual_seed(config.seed)
+    trainer = Pretrainer(
+        build_encoder(config.encoder), config.pretrain, train.images, train.labels, classes=len(train.classes),
+        size=config.data.size, mean=mean, std=std, seed=config.seed, device=pick_device(config.runtime.device),
+    )  # fmt: skip
+    header = {
+        "encoder": config.encoder,
+        "classes": list(train.classes),
+        "image": {"size": config.data.size, "mean": mean, "std": std},
+        "config": config.model_dump(mode="json", exclude={"runtime"}),
+    }
+    return trainer, header
+
+
+def _best(trainer: "Pretrainer") -> dict[str, Any]:
+    return {f"encoder.{name}": tensor for name, tensor in trainer.best.items()}
+
+
+def _position(record: "PretrainStep", epochs: int) -> tuple[int, int, str]:
+    done = (record.epoch - 1) * record.steps + record.step
+    return done, epochs * record.steps, f"epoch {record.epoch} loss {record.loss:.3f} train {record.accuracy:.1f} %"
+
+
+def _end_epoch(
+    run: "Run", trainer: "Pretrainer", record: "PretrainEpoch", header: dict[str, Any], screen: Screen
+) -> None:
+    from metadiff_cli.commands.workspace import ENCODER
+    from metadiff_cli.core.checkpoint import save_checkpoint
+
+    shown = "" if record.validation is None else f"  5-way 1-shot on validation classes {record.validation:.1f} %"
+    screen.note(
+        f"epoch {record.epoch}/{record.epochs} ({record.size} px)  loss {record.loss:.3f}"
+        f"  train {record.accuracy:.1f} %{shown}{'  best' if record.best and shown else ''}"
+    )
+    run.save_metrics(trainer.history)
+    if record.best:
+        metrics = {"epoch": record.epoch, "validation": record.validation}
+        save_checkpoint(run.folder / ENCODER, "encoder", _best(trainer), {**header, "metrics": metrics})
+
+
+def _validation(config: Config, source: "Source", image: dict[str, Any]) -> Any:
+    """The measurement after each epoch: prototype, 5-way 1-shot, on part of the validation images."""
+    from metadiff_cli.core.features import ImageEncoder
+    from metadiff_cli.core.inference import quick_accuracy
+
+    if not source.has("val"):
+        return lambda encoder: None
+    val = source.split("val")
+
+    def validate(encoder: Any) -> float | None:
+        device = next(encoder.parameters()).device
+        frozen = ImageEncoder(
+            encoder, config.encoder, image["size"], tuple(image["mean"]), tuple(image["std"]), False, device
+        )
+        return quick_accuracy(frozen, val.images, val.labels, batch=config.runtime.batch_size, seed=config.seed)
+
+    return validate

@@ -1,0 +1,299 @@
+"""Typed configuration, and the one way from defaults over a preset to flags. No torch here.
+
+Later layers win: defaults < preset < `--config FILE` < METADIFF_* variables < `--set key=value` < dedicated flag.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from metadiff_cli.errors import ConfigError
+
+NO_CONFIG_KEYS = {"METADIFF_DATA_DIR", "METADIFF_CACHE_DIR", "METADIFF_DEBUG"}
+MAX_FILE = 64 * 1024  # bytes of a preset or configuration file; ours have about one kilobyte
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Range = Annotated[tuple[int, int], Field(description="lowest and highest, both included")]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused and values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class GlyphsConfig(Section):
+    """Size of the generated data set."""
+
+    train: Count = 256
+    val: Count = 64
+    test: Count = 64
+    images_per_class: Count = 20
+
+
+class DataConfig(Section):
+    """Which images, and at which size they are decoded (pixels, square)."""
+
+    name: str = "folder"
+    layout: str = "auto"
+    size: Annotated[int, Field(ge=16, le=1024)] = 84
+    glyphs: GlyphsConfig = GlyphsConfig()
+
+
+class AugmentConfig(Section):
+    """What a training image undergoes; see data/transforms.py."""
+
+    crop: tuple[Share, Share] = (0.4, 1.0)
+    aspect: tuple[Positive, Positive] = (0.75, 4 / 3)
+    flip: bool = True
+    jitter: Share = 0.4
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+
+
+class PretrainConfig(Section):
+    """Training of the encoder by cross-entropy over the base classes."""
+
+    epochs: Count = 30
+    batch: Annotated[int, Field(ge=2)] = 64
+    lr: Positive = 0.05
+    momentum: Share = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    schedule: Literal["one-cycle", "cosine"] = "one-cycle"
+    label_smoothing: Share = 0.0
+    rotation_weight: Annotated[float, Field(ge=0)] = 0.0  # of the 4-way rotation head's loss; 0 leaves the head out
+    rotated_classes: bool = False  # each base class turned by 90, 180, 270 degrees counts as a further class
+    stages: tuple[tuple[Positive, int], ...] = ()  # (share of the epochs, image size); empty: full size
+    augment: AugmentConfig = AugmentConfig()
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+    @model_validator(mode="after")
+    def _stages_fill_the_epochs(self) -> "PretrainConfig":
+        if self.stages and abs(sum(share for share, _ in self.stages) - 1) > 1e-6:
+            raise ValueError("the shares of `stages` must add up to 1")
+        return self
+
+
+class FeaturesConfig(Section):
+    """How an image becomes a feature vector."""
+
+    mirror: bool = True  # average over the image and its mirror image
+
+
+class TaskSpaceConfig(Section):
+    """Shrinkage of the class statistics; design, section 2."""
+
+    shrink_within: Share = 0.5
+    shrink_between: Share = 0.3
+    floor: Positive = 1e-3
+
+
+class DenoiserConfig(Section):
+    """Which denoiser is trained, and its size."""
+
+    kind: Literal["analytic", "unet", "paper"] = "unet"
+    width: Count = 256
+    depth: Annotated[int, Field(ge=1, le=6)] = 2
+    dropout: Share = 0.1
+
+
+class MetatrainConfig(Section):
+    """Training of the denoiser on episodes of base classes."""
+
+    steps: Count = 1000
+    batch: Count = 32  # tasks
+    lr: Positive = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    ema: Share = 0.99
+    kappa: Annotated[float, Field(ge=0)] = 1.0  # weight of the cross-entropy of held-out images
+    ways: Range = (5, 10)
+    shots: Range = (1, 5)
+    query: Count = 5
+    validate_every: Count = 200  # steps
+    validation_episodes: Count = 600
+
+
+class SamplerConfig(Section):
+    """How weights are drawn: DDIM steps, samples, noise temperature."""
+
+    steps: Count = 10
+    samples: Count = 1
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    guidance: Literal["auto"] | Positive = "auto"
+    method: Literal["ddim", "ddpm"] = "ddim"
+
+
+class EvaluationConfig(Section):
+    """Episodes of selection and of the final table."""
+
+    way: Annotated[int, Field(ge=2)] = 5
+    shot: Count = 1
+    query: Count = 15
+    episodes: Count = 1000
+
+
+class RuntimeConfig(Section):
+    """The machine: never part of what identifies a result."""
+
+    device: str = "auto"
+    threads: Count | None = None
+    num_workers: Count | None = None
+    batch_size: Count = 256  # images of one forward pass of the frozen encoder
+
+
+class Config(Section):
+    """Everything that a run depends on."""
+
+    name: str = "custom"
+    kind: Literal["demo", "benchmark", "own"] = "own"
+    summary: str = ""
+    expect: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    encoder: str = "conv4"
+    data: DataConfig = DataConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    space: TaskSpaceConfig = TaskSpaceConfig()
+    denoiser: DenoiserConfig = DenoiserConfig()
+    metatrain: MetatrainConfig = MetatrainConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+
+def preset_folder() -> Path:
+    """Where the presets lie: inside the installed package, or beside it in a checkout and an editable install."""
+    package = Path(__file__).parent
+    inside = package / "presets"
+    return inside if inside.is_dir() else package.parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """Names of all presets, sorted."""
+    return sorted(path.stem for path in preset_folder().glob("*.yaml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The values of a preset. Raises ConfigError with a suggestion when there is none of that name."""
+    names = preset_names()
+    if name not in names:
+        raise ConfigError(f"unknown preset '{name}'", hint=f"{_suggest(name, names)}`metadiff presets list` shows all")
+    return read_yaml(preset_folder() / f"{name}.yaml")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping from a YAML file, safely loaded. Raises ConfigError."""
+    try:
+        if path.stat().st_size > MAX_FILE:
+            raise ConfigError(f"{path} is larger than {MAX_FILE // 1024} KiB", hint="give a configuration file")
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML ({error})", hint="mend or replace the file") from error
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no `key: value` lines", hint="`metadiff presets show NAME` prints an example")
+    return values or {}
+
+
+def resolve(
+    preset: str | None = None,
+    file: Path | None = None,
+    settings: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """Lay all layers over each other and check the result.
+
+    `settings` are `--set` arguments such as "pretrain.epochs=3"; `flags` are dotted keys whose value None means not
+    given. Raises one ConfigError that lists every problem.
+    """
+    layers = [read_preset(preset)] if preset else []
+    layers += [read_yaml(file)] if file else []
+    layers.append(environment_layer(os.environ if environ is None else environ))
+    layers += [_dotted(*_split_setting(text)) for text in settings]
+    layers += [_dotted(key, value) for key, value in (flags or {}).items() if value is not None]
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _merge(merged, layer)
+    return check(merged)
+
+
+def check(values: dict[str, Any]) -> Config:
+    """Values -> Config, or one ConfigError with all problems."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise ConfigError("; ".join(lines), hint="`metadiff presets show NAME` prints every key") from error
+
+
+def environment_layer(environ: Mapping[str, str]) -> dict[str, Any]:
+    """METADIFF_PRETRAIN__EPOCHS=3 is pretrain.epochs; names of a single part, as METADIFF_SEED, are top-level keys."""
+    layer: dict[str, Any] = {}
+    for name, text in sorted(environ.items()):
+        if name.startswith("METADIFF_") and name not in NO_CONFIG_KEYS:
+            _merge(layer, _dotted(name.removeprefix("METADIFF_").lower().replace("__", "."), _parse(text)))
+    return layer
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as a YAML document that `--config` reads back."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _split_setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text} has no value", hint="write --set key=value, as in --set pretrain.epochs=3")
+    return key.strip(), _parse(value)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _dotted(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    result: dict[str, Any] = value
+    return result
+
+
+def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, dict) else value
+
+
+def _explain(problem: Any) -> str:
+    place = [str(part) for part in problem["loc"]]
+    key = ".".join(place)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key '{key}'" + _suggest(place[-1], _keys_beside(place), before=", ", after="")
+    return f"{key or 'configuration'}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r:.80})"
+
+
+def _keys_beside(place: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in place[:-1]:
+        field = section.model_fields.get(part)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return []
+        section = field.annotation
+    return list(section.model_fields)
+
+
+def _suggest(word: str, known: Sequence[str], before: str = "", after: str = " ") -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"{before}did you mean '{close[0]}'?{after}" if close else ""

@@ -1,0 +1,112 @@
+"""The only user of Rich: progress bars, tables and messages. Results go to stdout, everything else to stderr.
+
+Off a terminal nothing moves and nothing is coloured; a line of text now and then takes the place of a bar.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_EVERY = 10.0  # seconds between two progress lines where no bar can be drawn
+WIDE = 160  # columns of a table that goes to a file or a pipe
+
+Advance = Callable[[int, int], None]
+
+
+class Screen:
+    """What a command draws on. `quiet` leaves errors and results, `verbose` adds details."""
+
+    def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
+        self.quiet, self.verbose = quiet, verbose
+        self.out = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else WIDE)
+        self.err = Console(file=sys.stderr, highlight=False, width=None if sys.stderr.isatty() else WIDE)
+
+    def note(self, text: str) -> None:
+        """A line for the person, on stderr."""
+        if not self.quiet:
+            self.err.print(escape(text), soft_wrap=True)
+
+    def detail(self, text: str) -> None:
+        """A line that only `--verbose` shows."""
+        if self.verbose:
+            self.err.print(escape(text), style="dim", soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Something that a person should know even when it does not stop the run."""
+        self.err.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
+
+    def error(self, message: str, hint: str | None) -> None:
+        """What went wrong, and the next step."""
+        self.err.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
+        if hint:
+            self.err.print(f"  try: {escape(hint)}", soft_wrap=True)
+
+    def text(self, text: str) -> None:
+        """A plain result line on stdout, untouched."""
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    def json(self, document: dict[str, Any]) -> None:
+        """One JSON document on stdout, and nothing else."""
+        self.text(json.dumps(document, ensure_ascii=False, indent=2, allow_nan=False))
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+        """A table on stdout; the first `left` columns are text, the others numbers set to the right."""
+        table = Table(title=escape(title), title_justify="left", title_style="bold")
+        for i, column in enumerate(columns):
+            table.add_column(escape(column), justify="left" if i < left else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(cell) for cell in row))
+        self.out.print(table)
+
+    @contextmanager
+    def progress(self, label: str) -> Iterator[Advance]:
+        """Yield `advance(done, total)`: a bar on a terminal, sparse lines elsewhere, nothing when quiet."""
+        if self.quiet:
+            yield lambda done, total: None
+        elif self.err.is_terminal:
+            with self._bar() as bar:
+                task = bar.add_task(escape(label), total=None)
+                yield lambda done, total: bar.update(task, completed=done, total=total)
+        else:
+            yield self._sparse(label)
+
+    @contextmanager
+    def status(self, label: str) -> Iterator[Callable[[int, int, str], None]]:
+        """Like `progress`, with a changing text beside the bar: `update(done, total, text)`."""
+        if self.quiet:
+            yield lambda done, total, text: None
+        elif self.err.is_terminal:
+            with self._bar(TextColumn("{task.fields[text]}")) as bar:
+                task = bar.add_task(escape(label), total=None, text="")
+                yield lambda done, total, text: bar.update(task, completed=done, total=total, text=escape(text))
+        else:
+            sparse = self._sparse(label)
+            yield lambda done, total, text: sparse(done, total, text)
+
+    def _bar(self, *extra: TextColumn) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *extra)
+        return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.err, transient=True)
+
+    def _sparse(self, label: str) -> "SparseLines":
+        return SparseLines(self, label)
+
+
+class SparseLines:
+    """Progress as a line every PLAIN_EVERY seconds, for logs."""
+
+    def __init__(self, screen: Screen, label: str) -> None:
+        self.screen, self.label, self.last = screen, label, time.monotonic()
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        if time.monotonic() - self.last >= PLAIN_EVERY:
+            self.last = time.monotonic()
+            self.screen.note(f"{self.label}: {done}/{total} {text}".rstrip())

@@ -1,0 +1,72 @@
+"""Device, precision and memory settings of the machine at hand."""
+
+import ctypes
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from metadiff_cli.errors import ConfigError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn `--device` into a device. Raises ConfigError when the machine does not have it."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no CUDA device can be used here", hint="use --device auto or --device cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("no Apple GPU (mps) can be used here", hint="use --device auto or --device cpu")
+    if name.split(":")[0] not in DEVICES:
+        raise ConfigError(f"unknown device '{name}'", hint=f"choose one of {', '.join(DEVICES)}")
+    return torch.device(name)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products are faster than fp32 there (on a CPU: AVX512-BF16, AMX or the Arm extension)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """bf16 autocast for `precision` "bf16", or for "auto" where it is faster; otherwise nothing."""
+    if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed blocks instead of returning them to the kernel.
+
+    Activations of a training step are tens of megabytes each; by default every one is mapped afresh and its pages are
+    zeroed by the kernel, which takes longer than many of the operations that fill them. No effect elsewhere.
+    """
+    if not sys.platform.startswith("linux") or "MALLOC_CONF" in os.environ:
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_arena_max, 1)
+
+
+def set_threads(threads: int | None) -> None:
+    """Number of CPU threads of one operation; None leaves torch's choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)

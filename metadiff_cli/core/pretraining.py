@@ -1,0 +1,250 @@
+"""Pretraining: an encoder and a linear head, cross-entropy over the base classes, by SGD.
+
+`Pretrainer.run` is a generator of records; whoever consumes it draws the progress and writes the files. All randomness
+of an epoch comes from generators seeded by (seed, epoch), so the state at the end of an epoch is enough to go on.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metadiff_cli.config import PretrainConfig
+from metadiff_cli.core.device import autocast
+from metadiff_cli.core.encoders import Encoder
+from metadiff_cli.data.transforms import Augmentation, augment, rotate_quarters
+from metadiff_cli.errors import MetaDiffError
+
+REPORT_EVERY = 10  # steps between two records: reading the loss waits for the device
+
+
+@dataclass(frozen=True)
+class PretrainStep:
+    """Means over the steps since the last record; `loss` in nats, `accuracy` on base classes in percent."""
+
+    epoch: int
+    step: int
+    steps: int
+    loss: float
+    accuracy: float
+    lr: float
+
+
+@dataclass(frozen=True)
+class PretrainEpoch:
+    """An epoch is over; `validation` is few-shot accuracy on validation classes in percent, None without them."""
+
+    epoch: int
+    epochs: int
+    size: int
+    loss: float
+    accuracy: float
+    validation: float | None
+    best: bool
+
+
+class Heads(nn.Module):
+    """Linear heads over flattened or pooled feature maps: the base classes, and optionally the 4 rotations."""
+
+    def __init__(self, channels: int, side: int, classes: int, rotation: bool) -> None:
+        super().__init__()
+        self.channels, self.side = channels, side
+        self.classes = nn.Linear(channels * side * side, classes)
+        self.rotation = nn.Linear(channels * side * side, 4) if rotation else None
+
+    @torch.no_grad()
+    def resize(self, side: int) -> None:
+        """Follow a change of image size: weights are resampled over the positions, their sum over positions kept."""
+        for layer in (self.classes, self.rotation):
+            if layer is None or side == self.side:
+                continue
+            maps = layer.weight.view(-1, self.channels, self.side, self.side)
+            maps = F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
+            layer.weight = nn.Parameter(maps.flatten(1) * (self.side / side) ** 2)
+        self.side = side
+
+
+class Pretrainer:
+    """The state of a pretraining run: encoder, heads, optimiser, and the best encoder so far."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        config: PretrainConfig,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        classes: int,
+        size: int,
+        mean: list[float],
+        std: list[float],
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        """`images` (n, S, S, 3) uint8, may be memory-mapped; `labels` (n,) in 0..classes - 1."""
+        self.config, self.images, self.seed, self.size, self.device = config, images, seed, size, device
+        self.labels = torch.as_tensor(np.asarray(labels))
+        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+        self.encoder = encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        side = 1 if encoder.pooled else encoder.side(self.size_of(0))
+        outputs = classes * 4 if config.rotated_classes else classes
+        self.heads = Heads(encoder.channels, side, outputs, config.rotation_weight > 0).to(device)
+        self.optimiser = self._new_optimiser()
+        self.epoch = 0
+        self.best: dict[str, Tensor] = {}
+        self.best_validation: float | None = None
+        self.history: list[dict[str, Any]] = []
+
+    def size_of(self, epoch: int) -> int:
+        """Image size of an epoch: the configured stages, smaller images first."""
+        end = 0.0
+        for share, size in self.config.stages:
+            end += share * self.config.epochs
+            if epoch < round(end):
+                return size
+        return self.size
+
+    def run(self, validate: Callable[[Encoder], float | None]) -> Iterator[PretrainStep | PretrainEpoch]:
+        """Train the epochs that are left. After each, `validate` measures the encoder and the best one is kept."""
+        while self.epoch < self.config.epochs:
+            losses, hits = [], []
+            for record in self._train_epoch():
+                losses.append(record.loss)
+                hits.append(record.accuracy)
+                yield record
+            validation = validate(self.encoder.eval())
+            best = validation is None or self.best_validation is None or validation > self.best_validation
+            if best:
+                self.best_validation = validation
+                self.best = {name: t.detach().clone() for name, t in self.encoder.state_dict().items()}
+            self.epoch += 1
+            end = PretrainEpoch(
+                self.epoch, self.config.epochs, self.size_of(self.epoch - 1),
+                float(np.mean(losses)), float(np.mean(hits)), validation, best,
+            )  # fmt: skip
+            self.history.append(vars(end).copy())
+            yield end
+
+    def _train_epoch(self) -> Iterator[PretrainStep]:
+        size = self.size_of(self.epoch)
+        self._resize_heads(size)
+        self.encoder.train()
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+        torch.manual_seed(_mix(self.seed, self.epoch) + 1)  # DropBlock draws from the default generator of the device
+        order = torch.randperm(len(self.labels), generator=generator)
+        steps = max(1, len(order) // self.config.batch)  # the incomplete last batch is left out, as it upsets BatchNorm
+        total = torch.zeros(3, device=self.device)
+        for step in range(steps):
+            lr = learning_rate(self.config, (self.epoch + step / steps) / self.config.epochs)
+            index = order[step * self.config.batch : (step + 1) * self.config.batch]
+            total += self._train_step(index, size, lr, generator)
+            if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
+                loss, correct, count = total.tolist()
+                batches = (step % REPORT_EVERY) + 1
+                self._check(loss / batches)
+                yield PretrainStep(self.epoch + 1, step + 1, steps, loss / batches, 100 * correct / count, lr)
+                total.zero_()
+
+    def _train_step(self, index: Tensor, size: int, lr: float, generator: torch.Generator) -> Tensor:
+        """One SGD step on the images `index`; returns loss, number of correct ones, number of images."""
+        pixels = torch.from_numpy(self.images[index.numpy()]).to(self.device)
+        how = Augmentation(**self.config.augment.model_dump())
+        batch = augment(pixels, size, how, self.mean, self.std, generator)
+        labels = self.labels[index].to(self.device)
+        if self.config.rotated_classes:
+            quarters = torch.randint(4, (len(index),), generator=generator).to(self.device)
+            batch, labels = rotate_quarters(batch, quarters), labels * 4 + quarters
+        with autocast(self.device, self.config.precision):
+            loss, logits = self._loss(batch, labels, generator)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimiser.step()
+        correct = (logits.argmax(dim=1) == labels).sum()
+        return torch.stack([loss.detach().float(), correct.float(), correct.new_tensor(len(labels)).float()])
+
+    def _loss(self, batch: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        smoothing = self.config.label_smoothing
+        if self.heads.rotation is None:
+            logits = self.heads.classes(self.encoder(batch))
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits
+        quarters = torch.randint(4, (len(labels),), generator=generator).to(self.device)
+        both = torch.cat([batch, rotate_quarters(batch, quarters)])
+        features = self.encoder(both)
+        logits = self.heads.classes(features[: len(labels)])
+        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        turned = F.cross_entropy(self.heads.rotation(features[len(labels) :]), quarters)
+        return loss + self.config.rotation_weight * turned, logits
+
+    def _check(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise MetaDiffError(
+                f"the loss became {loss} in epoch {self.epoch + 1}; the state of epoch {self.epoch} is kept",
+                hint="try a lower --set pretrain.lr=..., or --set pretrain.precision=fp32, with --resume",
+            )
+
+    def _new_optimiser(self) -> torch.optim.SGD:
+        weights = [*self.encoder.parameters(), *self.heads.parameters()]
+        c = self.config
+        return torch.optim.SGD(weights, c.lr, momentum=c.momentum, nesterov=c.momentum > 0, weight_decay=c.weight_decay)
+
+    def _resize_heads(self, size: int) -> None:
+        side = 1 if self.encoder.pooled else self.encoder.side(size)
+        if side == self.heads.side:
+            return
+        kept = self._momentum()
+        self.heads.resize(side)
+        self.optimiser = self._new_optimiser()
+        self._set_momentum(kept)  # the heads' weights have a new shape and start without momentum
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        parts = {"encoder": self.encoder, "heads": self.heads}
+        return {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
+
+    def _momentum(self) -> dict[str, Tensor]:
+        states = self.optimiser.state
+        return {n: states[p]["momentum_buffer"] for n, p in self._named().items() if "momentum_buffer" in states[p]}
+
+    def _set_momentum(self, buffers: dict[str, Tensor]) -> None:
+        for name, parameter in self._named().items():
+            if name in buffers and buffers[name].shape == parameter.shape:
+                buffer = buffers[name].to(parameter.device)
+                like = torch.empty_like(parameter)  # keeps channels_last
+                self.optimiser.state[parameter]["momentum_buffer"] = like.copy_(buffer)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that the next epoch depends on, as tensors by name and plain values."""
+        parts = {"encoder": self.encoder.state_dict(), "heads": self.heads.state_dict()}
+        parts |= {"momentum": self._momentum(), "best": self.best}
+        tensors = {f"{part}.{name}": t for part, values in parts.items() for name, t in values.items()}
+        plain = {"epoch": self.epoch, "best": self.best_validation, "side": self.heads.side, "history": self.history}
+        return tensors, plain
+
+    def restore(self, part: Callable[[str], dict[str, Tensor]], plain: dict[str, Any]) -> None:
+        """Go on from a `state`; `part(prefix)` gives the tensors below a prefix."""
+        self.encoder.load_state_dict(part("encoder"))
+        self.heads.resize(int(plain["side"]))
+        self.heads.to(self.device).load_state_dict(part("heads"))
+        self.optimiser = self._new_optimiser()
+        self._set_momentum(part("momentum"))
+        self.best = part("best")
+        self.epoch, self.best_validation, self.history = int(plain["epoch"]), plain["best"], list(plain["history"])
+
+
+def learning_rate(config: PretrainConfig, progress: float) -> float:
+    """Rate at `progress` in 0..1. one-cycle: up from a tenth over the first 15 %, then a cosine to almost zero."""
+    warm = 0.15 if config.schedule == "one-cycle" else 0.0
+    if progress < warm:
+        return config.lr * (0.1 + 0.9 * (1 - math.cos(math.pi * progress / warm)) / 2)
+    return config.lr * max(1e-3, (1 + math.cos(math.pi * (progress - warm) / (1 - warm))) / 2)
+
+
+def _mix(seed: int, epoch: int) -> int:
+    """A seed of its own for each epoch."""
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(2))

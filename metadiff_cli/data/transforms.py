@@ -1,0 +1,82 @@
+"""Augmentation of whole batches of uint8 images as tensors, and normalisation.
+
+Per image: one affine map (random resized crop, mirror, small rotation) applied by a single bilinear resampling, then
+brightness, contrast and saturation. All randomness comes from the generator that is passed.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What a training image may undergo. `crop` and `aspect` are ranges of area and of width / height."""
+
+    crop: tuple[float, float] = (0.4, 1.0)
+    aspect: tuple[float, float] = (0.75, 4 / 3)
+    flip: bool = True
+    jitter: float = 0.4  # strength of brightness, contrast and saturation: factors in [1 - jitter, 1 + jitter]
+    rotate: float = 0.0  # degrees to either side
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Pixels (B, H, W, 3) uint8 -> (B, 3, H, W) float, zero mean and unit variance per channel, channels last."""
+    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+def augment(
+    images: Tensor, size: int, how: Augmentation, mean: Tensor, std: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Augmented and normalised batch (B, 3, size, size), channels last, of pixels (B, H, W, 3) uint8."""
+    pixels = images.permute(0, 3, 1, 2).float().mul_(1 / 255)  # (B, 3, H, W)
+    theta = affine_maps(len(images), how, generator).to(pixels.device)
+    grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
+    pixels = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    if how.jitter > 0:
+        pixels = colour_jitter(pixels, how.jitter, generator)
+    out = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def affine_maps(count: int, how: Augmentation, generator: torch.Generator) -> Tensor:
+    """Maps (count, 2, 3) from output to input coordinates in [-1, 1], as `affine_grid` takes them."""
+    area, ratio, turn, mirror, dx, dy = torch.rand(6, count, generator=generator)
+    area = how.crop[0] + (how.crop[1] - how.crop[0]) * area
+    ratio = torch.exp(math.log(how.aspect[0]) + math.log(how.aspect[1] / how.aspect[0]) * ratio)
+    width = (area * ratio).sqrt().clamp(max=1.0)
+    height = (area / ratio).sqrt().clamp(max=1.0)
+    angle = math.radians(how.rotate) * (2 * turn - 1)
+    sign = torch.where(mirror < 0.5, -1.0, 1.0) if how.flip else torch.ones(count)
+    cos, sin = angle.cos(), angle.sin()
+    rows = [
+        torch.stack([sign * width * cos, -height * sin, (1 - width) * (2 * dx - 1)], dim=1),
+        torch.stack([sign * width * sin, height * cos, (1 - height) * (2 * dy - 1)], dim=1),
+    ]
+    return torch.stack(rows, dim=1)
+
+
+def colour_jitter(pixels: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Brightness, then contrast, then saturation of pixels (B, 3, H, W) in 0..1, each with its own factor per image."""
+    factors = 1 + strength * (2 * torch.rand(3, len(pixels), 1, 1, 1, generator=generator) - 1)
+    bright, contrast, saturation = factors.to(pixels.device)
+    pixels = (pixels * bright).clamp_(0, 1)
+    luma = pixels.new_tensor(GREY).view(1, 3, 1, 1)
+    mean = (pixels.mean(dim=(2, 3), keepdim=True) * luma).sum(dim=1, keepdim=True)
+    pixels = (mean + (pixels - mean) * contrast).clamp_(0, 1)
+    grey = (pixels * luma).sum(dim=1, keepdim=True)
+    return (grey + (pixels - grey) * saturation).clamp_(0, 1)
+
+
+def rotate_quarters(images: Tensor, quarters: Tensor) -> Tensor:
+    """Turn each image of (B, C, S, S) counter-clockwise by its own number of quarter turns (B,)."""
+    out = images.clone()
+    for k in (1, 2, 3):
+        chosen = quarters == k
+        out[chosen] = torch.rot90(images[chosen], k, dims=(2, 3))
+    return out

@@ -1,0 +1,39 @@
+"""A user's mistakes and a run's failures, each with the exit code that the command line ends with."""
+
+
+class MetaDiffError(Exception):
+    """Something a person can act on: what is wrong and where, and in `hint` what to type or change next."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}: {self.hint}"
+
+
+class ConfigError(MetaDiffError):
+    """A flag, a preset or a configuration key that cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(MetaDiffError):
+    """Images or folders that are missing, broken or too few."""
+
+    exit_code = 3
+
+
+class CheckpointError(MetaDiffError):
+    """A file that is no checkpoint of ours, or one of another kind or version."""
+
+    exit_code = 4
+
+
+class GateError(MetaDiffError):
+    """A gate such as `--fail-under` was not met; the results themselves are fine."""
+
+    exit_code = 5
