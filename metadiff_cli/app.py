@@ -84,7 +84,9 @@ def _unforeseen(error: Exception) -> int:
         return int(code)
     _trace()
     kind = type(error).__name__
-    Screen().error(f"{kind}: {error}" if str(error) else kind, "run it again with METADIFF_DEBUG=1 to see where it failed")
+    Screen().error(
+        f"{kind}: {error}" if str(error) else kind, "run it again with METADIFF_DEBUG=1 to see where it failed"
+    )
     return 1
 
 

@@ -28,7 +28,9 @@ ConfigFile = Annotated[
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="key=value, as in pretrain.epochs=3.", rich_help_panel=COMMON)
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random. [default: 0]", rich_help_panel=COMMON)]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="Seed of everything random. [default: 0]", rich_help_panel=COMMON)
+]
 Device = Annotated[
     str | None, typer.Option("--device", help="auto, cpu, cuda or mps. [default: auto]", rich_help_panel=COMMON)
 ]

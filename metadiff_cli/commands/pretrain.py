@@ -43,9 +43,7 @@ def pretrain(
     """
     screen = Screen(quiet=quiet, verbose=verbose)
     flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
-    resolved = resolve(
-        preset, config, settings or (), {**flags, "encoder": encoder, "pretrain.epochs": epochs}
-    )
+    resolved = resolve(preset, config, settings or (), {**flags, "encoder": encoder, "pretrain.epochs": epochs})
     from metadiff_cli.commands.workspace import ENCODER, open_run, open_source
 
     run = open_run(out or Path("runs") / f"{resolved.name}-encoder", "pretrain", overwrite=overwrite, resume=resume)

@@ -130,19 +130,25 @@ def open_run(out: Path, command: str, *, overwrite: bool, resume: bool) -> Run:
         raise ConfigError(f"{out} is a file, not a folder", hint="give another --out")
     if out.is_dir() and any(out.iterdir()) and not resume:
         if not overwrite:
-            raise ConfigError(f"run directory {out} is not empty", hint="add --resume or --overwrite, or give another --out")
+            raise ConfigError(
+                f"run directory {out} is not empty", hint="add --resume or --overwrite, or give another --out"
+            )
         _clear(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MetaDiffError(f"run directory {out} cannot be made ({error.strerror})", hint="give another --out") from error
+        raise MetaDiffError(
+            f"run directory {out} cannot be made ({error.strerror})", hint="give another --out"
+        ) from error
     return Run(out, command, time.time())
 
 
 def _clear(folder: Path) -> None:
     """Empty a run directory, but never a folder that does not look like one."""
     if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{folder} does not look like a run directory", hint="empty it yourself or give another --out")
+        raise ConfigError(
+            f"{folder} does not look like a run directory", hint="empty it yourself or give another --out"
+        )
     for child in folder.iterdir():
         shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
 

@@ -65,9 +65,7 @@ class Conv4(Encoder):
     def __init__(self, channels: int = 64) -> None:
         super().__init__()
         self.channels = channels
-        self.blocks = nn.Sequential(
-            ConvBlock(3, channels), *(ConvBlock(channels, channels) for _ in range(3))
-        )
+        self.blocks = nn.Sequential(ConvBlock(3, channels), *(ConvBlock(channels, channels) for _ in range(3)))
         _initialise(self)
 
     def maps(self, images: Tensor) -> Tensor:

@@ -1,0 +1,229 @@
+"""Denoisers: from noisy weights and the support to an estimate of the clean weights.
+
+analytic  the exact posterior mean under the Gaussian class model; no parameters
+unet      the same plus a learned correction, a task-conditional U-Net whose output layer starts at zero
+paper     the published form: epsilon from the gradient alone (arXiv 2307.16424), defects mended
+
+All work on w (B, N, D) in task space, are told the number of shots K (per class, it may differ), and treat the classes
+of a task alike: permuting them permutes the result.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class SupportStats:
+    """What adaptation sees of the support: mean p (B, N, D), count K (B, N, 1), precision lambda (B or 1, 1, D)."""
+
+    mean: Tensor
+    count: Tensor
+    precision: Tensor
+
+    def scaled(self, guidance: Tensor | float) -> "SupportStats":
+        """With a * lambda in place of lambda; a is a number or one per task (B,)."""
+        a = guidance.view(-1, 1, 1) if isinstance(guidance, Tensor) else guidance
+        return replace(self, precision=self.precision * a)
+
+
+def support_stats(v: Tensor, precision: Tensor, valid: Tensor | None = None) -> SupportStats:
+    """From support images v (B, N, K, D) in task space; `valid` (B, N, K) marks the real ones when shots differ."""
+    tasks, ways, shots, _ = v.shape
+    if valid is None:
+        return SupportStats(v.mean(dim=2), v.new_full((tasks, ways, 1), shots), precision.view(1, 1, -1))
+    mask = valid.to(v).unsqueeze(-1)
+    count = mask.sum(dim=2)
+    return SupportStats((v * mask).sum(dim=2) / count.clamp_min(1), count, precision.view(1, 1, -1))
+
+
+def gaussian_posterior(w: Tensor, abar: Tensor, stats: SupportStats) -> tuple[Tensor, Tensor]:
+    """x0_gauss and precision pi_t, both (B, N, D), of w_t (B, N, D) at abar (B,) (design, "Denoiser, preconditioned").
+
+    w_t itself is an observation of w_0 with precision abar / (1 - abar); the prior has precision 1.
+    """
+    a = abar.view(-1, 1, 1)
+    evidence = stats.count * stats.precision
+    pi = evidence + (1 + a / (1 - a))
+    x0 = (evidence * stats.mean + (a.sqrt() / (1 - a)) * w) / pi
+    return x0, pi
+
+
+class AnalyticDenoiser(nn.Module):
+    """The posterior mean, as it is."""
+
+    def forward(self, w: Tensor, abar: Tensor, stats: SupportStats) -> Tensor:
+        x0, _ = gaussian_posterior(w, abar, stats)
+        return x0
+
+
+class UNetDenoiser(nn.Module):
+    """x0 = x0_gauss + pi_t^(-1/2) * net(x0_gauss, g / pi_t, t, K), with net zero at the start.
+
+    pi_t^(-1/2) is the posterior's standard deviation: the correction is measured in units of what is not known.
+    """
+
+    def __init__(self, size: int, width: int = 256, depth: int = 2, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.net = TaskUNet(2 * size, size, width, depth, dropout)
+        nn.init.zeros_(self.net.out.weight)
+        nn.init.zeros_(self.net.out.bias)
+
+    def forward(self, w: Tensor, abar: Tensor, stats: SupportStats) -> Tensor:
+        x0, pi = gaussian_posterior(w, abar, stats)
+        gradient = stats.count * stats.precision * (w - stats.mean) / pi
+        correction: Tensor = self.net(torch.cat([x0, gradient], dim=-1), abar, stats.count)
+        return x0 + pi.rsqrt() * correction
+
+
+class PaperDenoiser(nn.Module):
+    """MetaDiff as published: eps from the gradient of the squared distance, whose mean over the shots is w - p.
+
+    A time-modulated U-Net with additive skips, plus the raw gradient through a sigmoid gate.
+    """
+
+    def __init__(self, size: int, width: int = 256, depth: int = 2, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.net = TaskUNet(size, size, width, depth, dropout, attention=False)
+        self.gate = nn.Linear(self.net.condition, size)
+
+    def epsilon(self, w: Tensor, abar: Tensor, stats: SupportStats) -> Tensor:
+        """Predicted noise (B, N, D)."""
+        gradient = w - stats.mean
+        embedding = self.net.embed(abar, stats.count)
+        noise: Tensor = self.net(gradient, abar, stats.count) + torch.sigmoid(self.gate(embedding)) * gradient
+        return noise
+
+    def forward(self, w: Tensor, abar: Tensor, stats: SupportStats) -> Tensor:
+        a = abar.view(-1, 1, 1)
+        return (w - (1 - a).sqrt() * self.epsilon(w, abar, stats)) / a.sqrt()
+
+
+class TaskUNet(nn.Module):
+    """An MLP U-Net over the features of each class, with attention across the classes of a task at the bottom.
+
+    (B, N, inputs) -> (B, N, outputs); every block is modulated by the embedding of time and number of shots.
+    """
+
+    condition = 64
+
+    def __init__(
+        self, inputs: int, outputs: int, width: int, depth: int, dropout: float, attention: bool = True
+    ) -> None:
+        super().__init__()
+        widths = [max(width >> i, 8) for i in range(depth + 1)]
+        self.embedding = nn.Sequential(nn.Linear(2 * 32, self.condition), nn.SiLU())
+        self.inputs = nn.Linear(inputs, width)
+        self.down = nn.ModuleList(
+            Block(i, o, self.condition, dropout) for i, o in zip(widths, widths[1:], strict=False)
+        )
+        self.middle = ClassAttention(widths[-1]) if attention else nn.Identity()
+        self.up = nn.ModuleList(
+            Block(i, o, self.condition, dropout) for i, o in zip(widths[:0:-1], widths[-2::-1], strict=True)
+        )
+        self.out = nn.Linear(width, outputs)
+
+    def embed(self, abar: Tensor, count: Tensor) -> Tensor:
+        """(B, N, condition) from abar (B,) and K (B, N, 1)."""
+        signal = torch.log(abar / (1 - abar)).view(-1, 1, 1).expand_as(count)
+        features = torch.cat([_waves(signal / 4), _waves(torch.log(count.clamp_min(1e-6)))], dim=-1)
+        embedding: Tensor = self.embedding(features)
+        return embedding
+
+    def forward(self, x: Tensor, abar: Tensor, count: Tensor) -> Tensor:
+        condition = self.embed(abar, count)
+        h = self.inputs(x)  # (B, N, width)
+        skips = []
+        for block in self.down:
+            skips.append(h)
+            h = block(h, condition)
+        h = self.middle(h)
+        for block, skip in zip(self.up, reversed(skips), strict=True):
+            h = block(h, condition) + skip
+        out: Tensor = self.out(F.silu(h))  # (B, N, outputs)
+        return out
+
+
+class Block(nn.Module):
+    """Normalise, modulate by the condition, non-linearity, linear."""
+
+    def __init__(self, inputs: int, outputs: int, condition: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(inputs)
+        self.modulation = nn.Linear(condition, 2 * inputs)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(inputs, outputs)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.modulation(condition).chunk(2, dim=-1)
+        out: Tensor = self.linear(self.dropout(F.silu(self.norm(x) * (1 + scale) + shift)))
+        return out
+
+
+class ClassAttention(nn.Module):
+    """Self-attention over the N classes of a task, without positions: permuting classes permutes the result."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)  # (B, N, width) each
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = x + self.out(mixed)
+        return out
+
+
+class Ema:
+    """Exponential moving average of a module's parameters, warmed up so that early steps do not linger.
+
+    The published code updated nothing here and sampled with random weights.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.average = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Take in the current parameters."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, parameter in module.named_parameters():
+            self.average[name].lerp_(parameter.detach(), 1 - decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """The averaged parameters by name."""
+        return {name: t.clone() for name, t in self.average.items()}
+
+
+def _waves(x: Tensor, count: int = 16) -> Tensor:
+    """Sine and cosine features (..., 2 * count) of x (..., 1) at geometrically spaced frequencies."""
+    frequencies = torch.exp(torch.linspace(math.log(0.25), math.log(8.0), count, device=x.device))
+    angles = x * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+DENOISERS: dict[str, type[UNetDenoiser] | type[PaperDenoiser]] = {"unet": UNetDenoiser, "paper": PaperDenoiser}
+
+
+def build_denoiser(kind: str, size: int, width: int, depth: int, dropout: float) -> nn.Module:
+    """The denoiser `kind` ("analytic", "unet", "paper") for feature size D."""
+    if kind == "analytic":
+        return AnalyticDenoiser()
+    return DENOISERS[kind](size, width, depth, dropout)
+
+
+def randomise(denoiser: nn.Module, seed: int) -> nn.Module:
+    """Every linear layer, the last included, at its ordinary random initialisation: the control `untrained`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for part in denoiser.modules():
+            if isinstance(part, nn.Linear | nn.LayerNorm):
+                part.reset_parameters()
+    return denoiser.eval()

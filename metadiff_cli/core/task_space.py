@@ -1,0 +1,115 @@
+"""The task space: features re-expressed so that the classes of the world look like N(0, I).
+
+The basis of linear discriminant analysis. From base features: mean of the class means mu, within-class covariance S_w,
+between-class covariance S_b = Cov(class means) - S_w / n, both shrunk toward a multiple of the identity. A solves
+A' S_b A = I and A' S_w A = diag(1 / lambda). In v = A'(z - mu) a class mean has unit variance under the shrunk model,
+and an image is its class mean plus noise of variance 1 / lambda_d. (Design, section 2.)
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metadiff_cli.errors import DataError
+
+
+@dataclass(frozen=True)
+class TaskSpace:
+    """Affine map between features z (D,) and task space v (D,)."""
+
+    mean: Tensor  # (D,) mu
+    basis: Tensor  # (D, D) A
+    inverse: Tensor  # (D, D) A^-T
+    precision: Tensor  # (D,) lambda, of an image around its class mean
+
+    def to_task(self, z: Tensor) -> Tensor:
+        """v (..., D) of features z (..., D)."""
+        return (z - self.mean) @ self.basis
+
+    def to_feature(self, v: Tensor) -> Tensor:
+        """z (..., D) of points v (..., D) in task space."""
+        return v @ self.inverse.T + self.mean
+
+    def to(self, device: torch.device) -> "TaskSpace":
+        """The same space on another device."""
+        return TaskSpace(*(t.to(device) for t in (self.mean, self.basis, self.inverse, self.precision)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint stores."""
+        return {"mean": self.mean, "basis": self.basis, "inverse": self.inverse, "precision": self.precision}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "TaskSpace":
+        """From what `tensors` gave."""
+        return cls(tensors["mean"], tensors["basis"], tensors["inverse"], tensors["precision"])
+
+
+def fit_task_space(
+    classes: Iterable[Tensor], *, shrink_within: float = 0.5, shrink_between: float = 0.3, floor: float = 1e-3
+) -> TaskSpace:
+    """Fit from the features of base classes, one tensor (n_c, D) a class; they are read once, one after the other.
+
+    `shrink_*` in 0..1 is the share of tr(S)/D times the identity; lambda is floored at `floor` of its maximum.
+    Raises DataError for features that are not finite and for fewer than two classes.
+    """
+    means, within, total, inverse_counts = _moments(classes)
+    count, size = means.shape
+    freedom = max(total - count, 1)
+    s_w = within / freedom
+    mean = means.mean(dim=0)
+    centred = means - mean
+    s_b = centred.T @ centred / (count - 1) - s_w * inverse_counts
+    s_w = _shrink(s_w, shrink_within)
+    s_b = _shrink(s_b, shrink_between)
+    return _solve(mean, s_w, s_b, floor, size)
+
+
+def identity_space(classes: Iterable[Tensor]) -> TaskSpace:
+    """Features as they are, but for one common scale that gives class means unit mean square (denoiser `paper`)."""
+    means, _, _, _ = _moments(classes)
+    scale = 1.0 / means.pow(2).mean().sqrt().clamp_min(1e-12)
+    eye = torch.eye(means.shape[1], dtype=torch.float64)
+    zero, one = torch.zeros_like(means[0]), torch.ones_like(means[0])
+    return TaskSpace(*(t.float() for t in (zero, eye * scale, eye / scale, one)))
+
+
+def _moments(classes: Iterable[Tensor]) -> tuple[Tensor, Tensor, int, float]:
+    """Class means (C, D), within-class scatter (D, D), number of images, mean of 1 / n_c; in float64."""
+    means, within, total, inverse = [], None, 0, 0.0
+    for features in classes:
+        x = features.to(torch.float64)
+        if not bool(torch.isfinite(x).all()):
+            raise DataError("features of the base classes are not finite", hint="train or choose another encoder")
+        mean = x.mean(dim=0)
+        rest = x - mean
+        scatter = rest.T @ rest
+        within = scatter if within is None else within.add_(scatter)
+        means.append(mean)
+        total += len(x)
+        inverse += 1.0 / len(x)
+    if within is None or len(means) < 2:
+        raise DataError("a task space needs at least 2 base classes", hint="add class folders to the training split")
+    return torch.stack(means), within, total, inverse / len(means)
+
+
+def _shrink(s: Tensor, share: float) -> Tensor:
+    """Shrink a covariance (D, D) toward its mean variance; a floor keeps constant features finite."""
+    size = len(s)
+    variance = (s.diagonal().sum() / size).clamp_min(1e-12)
+    return (1 - share) * s + (share * variance + 1e-9 * variance) * torch.eye(size, dtype=s.dtype)
+
+
+def _solve(mean: Tensor, s_w: Tensor, s_b: Tensor, floor: float, size: int) -> TaskSpace:
+    """The generalised eigenproblem S_b a = lambda S_w a, by whitening S_w; A scaled so that A' S_b A = I."""
+    factor = torch.linalg.cholesky(s_w)
+    inner = torch.linalg.solve_triangular(factor, s_b, upper=False)
+    inner = torch.linalg.solve_triangular(factor, inner.T, upper=False)  # L^-1 S_b L^-T
+    values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
+    values, vectors = values.flip(0), vectors.flip(1)
+    lam = values.clamp_min(floor * values[0].clamp_min(1e-12))
+    # with U orthonormal, A = L^-T U diag(lam^-1/2) gives A' S_w A = 1/lam, and A' S_b A = 1 where lam is not floored
+    basis = torch.linalg.solve_triangular(factor.T, vectors, upper=True) * lam.rsqrt()
+    inverse = factor @ vectors * lam.sqrt()
+    return TaskSpace(*(t.float().contiguous() for t in (mean, basis, inverse, lam)))

@@ -1,0 +1,244 @@
+"""The field's data sets as they lie on disk, with the class splits of the literature (data/splits/*.json)."""
+
+import codecs
+import csv
+import io
+import json
+import pickle
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metadiff_cli.data.folders import (
+    SPLITS,
+    Dataset,
+    Scan,
+    Split,
+    from_folders,
+    is_image,
+    scan_classes,
+)
+from metadiff_cli.errors import DataError
+
+CIFAR_FOLDER, OMNIGLOT_FOLDER = "cifar-100-python", "omniglot-py"
+
+
+def split_lists(name: str) -> dict[str, Any]:
+    """The published class lists of a benchmark."""
+    lists: dict[str, Any] = json.loads((Path(__file__).parent / "splits" / f"{name}.json").read_text(encoding="utf-8"))
+    return lists
+
+
+def open_mini_imagenet(root: Path, seed: int) -> Dataset:
+    """images/ with train.csv, val.csv, test.csv (Ravi & Larochelle 2017), or class folders named by WordNet id."""
+    if any((root / f"{name}.csv").is_file() for name in SPLITS):
+        return _from_csv(root)
+    return _from_lists(root, "mini-imagenet")
+
+
+def open_tiered_imagenet(root: Path, seed: int) -> Dataset:
+    """Class folders named by WordNet id, in train/, val/, test/ or together (Ren et al. 2018)."""
+    return _from_lists(root, "tiered-imagenet")
+
+
+def open_cub(root: Path, seed: int) -> Dataset:
+    """CUB_200_2011/images/<class>/, split as Chen et al. 2019 do."""
+    for inner in ("CUB_200_2011/images", "images"):
+        if (root / inner).is_dir():
+            return _from_lists(root / inner, "cub")
+    return _from_lists(root, "cub")
+
+
+def open_omniglot(root: Path, seed: int) -> Dataset:
+    """omniglot-py/images_{background,evaluation}/<alphabet>/<character>/, split as Vinyals et al. 2016 do."""
+    base = root / OMNIGLOT_FOLDER if (root / OMNIGLOT_FOLDER).is_dir() else root
+    folders: dict[str, dict[str, Path]] = {}
+    wanted = missing = 0
+    for split, parts in split_lists("omniglot").items():
+        folders[split] = {}
+        for part, alphabets in parts.items():
+            for alphabet, characters in alphabets.items():
+                for character in characters:
+                    folder = base / f"images_{part}" / alphabet / character
+                    wanted += 1
+                    if folder.is_dir():
+                        folders[split][f"{alphabet}/{character}"] = folder
+                    else:
+                        missing += 1
+    return _known_folders(base, "omniglot", folders, wanted, missing)
+
+
+def open_cifar_fs(root: Path, seed: int) -> Dataset:
+    """CIFAR-100 as torchvision lays it out, with the class split of CIFAR-FS (Bertinetto et al. 2019)."""
+    wanted = {split: [fine for _, fine in pairs] for split, pairs in split_lists("cifar-fs").items()}
+    return _cifar(root, "cifar-fs", lambda data: wanted)
+
+
+def open_fc100(root: Path, seed: int) -> Dataset:
+    """CIFAR-100 as torchvision lays it out, split by superclass (Oreshkin et al. 2018)."""
+    lists = split_lists("fc100")
+
+    def wanted(data: "Cifar") -> dict[str, list[str]]:
+        return {
+            split: [fine for fine in data.fine_names if data.parents[fine] in coarse] for split, coarse in lists.items()
+        }
+
+    return _cifar(root, "fc100", wanted)
+
+
+def _from_lists(root: Path, name: str) -> Dataset:
+    """Class folders, in split folders or together, against the published lists."""
+    lists: dict[str, list[str]] = split_lists(name)
+    inside = [split for split in SPLITS if (root / split).is_dir()]
+    places = {split: root / split for split in inside} or dict.fromkeys(SPLITS, root)
+    folders = {
+        split: {cls: place / cls for cls in lists[split] if (place / cls).is_dir()} for split, place in places.items()
+    }
+    wanted = sum(len(lists[split]) for split in places)
+    missing = wanted - sum(len(found) for found in folders.values())
+    if missing == wanted:
+        return _own_split_folders(root, name, inside)
+    return _known_folders(root, name, folders, wanted, missing)
+
+
+def _own_split_folders(root: Path, name: str, inside: list[str]) -> Dataset:
+    """Split folders whose classes have other names than the published lists are taken at their word."""
+    if not inside:
+        raise DataError(
+            f"{root} has none of the classes of {name}", hint="give its folder, or --set data.layout=folder"
+        )
+    scan = Scan()
+    splits = {split: scan_classes(root / split, name=split, scan=scan) for split in inside}
+    note = f"the classes of {root} do not have the names of {name}: its own train, val, test folders are used"
+    return Dataset(name, str(root), splits, (note,), scan.skipped)
+
+
+def _known_folders(root: Path, name: str, folders: dict[str, dict[str, Path]], wanted: int, missing: int) -> Dataset:
+    if missing == wanted:
+        raise DataError(f"{root} has none of the classes of {name}", hint="check --data; the README shows the layout")
+    scan = Scan()
+    splits = {s: from_folders(found, name=s, root=root, scan=scan) for s, found in folders.items() if found}
+    notes = (f"{missing} of the {wanted} classes of {name} are not there",) if missing else ()
+    return Dataset(name, str(root), splits, notes, scan.skipped)
+
+
+def _from_csv(root: Path) -> Dataset:
+    """images/ and lists of `filename,label`."""
+    splits: dict[str, Split] = {}
+    for name in SPLITS:
+        path = root / f"{name}.csv"
+        if path.is_file():
+            splits[name] = _csv_split(root, path, name)
+    missing = [name for name in SPLITS if name not in splits]
+    return Dataset("mini-imagenet", str(root), splits, (f"no {', '.join(missing)}.csv",) if missing else ())
+
+
+def _csv_split(root: Path, path: Path, name: str) -> Split:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [(row[0], row[1]) for row in csv.reader(file) if len(row) >= 2 and is_image(Path(row[0]))]
+    if not rows:
+        raise DataError(f"{path} lists no images", hint="expected lines `filename,label` below a header")
+    classes = sorted({label for _, label in rows})
+    position = {label: i for i, label in enumerate(classes)}
+    folder = root / "images"
+    absent = [file for file, _ in rows if not (folder / file).is_file()]
+    if absent:
+        raise DataError(f"{len(absent)} of {len(rows)} images of {path} are not in {folder}, the first is {absent[0]}",
+                        hint="unpack all images into that folder")  # fmt: skip
+    return Split(
+        name,
+        tuple(classes),
+        tuple(str(folder / f) for f, _ in rows),
+        tuple(position[label] for _, label in rows),
+        str(root),
+    )
+
+
+class Cifar:
+    """Both parts of CIFAR-100: images (60000, 32, 32, 3), fine class of each, superclass of each fine class."""
+
+    def __init__(self, folder: Path) -> None:
+        parts = [load_pickle(folder / part) for part in ("train", "test")]
+        meta = load_pickle(folder / "meta")
+        try:
+            pixels = np.concatenate([np.asarray(part["data"], dtype=np.uint8) for part in parts])
+            self.images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            self.fine = np.concatenate([np.asarray(part["fine_labels"]) for part in parts])
+            self.fine_names = [str(name) for name in meta["fine_label_names"]]
+            coarse = np.concatenate([np.asarray(part["coarse_labels"]) for part in parts])
+            names = [str(name) for name in meta["coarse_label_names"]]
+            self.parents = {
+                self.fine_names[f]: names[c] for f, c in set(zip(self.fine.tolist(), coarse.tolist(), strict=True))
+            }
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            raise DataError(
+                f"{folder} does not hold CIFAR-100 ({error})", hint="unpack the Python version again"
+            ) from error
+
+
+def _cifar(root: Path, name: str, wanted: Callable[[Cifar], Mapping[str, list[str]]]) -> Dataset:
+    folder = root / CIFAR_FOLDER if (root / CIFAR_FOLDER).is_dir() else root
+    absent = [part for part in ("train", "test", "meta") if not (folder / part).is_file()]
+    if absent:
+        raise DataError(
+            f"{folder} has no file {', '.join(absent)}", hint=f"unpack CIFAR-100 (Python) to {CIFAR_FOLDER}/"
+        )
+    data = Cifar(folder)
+    splits = {split: _cifar_split(data, split, names, root) for split, names in wanted(data).items()}
+    return Dataset(name, str(root), splits)
+
+
+def _cifar_split(data: Cifar, split: str, names: list[str], root: Path) -> Split:
+    classes = sorted(names)
+    unknown = set(classes) - set(data.fine_names)
+    if unknown:
+        raise DataError(f"{root} has no class '{min(unknown)}'", hint="unpack CIFAR-100 (Python) again")
+    label_of = {data.fine_names.index(cls): i for i, cls in enumerate(classes)}
+    rows = np.flatnonzero(np.isin(data.fine, list(label_of)))
+    rows = rows[np.argsort([label_of[int(f)] for f in data.fine[rows]], kind="stable")]
+    labels = tuple(label_of[int(f)] for f in data.fine[rows])
+    seen: Counter[int] = Counter()
+    paths = []
+    for label in labels:
+        paths.append(f"{classes[label]}/{seen[label]:04d}")
+        seen[label] += 1
+    return Split(split, tuple(classes), tuple(paths), labels, str(root), data.images[rows])
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Only what a dictionary of numpy arrays needs: a pickle can otherwise run any code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}:
+            return np.empty(0).__reduce__()[0]  # wherever this numpy keeps it
+        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
+            return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):
+            return codecs.encode
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no image batch needs")
+
+
+def load_pickle(path: Path) -> dict[str, Any]:
+    """A CIFAR batch, by a restricted unpickler. Raises DataError for anything else."""
+    try:
+        data = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise DataError(
+            f"{path} cannot be read as a CIFAR batch ({error})", hint="unpack CIFAR-100 (Python) again"
+        ) from error
+    if not isinstance(data, dict):
+        raise DataError(f"{path} is no CIFAR batch", hint="unpack CIFAR-100 (Python) again")
+    return data
+
+
+LAYOUTS: dict[str, Callable[[Path, int], Dataset]] = {
+    "mini-imagenet": open_mini_imagenet,
+    "tiered-imagenet": open_tiered_imagenet,
+    "cub": open_cub,
+    "omniglot": open_omniglot,
+    "cifar-fs": open_cifar_fs,
+    "fc100": open_fc100,
+}

@@ -1,0 +1,209 @@
+"""Folders of images -> splits of classes: which files belong to which class of which split. No pixels are read here."""
+
+import difflib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from metadiff_cli.data.images import IMAGE_SUFFIXES
+from metadiff_cli.errors import ConfigError, DataError
+
+SPLITS = ("train", "val", "test")
+IGNORED = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
+FEWEST_TO_SPLIT = 6  # classes: two for each split
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled images: `paths[i]` shows class `classes[labels[i]]`. `pixels` (n, H, W, 3) where they are no files."""
+
+    name: str
+    classes: tuple[str, ...]
+    paths: tuple[str, ...]
+    labels: tuple[int, ...]
+    root: str
+    pixels: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Splits by name, what a person should be told about them, and the number of files that are no images."""
+
+    name: str
+    root: str
+    splits: dict[str, Split]
+    notes: tuple[str, ...] = ()
+    skipped: int = 0
+
+
+@dataclass
+class Scan:
+    """Counts of a walk through folders."""
+
+    skipped: int = 0
+
+
+def open_dataset(root: Path, *, layout: str = "auto", seed: int = 0) -> Dataset:
+    """Find the splits below `root`. Raises DataError with the next step when there is nothing to use.
+
+    `layout` is "auto", "folder" or a known benchmark (data/benchmarks.py).
+    """
+    from metadiff_cli.data.benchmarks import LAYOUTS  # it builds on the functions below
+
+    openers: dict[str, Callable[[Path, int], Dataset]] = {"auto": open_folder, "folder": open_folder, **LAYOUTS}
+    if layout not in openers:
+        close = difflib.get_close_matches(layout, openers, n=1)
+        raise ConfigError(
+            f"unknown layout '{layout}'", hint=f"did you mean '{close[0]}'?" if close else ", ".join(openers)
+        )
+    check_folder(root)
+    return openers[layout](root, seed)
+
+
+def check_folder(root: Path) -> None:
+    """Raise DataError unless `root` is a folder."""
+    if not root.exists():
+        raise DataError(f"folder {root} does not exist", hint="give the data set's folder with --data DIR")
+    if not root.is_dir():
+        raise DataError(f"{root} is a file, not a folder", hint="give the folder that holds the class folders")
+
+
+def open_folder(root: Path, seed: int) -> Dataset:
+    """root/{train,val,test}/<class>/* where the only children are such splits, else root/<class>/* split by class."""
+    children = subfolders(root)
+    scan = Scan()
+    if children and all(child.name in SPLITS for child in children):
+        splits = {child.name: scan_classes(child, name=child.name, scan=scan) for child in children}
+        return Dataset(root.name, str(root), _ordered(splits), skipped=scan.skipped)
+    whole = scan_classes(root, name="all", scan=scan)
+    splits, note = split_by_class(whole, seed)
+    return Dataset(root.name, str(root), splits, (note,), scan.skipped)
+
+
+def scan_classes(root: Path, *, name: str = "support", scan: Scan | None = None) -> Split:
+    """One class per folder below `root`. Raises DataError for no classes, an empty class, images outside of classes."""
+    check_folder(root)
+    scan = scan if scan is not None else Scan()
+    folders = subfolders(root)
+    if not folders:
+        loose = any(is_image(path) for path in root.iterdir())
+        what = "has images but no class folders" if loose else "has no class folders"
+        raise DataError(f"{root} {what}", hint="make one folder per class: DIR/cat/1.jpg, DIR/dog/1.jpg")
+    return from_folders({folder.name: folder for folder in folders}, name=name, root=root, scan=scan)
+
+
+def from_folders(folders: dict[str, Path], *, name: str, root: Path, scan: Scan) -> Split:
+    """A split from class name -> folder, classes in sorted order."""
+    classes, paths, labels = tuple(sorted(folders)), [], []
+    for label, cls in enumerate(classes):
+        found = list(walk_images(folders[cls], scan))
+        if not found:
+            raise DataError(f"class '{cls}' in {root} has no images", hint="add images to its folder, or remove it")
+        paths += [str(path) for path in found]
+        labels += [label] * len(found)
+    return Split(name, classes, tuple(paths), tuple(labels), str(root))
+
+
+def walk_images(folder: Path, scan: Scan) -> Iterator[Path]:
+    """Images below a folder in sorted order; links are followed, but into no folder twice on one way down."""
+    yield from _walk(folder, scan, ())
+
+
+def _walk(folder: Path, scan: Scan, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+    try:
+        status = folder.stat()
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            return  # a symbolic link that leads back up
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror})", hint="check its permissions") from error
+    for entry in entries:
+        if _ignored(entry.name):
+            continue
+        path = Path(entry.path)
+        if entry.is_dir():
+            yield from _walk(path, scan, (*above, identity))
+        elif is_image(path):
+            yield path
+        else:
+            scan.skipped += 1
+
+
+def subfolders(root: Path) -> list[Path]:
+    """Visible folders directly below `root`, sorted by name."""
+    return sorted((p for p in root.iterdir() if p.is_dir() and not _ignored(p.name)), key=lambda p: p.name)
+
+
+def is_image(path: Path) -> bool:
+    """Whether the file's extension is one of images."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _ignored(name: str) -> bool:
+    return name.startswith(".") or name in IGNORED
+
+
+def split_by_class(whole: Split, seed: int) -> tuple[dict[str, Split], str]:
+    """64 : 16 : 20 % of the classes, drawn with the seed; few classes are all kept for testing."""
+    count = len(whole.classes)
+    if count < FEWEST_TO_SPLIT:
+        return {
+            "test": take(whole, "test", range(count))
+        }, f"{count} classes are too few to split: all are test classes"
+    val, test = max(2, round(0.16 * count)), max(2, round(0.2 * count))
+    order = np.random.default_rng(seed).permutation(count)
+    parts = {"train": order[: count - val - test], "val": order[count - val - test : count - test]}
+    parts["test"] = order[count - test :]
+    splits = {name: take(whole, name, [int(c) for c in sorted(chosen)]) for name, chosen in parts.items()}
+    sizes = " / ".join(str(len(split.classes)) for split in splits.values())
+    return splits, f"no train, val, test folders: {count} classes are split by class with seed {seed} into {sizes}"
+
+
+def take(whole: Split, name: str, chosen: "range | list[int]") -> Split:
+    """The classes `chosen` of a split, as a split of its own."""
+    position = {c: i for i, c in enumerate(chosen)}
+    rows = [i for i, label in enumerate(whole.labels) if label in position]
+    return Split(
+        name,
+        tuple(whole.classes[c] for c in chosen),
+        tuple(whole.paths[i] for i in rows),
+        tuple(position[whole.labels[i]] for i in rows),
+        whole.root,
+        None if whole.pixels is None else whole.pixels[rows],
+    )
+
+
+def all_classes(dataset: Dataset) -> Split:
+    """The classes of all splits together."""
+    parts = list(dataset.splits.values())
+    classes = sorted({c for part in parts for c in part.classes})
+    position = {c: i for i, c in enumerate(classes)}
+    pixels = [part.pixels for part in parts if part.pixels is not None]
+    return Split(
+        "all",
+        tuple(classes),
+        tuple(path for part in parts for path in part.paths),
+        tuple(position[part.classes[label]] for part in parts for label in part.labels),
+        dataset.root,
+        np.concatenate(pixels) if pixels else None,
+    )
+
+
+def require_split(dataset: Dataset, name: str) -> Split:
+    """The split `name`, or "all". Raises DataError that names those that exist."""
+    if name == "all":
+        return all_classes(dataset)
+    if name not in dataset.splits:
+        there = ", ".join(dataset.splits)
+        raise DataError(
+            f"{dataset.root} has no {name} classes (it has: {there})", hint=f"add a {name}/ folder of classes"
+        )
+    return dataset.splits[name]
+
+
+def _ordered(splits: dict[str, Split]) -> dict[str, Split]:
+    return {name: splits[name] for name in SPLITS if name in splits}
