@@ -1,9 +1,16 @@
 """Options that several commands share, declared once."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from metadiff_cli.config import Config, resolve
+from metadiff_cli.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 COMMON = "Common"
 PLACES = "Places"
@@ -47,6 +54,29 @@ BatchSize = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=COMMON)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Results and errors only.", rich_help_panel=COMMON)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More about what happens.", rich_help_panel=COMMON)]
+CheckpointFile = Annotated[
+    Path | None,
+    typer.Option("--checkpoint", "-c", help="checkpoint.safetensors of a metatrain run.", rich_help_panel=PLACES),
+]
+SAMPLER = "Sampler"
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", min=1, max=1000, help="Denoising steps S. [default: 10]", rich_help_panel=SAMPLER),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option("--samples", min=1, help="Classifiers M that are averaged. [default: 1]", rich_help_panel=SAMPLER),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option("--temperature", min=0, help="Noise temperature tau, 0 to 1. [default: 0]", rich_help_panel=SAMPLER),
+]
+Guidance = Annotated[
+    str | None,
+    typer.Option(
+        "--guidance", help="Scale of the support gradient: auto, or a number. [default: auto]", rich_help_panel=SAMPLER
+    ),
+]
 
 
 def runtime_flags(
@@ -60,3 +90,51 @@ def runtime_flags(
         "runtime.num_workers": num_workers,
         "runtime.batch_size": batch_size,
     }
+
+
+def sampler_flags(
+    steps: int | None, samples: int | None, temperature: float | None, guidance: str | None
+) -> dict[str, object]:
+    """The sampler's flags as configuration keys."""
+    scale: object = guidance
+    if guidance is not None and guidance != "auto":
+        try:
+            scale = float(guidance)
+        except ValueError:
+            raise ConfigError(f"--guidance {guidance}", hint="give auto or a number above 0") from None
+    return {
+        "sampler.steps": steps,
+        "sampler.samples": samples,
+        "sampler.temperature": temperature,
+        "sampler.guidance": scale,
+    }
+
+
+def model_config(file: Path | None, settings: list[str] | None, *flags: Mapping[str, object]) -> Config:
+    """Configuration of a command that works with a finished model."""
+    merged: dict[str, object] = {}
+    for part in flags:
+        merged.update(part)
+    return resolve(None, file, settings or (), merged)
+
+
+def checkpoint_path(given: Path | None) -> Path:
+    """The checkpoint that was given, else the one that comes with the package."""
+    if given is not None:
+        return given
+    packaged = Path(__file__).parent.parent / "checkpoints" / "default.safetensors"
+    if not packaged.is_file():
+        raise CheckpointError(
+            "no checkpoint comes with this version of the package",
+            hint="make one with `metadiff metatrain --preset glyphs-5w1s` and give it with --checkpoint",
+        )
+    return packaged
+
+
+def start(config: Config) -> "torch.device":
+    """Set threads and memory, and pick the device."""
+    from metadiff_cli.core.device import keep_freed_memory, pick_device, set_threads
+
+    keep_freed_memory()
+    set_threads(config.runtime.threads)
+    return pick_device(config.runtime.device)

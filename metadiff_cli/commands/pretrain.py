@@ -66,13 +66,13 @@ def pretrain(
 
 def pretrain_encoder(config: Config, source: "Source", run: "Run", screen: Screen) -> "Pretrainer":
     """Train into the run directory, from its state file when there is one; the best encoder is also kept by its key."""
-    from metadiff_cli.commands.workspace import STATE, encoder_key, kept_encoder
+    from metadiff_cli.commands.workspace import ENCODER_STATE, encoder_key, kept_encoder
     from metadiff_cli.core.checkpoint import load_checkpoint, save_checkpoint
     from metadiff_cli.core.pretraining import PretrainEpoch
 
     val = source.split("val") if source.has("val") else None
     trainer, header = _new_trainer(config, source)
-    state = run.folder / STATE
+    state = run.folder / ENCODER_STATE
     if state.is_file():
         kept = load_checkpoint(state, "state")
         trainer.restore(kept.part, kept.header["plain"])

@@ -22,7 +22,8 @@ from metadiff_cli.errors import ConfigError, MetaDiffError
 from metadiff_cli.paths import cache_dir, data_dir, write_text
 
 BROKEN_SHOWN = 5  # broken images that are named; the others are counted
-ENCODER, CHECKPOINT, STATE = "encoder.safetensors", "checkpoint.safetensors", "state.safetensors"
+ENCODER, CHECKPOINT = "encoder.safetensors", "checkpoint.safetensors"
+ENCODER_STATE, STATE = "encoder-state.safetensors", "state.safetensors"  # of unfinished trainings
 
 
 @dataclass

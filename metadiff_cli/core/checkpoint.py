@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file each, self-describing, written atomically.
 
 Format 1. A single metadata key, `metadiff`, holds sorted JSON (several keys would be written in random order, and equal
-weights would not give equal bytes). Its fields: `format`, `kind` (encoder, model or state), `package` (version), and
+weights would not give equal bytes). Its fields: `format`, `kind` (see KINDS), `package` (version), and
 what the kind needs: `config`, `classes`, `image` (size, mean, std), `encoder`, `metrics`.
 """
 
@@ -24,6 +24,7 @@ KEY = "metadiff"
 KINDS = {
     "encoder": "an encoder (from `metadiff pretrain`)",
     "model": "a full model (from `metadiff metatrain`)",
+    "classifier": "an adapted classifier (from `metadiff adapt --save`)",
     "state": "the state of an unfinished training",
 }
 

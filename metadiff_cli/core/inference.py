@@ -117,7 +117,11 @@ def _guidance(
 
 
 def _sample(
-    learner: Learner, stats: SupportStats, sampling: Sampling, noise: Noise, guide: Callable[[Tensor], SupportStats] | None
+    learner: Learner,
+    stats: SupportStats,
+    sampling: Sampling,
+    noise: Noise,
+    guide: Callable[[Tensor], SupportStats] | None,
 ) -> Tensor:
     denoiser: Denoises = learner.denoiser
     start = noise.draw()

@@ -1,7 +1,11 @@
 """One image file -> the right RGB: every common mode and format, orientation applied, hostile files refused."""
 
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -9,28 +13,23 @@ from PIL import Image, ImageOps
 from metadiff_cli.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
-MAX_PIXELS = 200_000_000  # a 200-megapixel photo takes 600 MB; more is a decompression bomb or a mistake
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF")  # no others: EPS would start a program
+MAX_PIXELS = 150_000_000  # RGB of that takes 450 MB; more is a decompression bomb. Pillow itself refuses 179 million
 
 
-def load_rgb(path: Path, size: int | None = None) -> Image.Image:
+def load_rgb(source: Path | BinaryIO, size: int | None = None) -> Image.Image:
     """The first frame of an image file in RGB, upright, transparent parts on white.
 
-    With `size`, a JPEG may be decoded smaller, never below `size` pixels. Raises DataError with the file and the reason.
+    With `size`, a JPEG may be decoded smaller, never below twice `size`. Raises DataError with the file and the reason.
     """
+    name = str(source) if isinstance(source, Path) else str(getattr(source, "name", "image"))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata that does not concern the pixels
-            with Image.open(path) as image:
-                return _upright_rgb(image, size)
+        with _QUIET(), Image.open(source, formats=_formats()) as image:
+            return _upright_rgb(image, size)
     except DataError as error:
-        raise DataError(f"{path}: {error.message}") from error
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: more than {MAX_PIXELS // 1_000_000} million pixels") from error
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: does not exist") from error
+        raise DataError(f"{name}: {error.message}") from error
     except Exception as error:  # decoders raise whatever they like on broken files
-        reason = "not an image, or damaged" if "cannot identify" in str(error) else str(error) or type(error).__name__
-        raise DataError(f"{path}: {reason.splitlines()[0]}") from error
+        raise DataError(f"{name}: {_reason(error)}") from error
 
 
 def to_square(image: Image.Image, size: int) -> np.ndarray:
@@ -49,15 +48,69 @@ def load_square(path: Path, size: int) -> np.ndarray:
     return to_square(load_rgb(path, size), size)
 
 
+class _QuietPillow:
+    """Ignores Pillow's warnings (odd metadata, large pictures) while any thread decodes.
+
+    Warning filters belong to the whole process: the first thread in sets them, the last one out restores them. With one
+    `catch_warnings` per thread, one thread would restore what another had set and the filters would stay changed.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._saved = warnings.catch_warnings()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        self._enter()
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _enter(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._saved = warnings.catch_warnings()
+                self._saved.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self._inside += 1
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._saved.__exit__(None, None, None)
+
+
+_QUIET = _QuietPillow()
+
+
+def _formats() -> list[str]:
+    Image.init()  # does nothing from the second time on
+    return [name for name in FORMATS if name in Image.OPEN]  # AVIF came with Pillow 11.3
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "does not exist"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS // 1_000_000} million pixels"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image, or damaged"
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _upright_rgb(image: Image.Image, size: int | None) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise DataError(f"{width} x {height} pixels, more than {MAX_PIXELS // 1_000_000} million")
-    if size is not None and image.format == "JPEG":
-        image.draft("RGB" if image.mode != "CMYK" else None, (2 * size, 2 * size))  # type: ignore[arg-type]
+    if size is not None and image.format in ("JPEG", "MPO"):
+        image.draft(None, (2 * size, 2 * size))  # twice: enough for the filter that follows
     image.load()
-    upright = ImageOps.exif_transpose(image)
-    return _to_rgb(upright)
+    return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -73,10 +126,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _from_deep(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and float greyscale to 8 bit; Pillow's own conversion would clip at 255."""
     values = np.asarray(image).astype(np.float64)
-    values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-    if image.mode == "F":
-        top = 1.0 if values.max(initial=0.0) <= 1.0 else (255.0 if values.max() <= 255.0 else 65535.0)
-    else:
-        top = 65535.0 if values.max(initial=0.0) <= 65535.0 else float(values.max())
+    finite = np.where(np.isfinite(values), values, 0.0)
+    top = _white(image.mode, float(finite.max(initial=0.0)))
+    values = np.nan_to_num(values, nan=0.0, posinf=top, neginf=0.0)
     scaled = np.clip(np.round(values * (255.0 / top)), 0, 255).astype(np.uint8)
     return Image.fromarray(scaled).convert("RGB")
+
+
+def _white(mode: str, largest: float) -> float:
+    """The value that stands for white: these modes do not say, so the smallest usual scale that holds the largest."""
+    usual = {"F": (1.0, 255.0, 65535.0)}.get(mode, (65535.0,))
+    return next((top for top in usual if largest <= top), largest)

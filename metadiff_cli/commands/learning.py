@@ -1,0 +1,144 @@
+"""What `metatrain` and `evaluate` share: feature banks, methods by name, the result document and its table."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from metadiff_cli.commands.workspace import Source
+from metadiff_cli.config import Config
+from metadiff_cli.console import Screen
+from metadiff_cli.core.denoiser import build_denoiser, randomise
+from metadiff_cli.core.evaluation import (
+    Method,
+    Protocol,
+    evaluate,
+    method_of,
+    prototype_method,
+    run_through,
+    summarise,
+)
+from metadiff_cli.core.features import FeatureBank, ImageEncoder, build_bank
+from metadiff_cli.core.inference import Learner, Sampling
+from metadiff_cli.core.model import Model
+from metadiff_cli.errors import ConfigError
+from metadiff_cli.paths import cache_dir
+
+CONTROLS = ("prototype", "analytic", "untrained")
+
+
+def feature_bank(images: ImageEncoder, source: Source, split: str, config: Config, screen: Screen) -> FeatureBank:
+    """The features of a split, from the cache when they are there."""
+    decoded = source.split(split, images.size)
+    with screen.progress(f"features of {split} images") as advance:
+        return build_bank(
+            images, decoded.images, decoded.labels, decoded.classes,
+            folder=cache_dir() / "features", key=decoded.key, batch=config.runtime.batch_size, progress=advance,
+        )  # fmt: skip
+
+
+def sampling_of(config: Config) -> Sampling:
+    """The sampler's settings as the core takes them."""
+    s = config.sampler
+    return Sampling(s.steps, s.samples, s.temperature, None if s.guidance == "auto" else s.guidance, s.method)
+
+
+def parse_controls(text: str) -> list[str]:
+    """Names from a comma-separated list. Raises ConfigError for one that is not known."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in CONTROLS:
+            raise ConfigError(f"unknown control '{name}'", hint=f"choose from {', '.join(CONTROLS)}")
+    return names
+
+
+def methods_of(
+    model: Model, controls: Sequence[str], sampling: Sampling, protocol: Protocol, device: torch.device
+) -> dict[str, Method]:
+    """MetaDiff and the controls, by name."""
+    learner = model.learner
+    makers = {
+        "prototype": lambda: prototype_method(learner),
+        "analytic": lambda: method_of(learner.analytic(), sampling, protocol),
+        "untrained": lambda: method_of(_untrained(model, protocol.seed, device), sampling, protocol),
+    }
+    return {"metadiff": method_of(learner, sampling, protocol), **{name: makers[name]() for name in controls}}
+
+
+def _untrained(model: Model, seed: int, device: torch.device) -> Learner:
+    """A randomly initialised denoiser of the configured kind, its last layer included."""
+    settings = model.header["config"]["denoiser"]
+    kind = settings["kind"] if settings["kind"] != "analytic" else "unet"
+    size = model.images.feature_size
+    denoiser = build_denoiser(kind, size, settings["width"], settings["depth"], settings["dropout"])
+    return Learner(model.learner.space, randomise(denoiser, seed).to(device), True, model.learner.tuning)
+
+
+def measure(
+    model: Model,
+    bank: FeatureBank,
+    split: str,
+    protocol: Protocol,
+    sampling: Sampling,
+    controls: Sequence[str],
+    screen: Screen,
+) -> dict[str, Any]:
+    """The `evaluate --json` document."""
+    device = model.images.device
+    methods = methods_of(model, controls, sampling, protocol, device)
+    started = time.perf_counter()
+    with screen.progress("episodes") as advance:
+        scores = run_through(evaluate(bank, methods, protocol, device), lambda done: advance(done, protocol.episodes))
+    seconds = time.perf_counter() - started
+    return {
+        "schema": "metadiff.evaluate/1",
+        "way": protocol.way,
+        "shot": protocol.shot,
+        "query": protocol.query,
+        "episodes": protocol.episodes,
+        "seed": protocol.seed,
+        "split": split,
+        "classes": len(bank.classes),
+        "protocol": "transductive" if protocol.transductive else "inductive",
+        "imbalance": protocol.imbalance,
+        "sampling": asdict(sampling),
+        "denoiser": model.header["denoiser"]["kind"],
+        "methods": _rounded(summarise(scores)),
+        "episodes_per_second": round(protocol.episodes / seconds, 1),
+    }
+
+
+def show_result(document: dict[str, Any], screen: Screen) -> None:
+    """The table of a result document."""
+    title = (
+        f"{document['way']}-way {document['shot']}-shot, {document['query']} queries a class, {document['split']} classes, "
+        f"{document['episodes']} episodes, {document['protocol']}"
+    )
+    rows = [
+        (
+            _label(name, document),
+            f"{m['accuracy']:.2f} ± {m['ci95']:.2f}",
+            _difference(m.get("paired_to_prototype")),
+            _difference(m.get("paired_to_analytic")),
+            f"{m['ece']:.1f}",
+        )
+        for name, m in document["methods"].items()
+    ]
+    screen.table(title, ("method", "accuracy %", "minus prototype", "minus analytic", "ECE %"), rows)
+
+
+def _label(name: str, document: dict[str, Any]) -> str:
+    return f"metadiff ({document['denoiser']})" if name == "metadiff" else name
+
+
+def _difference(paired: dict[str, float] | None) -> str:
+    return "" if paired is None else f"{paired['difference']:+.2f} ± {paired['ci95']:.2f}"
+
+
+def _rounded(value: Any) -> Any:
+    """Four decimals: beyond that the digits of a float32 computation mean nothing."""
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    return round(value, 4) if isinstance(value, float) else value

@@ -1,0 +1,232 @@
+"""`metadiff metatrain`: fit task space and denoiser on the base classes; ends with a checkpoint and a table."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from metadiff_cli.commands import options
+from metadiff_cli.config import Config, resolve
+from metadiff_cli.console import Screen
+from metadiff_cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from metadiff_cli.commands.workspace import Run, Source
+    from metadiff_cli.core.features import FeatureBank, ImageEncoder
+    from metadiff_cli.core.inference import Learner
+    from metadiff_cli.core.metatraining import MetaTrainer
+
+METHODS = ("metadiff",)
+
+
+def metatrain(
+    preset: options.Preset = None,
+    data: options.Data = None,
+    encoder: options.EncoderOption = None,
+    method: Annotated[str, typer.Option("--method", help="What is trained: metadiff.")] = "metadiff",
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    resume: options.Resume = False,
+    config: options.ConfigFile = None,
+    settings: options.Settings = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    num_workers: options.NumWorkers = None,
+    batch_size: options.BatchSize = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Train the denoiser on episodes of base classes and end with a table beside the controls.
+
+    Without an encoder it takes the one of the same preset and data, or trains it first.
+
+    Examples:
+
+      metadiff metatrain --preset glyphs-5w1s
+
+      metadiff metatrain --preset mini-5w5s --data ./mini-imagenet --out runs/mini
+    """
+    screen = Screen(quiet=quiet, verbose=verbose)
+    if method not in METHODS:
+        raise ConfigError(f"unknown method '{method}'", hint=f"choose one of {', '.join(METHODS)}")
+    file = Path(encoder) if encoder and (encoder.endswith(".safetensors") or Path(encoder).exists()) else None
+    flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
+    resolved = resolve(preset, config, settings or (), {**flags, "encoder": None if file else encoder})
+    from metadiff_cli.commands.learning import show_result
+    from metadiff_cli.commands.workspace import CHECKPOINT, open_run, open_source
+
+    run = open_run(out or Path("runs") / resolved.name, "metatrain", overwrite=overwrite, resume=resume)
+    run.save_config(resolved)
+    source = open_source(resolved, data, screen)
+    result = train_model(resolved, source, run, file, screen)
+    run.save_json("result.json", result)
+    run.save_manifest(data=source.dataset.root, encoder=str(file) if file else None)
+    if as_json:
+        screen.json({**result, "checkpoint": str(run.folder / CHECKPOINT)})
+        return
+    show_result(result, screen)
+    screen.text(_verdict(result["learned"]))
+    screen.text(f"checkpoint: {run.folder / CHECKPOINT}")
+
+
+def train_model(config: Config, source: "Source", run: "Run", file: Path | None, screen: Screen) -> dict[str, Any]:
+    """All stages; returns the result document with what became of the learned part under `learned`."""
+    from metadiff_cli.commands.learning import feature_bank, measure, sampling_of
+    from metadiff_cli.commands.workspace import CHECKPOINT
+    from metadiff_cli.core.evaluation import Protocol
+    from metadiff_cli.core.model import Model, save_model
+
+    images = _encoder(config, source, run, file, screen)
+    base = feature_bank(images, source, "train", config, screen)
+    val = feature_bank(images, source, "val", config, screen) if source.has("val") else None
+    learner, learned, kind = _learn(config, images, base, val, run, screen)
+    header: dict[str, Any] = {
+        "config": config.model_dump(mode="json", exclude={"runtime"}),
+        "classes": list(base.classes),
+        "denoiser": {**config.denoiser.model_dump(mode="json"), "kind": kind},
+    }
+    split = "test" if source.has("test") else "val" if val is not None else "train"
+    bank = feature_bank(images, source, split, config, screen)
+    e = config.evaluation
+    protocol = Protocol(e.way, e.shot, e.query, e.episodes, config.seed)
+    result = measure(
+        Model(images, learner, header), bank, split, protocol, sampling_of(config),
+        ("prototype", "analytic", "untrained"), screen,
+    )  # fmt: skip
+    result["learned"] = learned
+    metrics = {"methods": result["methods"], "split": split, "learned": learned}
+    metrics |= {key: result[key] for key in ("way", "shot", "query", "episodes", "seed")}
+    save_model(run.folder / CHECKPOINT, images, learner, {**header, "metrics": metrics})
+    return result
+
+
+def _encoder(config: Config, source: "Source", run: "Run", file: Path | None, screen: Screen) -> "ImageEncoder":
+    """The encoder that was given, else the kept one of these settings and images, else a new one."""
+    import shutil
+
+    from metadiff_cli.commands.pretrain import pretrain_encoder
+    from metadiff_cli.commands.workspace import ENCODER, encoder_key, kept_encoder
+    from metadiff_cli.core.device import keep_freed_memory, pick_device, set_threads
+    from metadiff_cli.core.model import load_encoder
+
+    keep_freed_memory()
+    set_threads(config.runtime.threads)
+    device = pick_device(config.runtime.device)
+    if file is None:
+        val = source.split("val") if source.has("val") else None
+        file = kept_encoder(encoder_key(config, source.split("train"), val))
+        if file.is_file():
+            screen.note("taking the encoder that these settings and images gave before")
+        else:
+            pretrain_encoder(config, source, run, screen)
+    images = load_encoder(file, device, mirror=config.features.mirror)
+    if file.resolve() != (run.folder / ENCODER).resolve():
+        shutil.copyfile(file, run.folder / ENCODER)
+    return images
+
+
+def _learn(
+    config: Config, images: "ImageEncoder", base: "FeatureBank", val: "FeatureBank | None", run: "Run", screen: Screen
+) -> tuple["Learner", dict[str, Any], str]:
+    """Task space, denoiser and tuning; what became of the learned part; the kind of denoiser that is kept."""
+    import numpy as np
+    import torch
+
+    from metadiff_cli.core.denoiser import AnalyticDenoiser
+    from metadiff_cli.core.inference import Learner, Tuning
+    from metadiff_cli.core.task_space import fit_task_space, identity_space
+    from metadiff_cli.core.tuning import fit_tuning
+
+    classes = (torch.from_numpy(np.array(base.features[rows])) for rows in base.class_indices())
+    s = config.space
+    kind = config.denoiser.kind
+    if kind == "paper":
+        space = identity_space(classes)
+    else:
+        space = fit_task_space(classes, shrink_within=s.shrink_within, shrink_between=s.shrink_between, floor=s.floor)
+    learner = Learner(space.to(images.device), AnalyticDenoiser(), False, Tuning())
+    learned: dict[str, Any] = {"kind": kind, "kept": False, "gain": None, "ci95": None}
+    if kind != "analytic":
+        learner, learned = _train_denoiser(config, learner, base, val, run, screen, images.device)
+    if val is not None:
+        learner = _tuned(
+            learner, fit_tuning(learner, val, images.device, seed=config.seed, query=config.evaluation.query)
+        )
+    else:
+        screen.warn("no validation classes: guidance and confidence keep their defaults, and nothing is selected")
+    return learner, learned, kind if learned["kept"] else "analytic"
+
+
+def _tuned(learner: "Learner", tuning: Any) -> "Learner":
+    from dataclasses import replace
+
+    return replace(learner, tuning=tuning)
+
+
+def _train_denoiser(
+    config: Config, learner: "Learner", base: "FeatureBank", val: "FeatureBank | None", run: "Run", screen: Screen,
+    device: Any,
+) -> tuple["Learner", dict[str, Any]]:  # fmt: skip
+    """Train, select by the paired gain over `analytic`, and confirm the choice on fresh episodes."""
+    from dataclasses import replace
+
+    from metadiff_cli.core.evaluation import Protocol
+    from metadiff_cli.core.metatraining import MetaTrainer
+    from metadiff_cli.core.tuning import paired_gain
+
+    trainer = MetaTrainer(base, learner.space, config.denoiser, config.metatrain, seed=config.seed, device=device)
+    e, m = config.evaluation, config.metatrain
+    selection = Protocol(e.way, e.shot, e.query, m.validation_episodes, config.seed + 1)
+
+    def validate(denoiser: Any) -> tuple[float, float] | None:
+        if val is None:
+            return None
+        return paired_gain(replace(learner, denoiser=denoiser, learned=True), val, selection, device)
+
+    _follow(trainer, validate, run, config, screen)
+    candidate = replace(learner, denoiser=trainer.chosen(), learned=True)
+    learned: dict[str, Any] = {"kind": config.denoiser.kind, "kept": val is None, "gain": None, "ci95": None}
+    if val is not None:
+        fresh = replace(selection, seed=config.seed + 2, episodes=max(m.validation_episodes, 1000))
+        gain, ci95 = paired_gain(candidate, val, fresh, device)
+        # `paper` is kept whatever it gives: it is there to be measured
+        learned |= {"gain": round(gain, 4), "ci95": round(ci95, 4), "episodes": fresh.episodes}
+        learned["kept"] = gain - ci95 > 0 or config.denoiser.kind == "paper"
+    return candidate if learned["kept"] else learner, learned
+
+
+def _follow(trainer: "MetaTrainer", validate: Any, run: "Run", config: Config, screen: Screen) -> None:
+    """Run the training, show it, and write state and metrics at each validation."""
+    from metadiff_cli.commands.workspace import STATE
+    from metadiff_cli.core.checkpoint import load_checkpoint, save_checkpoint
+    from metadiff_cli.core.metatraining import MetaValidation
+
+    state = run.folder / STATE
+    if state.is_file():
+        kept = load_checkpoint(state, "state")
+        trainer.restore(kept.part, kept.header["plain"])
+        screen.note(f"going on after step {trainer.step} of {config.metatrain.steps}")
+    with screen.status("meta-training") as update:
+        for record in trainer.run(validate):
+            if isinstance(record, MetaValidation):
+                gain = "" if record.gain is None else f"  gain over analytic {record.gain:+.2f} ± {record.ci95:.2f}"
+                screen.note(f"step {record.step}/{record.steps}  loss {record.loss:.3f}{gain}{'  best' * record.best}")
+                run.save_metrics(trainer.history)
+                tensors, plain = trainer.state()
+                save_checkpoint(state, "state", tensors, {"plain": plain})
+            update(record.step, record.steps, f"loss {record.loss:.3f}")
+
+
+def _verdict(learned: dict[str, Any]) -> str:
+    """One sentence on whether the learned part helped."""
+    if learned["kind"] == "analytic":
+        return "learned part: none was asked for; the denoiser is the analytic one"
+    if learned["gain"] is None:
+        return "learned part: kept unmeasured, as there are no validation classes"
+    gain = f"{learned['gain']:+.2f} ± {learned['ci95']:.2f} points over analytic on validation classes"
+    if learned["kept"]:
+        helped = "helped" if learned["gain"] - learned["ci95"] > 0 else "did not help, but is kept as asked"
+        return f"learned part ({learned['kind']}): {helped}, {gain}"
+    return f"learned part ({learned['kind']}): did not help ({gain}); the checkpoint holds the analytic denoiser"

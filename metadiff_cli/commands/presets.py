@@ -1,0 +1,50 @@
+"""`metadiff presets`: list, show and copy the named settings."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from metadiff_cli.commands import options
+from metadiff_cli.config import preset_folder, preset_names, read_preset
+from metadiff_cli.console import Screen
+from metadiff_cli.errors import ConfigError
+from metadiff_cli.paths import write_text
+
+app = typer.Typer(help="List, show and copy the presets.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_presets(as_json: options.AsJson = False) -> None:
+    """Show every preset with what it is for."""
+    screen = Screen()
+    rows = []
+    for name in preset_names():
+        values = read_preset(name)
+        rows.append({key: str(values.get(key, "")) for key in ("name", "kind", "summary", "expect")})
+    if as_json:
+        screen.json({"schema": "metadiff.presets/1", "presets": rows})
+    else:
+        screen.table(
+            "Presets", ("name", "kind", "what", "expected accuracy"), [tuple(r.values()) for r in rows], left=4
+        )
+
+
+@app.command("show")
+def show(name: Annotated[str, typer.Argument(help="Name of the preset.")]) -> None:
+    """Print a preset's file."""
+    read_preset(name)
+    Screen().text((preset_folder() / f"{name}.yaml").read_text(encoding="utf-8").rstrip("\n"))
+
+
+@app.command("copy")
+def copy(
+    name: Annotated[str, typer.Argument(help="Name of the preset.")],
+    to: Annotated[Path, typer.Argument(help="File to write, for --config.")],
+) -> None:
+    """Copy a preset to a file of your own, to change it there."""
+    read_preset(name)
+    if to.exists():
+        raise ConfigError(f"{to} exists already", hint="give another name")
+    write_text(to, (preset_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
+    Screen().note(f"written: {to}")

@@ -1,0 +1,148 @@
+"""Evaluation on episodes: every method on the same ones, with intervals and paired differences.
+
+`evaluate` is a generator: it yields the number of episodes done and returns the results.
+"""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metadiff_cli.core.classifier import calibration_error
+from metadiff_cli.core.episodes import Episodes, check_episodes, episode_batches
+from metadiff_cli.core.features import FeatureBank
+from metadiff_cli.core.inference import (
+    Learner,
+    PoolGuidance,
+    Sampling,
+    adapt_weights,
+    class_means,
+    class_probabilities,
+    ranks_of,
+    seeds_of,
+)
+
+BATCH_VALUES = 24_000_000  # numbers in the features of one batch of episodes: about 100 MB
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Which episodes: N ways, K shots, Q queries a class; how many; the seed. `imbalance` is a Dirichlet parameter."""
+
+    way: int = 5
+    shot: int = 1
+    query: int = 15
+    episodes: int = 1000
+    seed: int = 0
+    transductive: bool = False
+    imbalance: float | None = None
+
+
+Method = Callable[[Tensor, Tensor, Episodes, int], Tensor]
+
+
+@dataclass
+class Scores:
+    """Of one method: accuracy of each episode in 0..1, and confidence and correctness of each query."""
+
+    accuracy: list[Tensor] = field(default_factory=list)
+    confidence: list[Tensor] = field(default_factory=list)
+    correct: list[Tensor] = field(default_factory=list)
+
+    def add(self, probabilities: Tensor, labels: Tensor) -> None:
+        """Take in probabilities (B, M, N) and labels (B, M)."""
+        confidence, predicted = probabilities.max(dim=-1)
+        correct = predicted == labels
+        self.accuracy.append(correct.double().mean(dim=1).cpu())
+        self.confidence.append(confidence.flatten().cpu())
+        self.correct.append(correct.flatten().cpu())
+
+
+def method_of(learner: Learner, sampling: Sampling, protocol: Protocol, pool: PoolGuidance | None = None) -> Method:
+    """Adaptation with a learner as a method: (support z, query z, episodes, first) -> probabilities (B, M, N)."""
+
+    def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
+        weights = adapt_weights(
+            learner, support, sampling, ranks=ranks_of(episodes.classes), seeds=seeds_of(protocol.seed, first, len(support)),
+            pool=query if protocol.transductive else None, pool_guidance=pool,
+        )  # fmt: skip
+        scale = learner.tuning.calibration.scale(support.shape[1], support.shape[2])
+        return class_probabilities(query, weights, scale)
+
+    return run
+
+
+def prototype_method(learner: Learner) -> Method:
+    """The cosine to the class mean of the same features, raw or centred as validation classes preferred."""
+
+    def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
+        means, _ = class_means(support)
+        scale = learner.tuning.prototype_calibration.scale(support.shape[1], support.shape[2])
+        centre = learner.space.mean if learner.tuning.centred_prototype else None
+        return class_probabilities(query, means.unsqueeze(0), scale, centre)
+
+    return run
+
+
+def evaluate(
+    bank: FeatureBank, methods: Mapping[str, Method], protocol: Protocol, device: torch.device
+) -> Generator[int, None, dict[str, Scores]]:
+    """Scores of each method on the protocol's episodes. Raises DataError when the classes do not suffice."""
+    indices = bank.class_indices()
+    largest = None if protocol.imbalance is None else 2 * protocol.query
+    check_episodes(indices, bank.classes, protocol.way, protocol.shot, protocol.query, largest)
+    rows = protocol.way * (protocol.shot + protocol.query)
+    batch = max(1, min(protocol.episodes, BATCH_VALUES // (rows * bank.features.shape[1])))
+    scores = {name: Scores() for name in methods}
+    done = 0
+    for episodes in episode_batches(
+        indices, protocol.way, protocol.shot, protocol.query,
+        count=protocol.episodes, batch=batch, seed=protocol.seed, imbalance=protocol.imbalance,
+    ):  # fmt: skip
+        support = torch.from_numpy(bank.features[episodes.support]).to(device)  # (B, N, K, D)
+        query = torch.from_numpy(bank.features[episodes.query]).to(device)  # (B, M, D)
+        labels = torch.from_numpy(episodes.labels).to(device)
+        for name, method in methods.items():
+            scores[name].add(method(support, query, episodes, done), labels)
+        done += len(labels)
+        yield done
+    return scores
+
+
+def summarise(
+    scores: Mapping[str, Scores], against: Sequence[str] = ("prototype", "analytic")
+) -> dict[str, dict[str, Any]]:
+    """Accuracy with 95 % interval, calibration error and paired differences of each method, in percent."""
+    per_episode = {name: 100 * torch.cat(s.accuracy) for name, s in scores.items()}
+    summary: dict[str, dict[str, Any]] = {}
+    for name, values in per_episode.items():
+        mean, half = mean_interval(values)
+        ece = calibration_error(torch.cat(scores[name].confidence), torch.cat(scores[name].correct))
+        summary[name] = {"accuracy": mean, "ci95": half, "ece": ece}
+        for other in against:
+            if other in per_episode and other != name:
+                difference, half = mean_interval(values - per_episode[other])
+                summary[name][f"paired_to_{other}"] = {"difference": difference, "ci95": half}
+    return summary
+
+
+def mean_interval(values: Tensor) -> tuple[float, float]:
+    """Mean and half-width of its 95 % interval (normal approximation over episodes)."""
+    if len(values) < 2:
+        return float(values.mean()), 0.0
+    return float(values.mean()), float(1.96 * values.std() / np.sqrt(len(values)))
+
+
+def run_through(
+    steps: Generator[int, None, dict[str, Scores]], progress: Callable[[int], None] = lambda done: None
+) -> dict[str, Scores]:
+    """Consume `evaluate`, reporting the episodes done; returns its result."""
+    while True:
+        try:
+            progress(next(steps))
+        except StopIteration as stop:
+            result: dict[str, Scores] = stop.value
+            return result

@@ -1,0 +1,219 @@
+"""Meta-training: a denoiser on episodes of base classes, and what is fitted on validation classes afterwards.
+
+Nothing is unrolled: one random time step a task, so a step costs the same for any number of sampling steps. All
+randomness of a step follows from (seed, step). `MetaTrainer.run` is a generator of records.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metadiff_cli.config import DenoiserConfig, MetatrainConfig
+from metadiff_cli.core.classifier import cosine_logits
+from metadiff_cli.core.denoiser import (
+    Ema,
+    PaperDenoiser,
+    SupportStats,
+    build_denoiser,
+    gaussian_posterior,
+    support_stats,
+)
+from metadiff_cli.core.diffusion import Schedule, add_noise
+from metadiff_cli.core.episodes import Episodes, check_episodes, training_batch
+from metadiff_cli.core.features import FeatureBank
+from metadiff_cli.core.task_space import TaskSpace
+from metadiff_cli.errors import MetaDiffError
+
+LOGIT_SCALE = 10.0  # of the cross-entropy of held-out images in training
+
+
+@dataclass(frozen=True)
+class MetaStep:
+    """Mean loss since the last record."""
+
+    step: int
+    steps: int
+    loss: float
+    lr: float
+
+
+@dataclass(frozen=True)
+class MetaValidation:
+    """Paired gain of the averaged denoiser over `analytic` on validation episodes, in percentage points."""
+
+    step: int
+    steps: int
+    loss: float
+    gain: float | None
+    ci95: float | None
+    best: bool
+
+
+class MetaTrainer:
+    """The state of a meta-training run: denoiser, its average, optimiser, and the best average so far."""
+
+    def __init__(
+        self,
+        bank: FeatureBank,
+        space: TaskSpace,
+        denoiser: DenoiserConfig,
+        config: MetatrainConfig,
+        *,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        """Raises DataError when the base classes have too few images for the episodes asked for."""
+        self.bank, self.config, self.seed, self.device = bank, config, seed, device
+        self.kind = denoiser.kind
+        self.space = space.to(device)
+        self.schedule = Schedule()
+        self.abar = self.schedule.abar.float().to(device)
+        self.indices = bank.class_indices()
+        check_episodes(self.indices, bank.classes, min(config.ways[0], 2), config.shots[1], config.query)
+        self.sums = torch.stack(
+            [torch.from_numpy(bank.features[rows]).double().sum(dim=0) for rows in self.indices]
+        ).to(device, torch.float32)  # (C, D)
+        self.counts = torch.tensor([len(rows) for rows in self.indices], device=device, dtype=torch.float32)
+        torch.manual_seed(seed)
+        size = bank.features.shape[1]
+        self.denoiser = build_denoiser(denoiser.kind, size, denoiser.width, denoiser.depth, denoiser.dropout).to(device)
+        self.optimiser = torch.optim.AdamW(self.denoiser.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.ema = Ema(self.denoiser, config.ema)
+        self.step = 0
+        self.best: dict[str, Tensor] = {}
+        self.best_gain: float | None = None
+        self.history: list[dict[str, Any]] = []
+
+    def averaged(self) -> nn.Module:
+        """The denoiser with the averaged parameters, in evaluation mode; the trained one stays as it is."""
+        return self._with(self.ema.state())
+
+    def chosen(self) -> nn.Module:
+        """The denoiser with the best averaged parameters so far."""
+        return self._with(self.best or self.ema.state())
+
+    def run(self, validate: Callable[[nn.Module], tuple[float, float] | None]) -> Iterator[MetaStep | MetaValidation]:
+        """Train the steps that are left; `validate` gives the paired gain of a denoiser and its interval."""
+        total, count = 0.0, 0
+        while self.step < self.config.steps:
+            lr = self._lr()
+            total += self._train_step(lr)
+            count += 1
+            self.step += 1
+            if self.step % self.config.validate_every == 0 or self.step == self.config.steps:
+                yield self._validate(validate, total / count)
+                total, count = 0.0, 0
+            elif self.step % 20 == 0:
+                yield MetaStep(self.step, self.config.steps, total / count, lr)
+
+    def _validate(self, validate: Callable[[nn.Module], tuple[float, float] | None], loss: float) -> MetaValidation:
+        measured = validate(self.averaged())
+        gain, ci95 = measured if measured else (None, None)
+        best = gain is None or self.best_gain is None or gain > self.best_gain
+        if best:
+            self.best_gain, self.best = gain, self.ema.state()
+        record = MetaValidation(self.step, self.config.steps, loss, gain, ci95, best)
+        self.history.append(vars(record).copy())
+        return record
+
+    def _train_step(self, lr: float) -> float:
+        episodes = training_batch(
+            self.indices, self.config.ways, self.config.shots, self.config.query,
+            batch=self.config.batch, seed=self.seed, step=self.step,
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence([self.seed, self.step]).generate_state(1)[0])
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator.initial_seed())  # dropout draws from the default generator
+            loss = self.loss(episodes, generator)
+        value = float(loss)
+        if not math.isfinite(value):
+            raise MetaDiffError(
+                f"the loss became {value} at step {self.step + 1}; the best denoiser so far is kept",
+                hint="try a lower --set metatrain.lr=... with --resume",
+            )
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
+        self.optimiser.step()
+        self.ema.update(self.denoiser)
+        return value
+
+    def loss(self, episodes: Episodes, generator: torch.Generator) -> Tensor:
+        """The training loss of a batch of tasks (design, "Training loss")."""
+        self.denoiser.train()
+        support = torch.from_numpy(self.bank.features[episodes.support]).to(self.device)  # (B, N, K, D)
+        query = torch.from_numpy(self.bank.features[episodes.query]).to(self.device)  # (B, M, D)
+        stats = support_stats(self.space.to_task(support), self.space.precision)
+        w0 = self.targets(episodes, support, query)
+        t = torch.randint(1, self.schedule.steps + 1, (len(w0),), generator=generator)
+        abar = self.abar[t.to(self.device)]
+        noise = torch.randn(w0.shape, generator=generator).to(self.device)
+        w = add_noise(w0, abar, noise)
+        if isinstance(self.denoiser, PaperDenoiser):
+            return F.mse_loss(self.denoiser.epsilon(w, abar, stats), noise)
+        return self._weighted_loss(w, w0, abar, stats, query, torch.from_numpy(episodes.labels).to(self.device))
+
+    def _weighted_loss(
+        self, w: Tensor, w0: Tensor, abar: Tensor, stats: SupportStats, query: Tensor, labels: Tensor
+    ) -> Tensor:
+        """Precision-weighted ||x0 - w0||^2 per dimension, plus kappa times the held-out cross-entropy."""
+        x0 = self.denoiser(w, abar, stats)
+        _, pi = gaussian_posterior(w, abar, stats)
+        loss = (pi * (x0 - w0).square()).mean()
+        if self.config.kappa == 0:
+            return loss
+        logits = cosine_logits(query, self.space.to_feature(x0), LOGIT_SCALE)  # (B, M, N)
+        return loss + self.config.kappa * F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    def targets(self, episodes: Episodes, support: Tensor, query: Tensor) -> Tensor:
+        """w_0 (B, N, D): class means in task space without the images of the episode at hand."""
+        tasks, ways, shots, size = support.shape
+        classes = torch.from_numpy(episodes.classes).to(self.device)
+        held_out = query.view(tasks, ways, -1, size)  # balanced: the queries of a class stand together
+        used = support.sum(dim=2) + held_out.sum(dim=2)
+        left = self.counts[classes] - shots - held_out.shape[2]
+        sums = torch.where(left.unsqueeze(-1) > 0, self.sums[classes] - used, self.sums[classes])
+        left = torch.where(left > 0, left, self.counts[classes])
+        return self.space.to_task(sums / left.unsqueeze(-1))
+
+    def _lr(self) -> float:
+        """Warm up over the first twentieth, then a cosine to zero."""
+        progress = self.step / self.config.steps
+        return self.config.lr * min(1.0, 20 * progress + 0.05) * (1 + math.cos(math.pi * progress)) / 2
+
+    def _with(self, parameters: dict[str, Tensor]) -> nn.Module:
+        module = copy.deepcopy(self.denoiser)
+        module.load_state_dict(parameters, strict=False)
+        return module.eval()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that the next step depends on, as tensors by name and plain values."""
+        tensors = {f"denoiser.{n}": t for n, t in self.denoiser.state_dict().items()}
+        tensors |= {f"ema.{n}": t for n, t in self.ema.average.items()} | {f"best.{n}": t for n, t in self.best.items()}
+        for name, parameter in self.denoiser.named_parameters():
+            for key, value in self.optimiser.state[parameter].items():
+                tensors[f"adam.{name}.{key}"] = value
+        plain = {"step": self.step, "updates": self.ema.updates, "best": self.best_gain, "history": self.history}
+        return tensors, plain
+
+    def restore(self, part: Callable[[str], dict[str, Tensor]], plain: dict[str, Any]) -> None:
+        """Go on from a `state`; `part(prefix)` gives the tensors below a prefix."""
+        self.denoiser.load_state_dict(part("denoiser"))
+        self.ema.average = {n: t.to(self.device) for n, t in part("ema").items()}
+        self.ema.updates, self.best = int(plain["updates"]), part("best")
+        for name, parameter in self.denoiser.named_parameters():
+            values = {key: t.to(self.device) for key, t in part(f"adam.{name}").items()}
+            if values:
+                self.optimiser.state[parameter] = {**values, "step": values["step"].cpu()}
+        self.step, self.best_gain, self.history = int(plain["step"]), plain["best"], list(plain["history"])

@@ -1,0 +1,129 @@
+"""From parts to checkpoint files and back: encoders, full models, adapted classifiers."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metadiff_cli.core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from metadiff_cli.core.classifier import Calibration
+from metadiff_cli.core.denoiser import build_denoiser
+from metadiff_cli.core.encoders import build_encoder
+from metadiff_cli.core.features import ImageEncoder
+from metadiff_cli.core.inference import Learner, Tuning
+from metadiff_cli.core.task_space import TaskSpace
+from metadiff_cli.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Model:
+    """What `adapt` and `evaluate` need, and the header of the file it came from."""
+
+    images: ImageEncoder
+    learner: Learner
+    header: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SavedClassifier:
+    """An adapted classifier: weights (M, N, D) in feature space, one row a class, and the scale of its logits."""
+
+    images: ImageEncoder
+    weights: Tensor
+    classes: tuple[str, ...]
+    scale: float
+
+
+def load_encoder(path: Path, device: torch.device, *, mirror: bool) -> ImageEncoder:
+    """The encoder of an encoder file or of a full model."""
+    checkpoint = load_checkpoint(path)
+    if checkpoint.kind == "state":
+        raise CheckpointError(
+            f"{path} is the state of an unfinished training", hint="give encoder.safetensors beside it"
+        )
+    return _image_encoder(checkpoint, device, mirror)
+
+
+def save_model(path: Path, images: ImageEncoder, learner: Learner, header: dict[str, Any]) -> None:
+    """Write a full model; `header` says whose denoiser it is, the base classes, configuration and metrics."""
+    tensors = {f"encoder.{n}": t for n, t in images.encoder.state_dict().items()}
+    tensors |= {f"space.{n}": t for n, t in learner.space.tensors().items()}
+    tensors |= {f"denoiser.{n}": t for n, t in learner.denoiser.state_dict().items()}
+    save_checkpoint(path, "model", tensors, {**header, **_image_header(images), "tuning": asdict(learner.tuning)})
+
+
+def load_model(path: Path, device: torch.device) -> Model:
+    """Read a full model. Raises CheckpointError for anything else."""
+    checkpoint = load_checkpoint(path, "model")
+    header = checkpoint.header
+    with _as_checkpoint_error(path):
+        images = _image_encoder(checkpoint, device, bool(header["image"]["mirror"]))
+        space = TaskSpace.from_tensors(checkpoint.part("space")).to(device)
+        denoiser = _denoiser(checkpoint, images.feature_size).to(device)
+        learned = header["denoiser"]["kind"] != "analytic"
+        return Model(images, Learner(space, denoiser, learned, tuning_from(header["tuning"])), header)
+
+
+def save_classifier(path: Path, classifier: SavedClassifier) -> None:
+    """Write an adapted classifier with everything that prediction needs."""
+    tensors = {f"encoder.{n}": t for n, t in classifier.images.encoder.state_dict().items()}
+    tensors["weights"] = classifier.weights
+    header = {"classes": list(classifier.classes), "scale": classifier.scale, **_image_header(classifier.images)}
+    save_checkpoint(path, "classifier", tensors, header)
+
+
+def load_classifier(path: Path, device: torch.device) -> SavedClassifier:
+    """Read an adapted classifier. Raises CheckpointError for anything else."""
+    checkpoint = load_checkpoint(path, "classifier")
+    header = checkpoint.header
+    with _as_checkpoint_error(path):
+        images = _image_encoder(checkpoint, device, bool(header["image"]["mirror"]))
+        weights = checkpoint.tensors["weights"].to(device)
+        return SavedClassifier(images, weights, tuple(header["classes"]), float(header["scale"]))
+
+
+def tuning_from(values: dict[str, Any]) -> Tuning:
+    """Tuning from a checkpoint's header."""
+    calibrations = {key: Calibration(**values[key]) for key in ("calibration", "prototype_calibration")}
+    return Tuning(**{**values, **calibrations})
+
+
+def _denoiser(checkpoint: Checkpoint, size: int) -> nn.Module:
+    settings = checkpoint.header["denoiser"]
+    denoiser = build_denoiser(settings["kind"], size, settings["width"], settings["depth"], settings["dropout"])
+    denoiser.load_state_dict(checkpoint.part("denoiser"))
+    return denoiser.eval()
+
+
+def _image_encoder(checkpoint: Checkpoint, device: torch.device, mirror: bool) -> ImageEncoder:
+    with _as_checkpoint_error(Path(checkpoint.path)):
+        name, image = checkpoint.header["encoder"], checkpoint.header["image"]
+        encoder = build_encoder(name)
+        encoder.load_state_dict(checkpoint.part("encoder"))
+        encoder = encoder.to(device, memory_format=torch.channels_last).eval()
+        mean, std = tuple(map(float, image["mean"])), tuple(map(float, image["std"]))
+        return ImageEncoder(encoder, name, int(image["size"]), mean, std, mirror, device)
+
+
+def _image_header(images: ImageEncoder) -> dict[str, Any]:
+    image = {"size": images.size, "mean": list(images.mean), "std": list(images.std), "mirror": images.mirror}
+    return {"encoder": images.name, "image": image}
+
+
+class _as_checkpoint_error:
+    """A header that lacks a field, or tensors that do not fit it, is a damaged checkpoint, not our crash."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, KeyError | TypeError | ValueError | RuntimeError | AttributeError):
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"{self.path} does not hold what its header says ({reason})", hint="copy it again, or make it again"
+            ) from error

@@ -1,0 +1,108 @@
+"""What is fitted on validation classes once the denoiser stands: centring, guidance default, calibration, and whether
+the learned part is kept."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metadiff_cli.core.classifier import GUIDANCE_GRID, best_scale, cosine_logits, fit_calibration
+from metadiff_cli.core.episodes import Episodes, episode_batches
+from metadiff_cli.core.evaluation import Protocol, evaluate, mean_interval, method_of, run_through
+from metadiff_cli.core.features import FeatureBank
+from metadiff_cli.core.inference import Learner, Sampling, Tuning, adapt_weights, class_means, ranks_of, seeds_of
+
+EPISODES = 400
+TOLERANCE = 0.25  # percentage points: the largest guidance scale that costs no more is the default, as it trusts least
+SEED = 7919  # added to the seed: these episodes are neither those of selection nor those of the final table
+
+
+def paired_gain(learner: Learner, bank: FeatureBank, protocol: Protocol, device: torch.device) -> tuple[float, float]:
+    """Accuracy of a learner minus that of its analytic form on the same episodes: points and half-width of 95 %."""
+    sampling = Sampling()
+    methods = {
+        "learned": method_of(learner, sampling, protocol),
+        "analytic": method_of(learner.analytic(), sampling, protocol),
+    }
+    scores = run_through(evaluate(bank, methods, protocol, device))
+    first, second = (100 * torch.cat(scores[name].accuracy) for name in ("learned", "analytic"))
+    return mean_interval(first - second)
+
+
+def fit_tuning(learner: Learner, bank: FeatureBank, device: torch.device, *, seed: int, query: int = 15) -> Tuning:
+    """Fit on the classes of `bank`, which should be validation classes. Too few images lower shots and queries."""
+    indices = bank.class_indices()
+    smallest = min(len(rows) for rows in indices)
+    query = max(1, min(query, smallest - 1))
+    ways = [way for way in (5, 10, 20) if way <= len(indices)] or [len(indices)]
+    shots = [shot for shot in (1, 2, 5, 10) if shot + query <= smallest] or [1]
+    tasks = _Tasks(bank, indices, query, seed + SEED, device)
+    tuning = replace(learner.tuning, centred_prototype=_centre_helps(learner, tasks, ways[0], shots))
+    learner = replace(learner, tuning=tuning)
+    learner = replace(learner, tuning=replace(tuning, guidance=_default_guidance(learner, tasks, ways[0])))
+    pairs = [(way, shot) for way in ways for shot in shots]
+    ours = [(*pair, best_scale(*tasks.collect(*pair, _weights(learner)))) for pair in pairs]
+    theirs = [(*pair, best_scale(*tasks.collect(*pair, _prototype(learner)))) for pair in pairs]
+    return replace(learner.tuning, calibration=fit_calibration(ours), prototype_calibration=fit_calibration(theirs))
+
+
+Cosines = Callable[[Tensor, Tensor, Episodes], Tensor]
+
+
+class _Tasks:
+    """Episodes of validation classes, drawn again for each measurement so that every one sees the same."""
+
+    def __init__(
+        self, bank: FeatureBank, indices: list[np.ndarray], query: int, seed: int, device: torch.device
+    ) -> None:
+        self.bank, self.indices, self.query, self.seed, self.device = bank, indices, query, seed, device
+
+    def collect(self, way: int, shot: int, cosines: Cosines) -> tuple[Tensor, Tensor]:
+        """Cosines (M, N) of all queries of all episodes, and their labels (M,)."""
+        values, labels = [], []
+        for part in episode_batches(self.indices, way, shot, self.query, count=EPISODES, batch=25, seed=self.seed):
+            support = torch.from_numpy(self.bank.features[part.support]).to(self.device)
+            query = torch.from_numpy(self.bank.features[part.query]).to(self.device)
+            values.append(cosines(support, query, part).flatten(0, 1).cpu())
+            labels.append(torch.from_numpy(part.labels).flatten())
+        return torch.cat(values), torch.cat(labels)
+
+    def accuracy(self, way: int, shot: int, cosines: Cosines) -> float:
+        """In percent."""
+        values, labels = self.collect(way, shot, cosines)
+        return 100 * float((values.argmax(dim=1) == labels).float().mean())
+
+
+def _weights(learner: Learner, guidance: float | None = None) -> Cosines:
+    sampling = Sampling(guidance=guidance)
+
+    def cosines(support: Tensor, query: Tensor, episodes: Episodes) -> Tensor:
+        weights = adapt_weights(
+            learner, support, sampling, ranks=ranks_of(episodes.classes), seeds=seeds_of(0, 0, len(support))
+        )
+        return cosine_logits(query, weights[0])
+
+    return cosines
+
+
+def _prototype(learner: Learner) -> Cosines:
+    centre = learner.space.mean if learner.tuning.centred_prototype else None
+    return lambda support, query, episodes: cosine_logits(query, class_means(support)[0], centre=centre)
+
+
+def _centre_helps(learner: Learner, tasks: _Tasks, way: int, shots: list[int]) -> bool:
+    totals = []
+    for centred in (False, True):
+        chosen = replace(learner, tuning=replace(learner.tuning, centred_prototype=centred))
+        totals.append(sum(tasks.accuracy(way, shot, _prototype(chosen)) for shot in shots))
+    return totals[1] > totals[0]
+
+
+def _default_guidance(learner: Learner, tasks: _Tasks, way: int) -> float:
+    """The largest scale whose 1-shot accuracy is within TOLERANCE of the best."""
+    accuracies = [tasks.accuracy(way, 1, _weights(learner, a)) for a in GUIDANCE_GRID]
+    return max(
+        a for a, accuracy in zip(GUIDANCE_GRID, accuracies, strict=True) if accuracy >= max(accuracies) - TOLERANCE
+    )
