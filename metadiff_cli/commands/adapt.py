@@ -37,7 +37,7 @@ def adapt(
     as_json: options.AsJson = False,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Classes named per image.")] = 3,
     reject_below: Annotated[
-        float | None, typer.Option("--reject-below", min=0, max=1, help="Give no label below this confidence (0 to 1).")
+        float | None, typer.Option("--reject-below", min=0, max=1, help="Give no label below this confidence (0..1).")
     ] = None,
     steps: options.Steps = None,
     samples: options.Samples = None,
@@ -244,8 +244,8 @@ def _write_table(
         runners = ", ".join(f"{t['label']} {t['confidence']:.0%}" for t in e["top"][1:])
         rows.append((p.path, e["label"] if e["label"] is not None else "(rejected)", f"{e['confidence']:.1%}", runners))
     if rows:
-        screen.table(f"{len(rows)} images, {len(head['classes'])} classes", ("image", "label", "confidence", "runners-up"),
-                     rows, left=2)  # fmt: skip
+        title = f"{len(rows)} images, {len(head['classes'])} classes"
+        screen.table(title, ("image", "label", "confidence", "runners-up"), rows, left=2)
     for line in errors:
         screen.warn(f"no prediction for {line}")
     return len(rows)

@@ -113,8 +113,8 @@ def measure(
 def show_result(document: dict[str, Any], screen: Screen) -> None:
     """The table of a result document."""
     title = (
-        f"{document['way']}-way {document['shot']}-shot, {document['query']} queries a class, {document['split']} classes, "
-        f"{document['episodes']} episodes, {document['protocol']}"
+        f"{document['way']}-way {document['shot']}-shot, {document['query']} queries a class, "
+        f"{document['split']} classes, {document['episodes']} episodes, {document['protocol']}"
     )
     rows = [
         (

@@ -20,7 +20,7 @@ class Queries:
 
 
 def find_queries(given: Iterable[str]) -> Queries:
-    """Expand folders (nested, sorted), globs and `-` (one path a line on stdin). Raises DataError when nothing is left."""
+    """Expand folders (nested, sorted), globs and `-` (one path a line on stdin). Raises DataError for nothing."""
     scan, paths, missing = Scan(), [], []
     for text in given:
         for path in _stdin_paths() if text == "-" else _expand(text):

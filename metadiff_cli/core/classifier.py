@@ -82,7 +82,7 @@ def fit_calibration(points: Sequence[tuple[int, int, float]]) -> Calibration:
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
-    """Expected calibration error in percent: equal-width bins of confidence (M,) against correct (M,) (Guo et al. 2017)."""
+    """Expected calibration error in percent, equal-width bins of confidence (M,) (Guo et al. 2017)."""
     bucket = (confidence * bins).long().clamp(0, bins - 1)
     gap = torch.zeros(bins, dtype=torch.float64)
     gap.index_add_(0, bucket, (confidence - correct.to(confidence)).double())

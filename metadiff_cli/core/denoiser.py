@@ -10,6 +10,7 @@ of a task alike: permuting them permutes the result.
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -117,9 +118,7 @@ class TaskUNet(nn.Module):
         widths = [max(width >> i, 8) for i in range(depth + 1)]
         self.embedding = nn.Sequential(nn.Linear(2 * 32, self.condition), nn.SiLU())
         self.inputs = nn.Linear(inputs, width)
-        self.down = nn.ModuleList(
-            Block(i, o, self.condition, dropout) for i, o in zip(widths, widths[1:], strict=False)
-        )
+        self.down = nn.ModuleList(Block(i, o, self.condition, dropout) for i, o in pairwise(widths))
         self.middle = ClassAttention(widths[-1]) if attention else nn.Identity()
         self.up = nn.ModuleList(
             Block(i, o, self.condition, dropout) for i, o in zip(widths[:0:-1], widths[-2::-1], strict=True)

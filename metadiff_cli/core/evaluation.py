@@ -65,8 +65,9 @@ def method_of(learner: Learner, sampling: Sampling, protocol: Protocol, pool: Po
     """Adaptation with a learner as a method: (support z, query z, episodes, first) -> probabilities (B, M, N)."""
 
     def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
+        seeds = seeds_of(protocol.seed, first, len(support))
         weights = adapt_weights(
-            learner, support, sampling, ranks=ranks_of(episodes.classes), seeds=seeds_of(protocol.seed, first, len(support)),
+            learner, support, sampling, ranks=ranks_of(episodes.classes), seeds=seeds,
             pool=query if protocol.transductive else None, pool_guidance=pool,
         )  # fmt: skip
         scale = learner.tuning.calibration.scale(support.shape[1], support.shape[2])

@@ -161,16 +161,17 @@ class MetaTrainer:
         noise = torch.randn(w0.shape, generator=generator).to(self.device)
         w = add_noise(w0, abar, noise)
         if isinstance(self.denoiser, PaperDenoiser):
-            return F.mse_loss(self.denoiser.epsilon(w, abar, stats), noise)
+            error: Tensor = F.mse_loss(self.denoiser.epsilon(w, abar, stats), noise)
+            return error
         return self._weighted_loss(w, w0, abar, stats, query, torch.from_numpy(episodes.labels).to(self.device))
 
     def _weighted_loss(
         self, w: Tensor, w0: Tensor, abar: Tensor, stats: SupportStats, query: Tensor, labels: Tensor
     ) -> Tensor:
         """Precision-weighted ||x0 - w0||^2 per dimension, plus kappa times the held-out cross-entropy."""
-        x0 = self.denoiser(w, abar, stats)
+        x0: Tensor = self.denoiser(w, abar, stats)
         _, pi = gaussian_posterior(w, abar, stats)
-        loss = (pi * (x0 - w0).square()).mean()
+        loss: Tensor = (pi * (x0 - w0).square()).mean()
         if self.config.kappa == 0:
             return loss
         logits = cosine_logits(query, self.space.to_feature(x0), LOGIT_SCALE)  # (B, M, N)

@@ -102,7 +102,7 @@ def _image_encoder(checkpoint: Checkpoint, device: torch.device, mirror: bool) -
         name, image = checkpoint.header["encoder"], checkpoint.header["image"]
         encoder = build_encoder(name)
         encoder.load_state_dict(checkpoint.part("encoder"))
-        encoder = encoder.to(device, memory_format=torch.channels_last).eval()
+        encoder.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         mean, std = tuple(map(float, image["mean"])), tuple(map(float, image["std"]))
         return ImageEncoder(encoder, name, int(image["size"]), mean, std, mirror, device)
 

@@ -7,6 +7,7 @@ import json
 import pickle
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from metadiff_cli.data.folders import (
     Split,
     from_folders,
     is_image,
+    open_folder,
     scan_classes,
+    subfolders,
 )
 from metadiff_cli.errors import DataError
 
@@ -30,6 +33,19 @@ def split_lists(name: str) -> dict[str, Any]:
     """The published class lists of a benchmark."""
     lists: dict[str, Any] = json.loads((Path(__file__).parent / "splits" / f"{name}.json").read_text(encoding="utf-8"))
     return lists
+
+
+def open_detected(root: Path, seed: int) -> Dataset:
+    """A benchmark that shows itself by its folders and files, else class folders."""
+    csv_files = any((root / f"{name}.csv").is_file() for name in SPLITS) and (root / "images").is_dir()
+    drawings = any((root / inner).is_dir() for inner in (OMNIGLOT_FOLDER, "images_background", "images_evaluation"))
+    found = "mini-imagenet" if csv_files else "omniglot" if drawings else None
+    if (root / "CUB_200_2011" / "images").is_dir():
+        found = "cub"
+    if found is None:
+        return open_folder(root, seed)
+    dataset = LAYOUTS[found](root, seed)
+    return replace(dataset, notes=(f"{root} is read as {found}", *dataset.notes))
 
 
 def open_mini_imagenet(root: Path, seed: int) -> Dataset:
@@ -83,7 +99,7 @@ def open_fc100(root: Path, seed: int) -> Dataset:
 
     def wanted(data: "Cifar") -> dict[str, list[str]]:
         return {
-            split: [fine for fine in data.fine_names if data.parents[fine] in coarse] for split, coarse in lists.items()
+            split: [fine for fine in data.fine_names if data.parents.get(fine) in coarse] for split, coarse in lists.items()
         }
 
     return _cifar(root, "fc100", wanted)
@@ -101,7 +117,11 @@ def _from_lists(root: Path, name: str) -> Dataset:
     missing = wanted - sum(len(found) for found in folders.values())
     if missing == wanted:
         return _own_split_folders(root, name, inside)
-    return _known_folders(root, name, folders, wanted, missing)
+    dataset = _known_folders(root, name, folders, wanted, missing)
+    used = {folder for found in folders.values() for folder in found.values()}
+    unused = sum(folder not in used for place in dict.fromkeys(places.values()) for folder in subfolders(place))
+    note = f"{unused} folders are not among the classes of {name} here and are left out"
+    return replace(dataset, notes=(*dataset.notes, note)) if unused else dataset
 
 
 def _own_split_folders(root: Path, name: str, inside: list[str]) -> Dataset:
@@ -137,8 +157,11 @@ def _from_csv(root: Path) -> Dataset:
 
 
 def _csv_split(root: Path, path: Path, name: str) -> Split:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [(row[0], row[1]) for row in csv.reader(file) if len(row) >= 2 and is_image(Path(row[0]))]
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [(row[0], row[1]) for row in csv.reader(file) if len(row) >= 2 and is_image(Path(row[0]))]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read ({error})", hint="expected lines `filename,label` in UTF-8") from error
     if not rows:
         raise DataError(f"{path} lists no images", hint="expected lines `filename,label` below a header")
     classes = sorted({label for _, label in rows})
@@ -166,9 +189,11 @@ class Cifar:
         try:
             pixels = np.concatenate([np.asarray(part["data"], dtype=np.uint8) for part in parts])
             self.images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-            self.fine = np.concatenate([np.asarray(part["fine_labels"]) for part in parts])
+            self.fine = np.concatenate([np.asarray(part["fine_labels"], dtype=np.int64) for part in parts])
             self.fine_names = [str(name) for name in meta["fine_label_names"]]
-            coarse = np.concatenate([np.asarray(part["coarse_labels"]) for part in parts])
+            coarse = np.concatenate([np.asarray(part["coarse_labels"], dtype=np.int64) for part in parts])
+            if not len(self.images) == len(self.fine) == len(coarse):
+                raise ValueError(f"{len(self.images)} images, {len(self.fine)} labels")
             names = [str(name) for name in meta["coarse_label_names"]]
             self.parents = {
                 self.fine_names[f]: names[c] for f, c in set(zip(self.fine.tolist(), coarse.tolist(), strict=True))
@@ -214,11 +239,18 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}:
             return np.empty(0).__reduce__()[0]  # wherever this numpy keeps it
-        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
-            return getattr(np, name)
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if (module, name) == ("numpy", "dtype"):
+            return _dtype
         if (module, name) == ("_codecs", "encode"):
             return codecs.encode
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no image batch needs")
+
+
+def _dtype(kind: Any, align: Any = False, copy: Any = False) -> Any:
+    """`np.dtype`, for which old pickles have 0 and 1 where newer versions of numpy insist on booleans."""
+    return np.dtype(kind, align=bool(align), copy=bool(copy))
 
 
 def load_pickle(path: Path) -> dict[str, Any]:

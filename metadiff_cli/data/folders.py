@@ -1,8 +1,8 @@
 """Folders of images -> splits of classes: which files belong to which class of which split. No pixels are read here."""
 
 import difflib
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,11 +49,12 @@ class Scan:
 def open_dataset(root: Path, *, layout: str = "auto", seed: int = 0) -> Dataset:
     """Find the splits below `root`. Raises DataError with the next step when there is nothing to use.
 
-    `layout` is "auto", "folder" or a known benchmark (data/benchmarks.py).
+    `layout` is "auto", "folder" or a known benchmark (data/benchmarks.py). "auto" knows the benchmarks whose folders
+    could not be classes, and takes everything else as class folders.
     """
-    from metadiff_cli.data.benchmarks import LAYOUTS  # it builds on the functions below
+    from metadiff_cli.data.benchmarks import LAYOUTS, open_detected  # they build on the functions below
 
-    openers: dict[str, Callable[[Path, int], Dataset]] = {"auto": open_folder, "folder": open_folder, **LAYOUTS}
+    openers: dict[str, Callable[[Path, int], Dataset]] = {"auto": open_detected, "folder": open_folder, **LAYOUTS}
     if layout not in openers:
         close = difflib.get_close_matches(layout, openers, n=1)
         raise ConfigError(
@@ -73,14 +74,23 @@ def check_folder(root: Path) -> None:
 
 def open_folder(root: Path, seed: int) -> Dataset:
     """root/{train,val,test}/<class>/* where the only children are such splits, else root/<class>/* split by class."""
-    children = subfolders(root)
+    children, name = subfolders(root), root.resolve().name  # "." has no name of its own
     scan = Scan()
     if children and all(child.name in SPLITS for child in children):
         splits = {child.name: scan_classes(child, name=child.name, scan=scan) for child in children}
-        return Dataset(root.name, str(root), _ordered(splits), skipped=scan.skipped)
+        return Dataset(name, str(root), _ordered(splits), skipped=scan.skipped)
     whole = scan_classes(root, name="all", scan=scan)
     splits, note = split_by_class(whole, seed)
-    return Dataset(root.name, str(root), splits, (note,), scan.skipped)
+    return Dataset(name, str(root), splits, (note,), scan.skipped)
+
+
+def scan_images(root: Path) -> list[Path]:
+    """All images below a folder, in sorted order. Raises DataError when there is none."""
+    check_folder(root)
+    found = list(walk_images(root, Scan()))
+    if not found:
+        raise DataError(f"{root} has no images", hint=f"expected files such as {', '.join(sorted(IMAGE_SUFFIXES))}")
+    return found
 
 
 def scan_classes(root: Path, *, name: str = "support", scan: Scan | None = None) -> Split:
@@ -89,8 +99,7 @@ def scan_classes(root: Path, *, name: str = "support", scan: Scan | None = None)
     scan = scan if scan is not None else Scan()
     folders = subfolders(root)
     if not folders:
-        loose = any(is_image(path) for path in root.iterdir())
-        what = "has images but no class folders" if loose else "has no class folders"
+        what = "has images but no class folders" if _has_loose_images(root) else "has no class folders"
         raise DataError(f"{root} {what}", hint="make one folder per class: DIR/cat/1.jpg, DIR/dog/1.jpg")
     return from_folders({folder.name: folder for folder in folders}, name=name, root=root, scan=scan)
 
@@ -113,21 +122,15 @@ def walk_images(folder: Path, scan: Scan) -> Iterator[Path]:
 
 
 def _walk(folder: Path, scan: Scan, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    try:
+    with _readable(folder):
         status = folder.stat()
-        identity = (status.st_dev, status.st_ino)
-        if identity in above:
-            return  # a symbolic link that leads back up
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror})", hint="check its permissions") from error
-    for entry in entries:
-        if _ignored(entry.name):
-            continue
-        path = Path(entry.path)
-        if entry.is_dir():
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return  # a symbolic link that leads back up
+    for path in _entries(folder):
+        if path.is_dir():
             yield from _walk(path, scan, (*above, identity))
-        elif is_image(path):
+        elif is_image(path) and not _is_special(path):
             yield path
         else:
             scan.skipped += 1
@@ -135,7 +138,30 @@ def _walk(folder: Path, scan: Scan, above: tuple[tuple[int, int], ...]) -> Itera
 
 def subfolders(root: Path) -> list[Path]:
     """Visible folders directly below `root`, sorted by name."""
-    return sorted((p for p in root.iterdir() if p.is_dir() and not _ignored(p.name)), key=lambda p: p.name)
+    return [path for path in _entries(root) if path.is_dir()]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is visible directly in a folder, sorted by name."""
+    with _readable(folder):
+        return sorted((p for p in folder.iterdir() if not _ignored(p.name)), key=lambda p: p.name)
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror})", hint="check its permissions") from error
+
+
+def _has_loose_images(root: Path) -> bool:
+    return any(is_image(path) for path in _entries(root))
+
+
+def _is_special(path: Path) -> bool:
+    """A pipe, socket or device: reading one could wait for ever. A dangling link is none: it is reported as broken."""
+    return path.exists() and not path.is_file()
 
 
 def is_image(path: Path) -> bool:
@@ -151,9 +177,8 @@ def split_by_class(whole: Split, seed: int) -> tuple[dict[str, Split], str]:
     """64 : 16 : 20 % of the classes, drawn with the seed; few classes are all kept for testing."""
     count = len(whole.classes)
     if count < FEWEST_TO_SPLIT:
-        return {
-            "test": take(whole, "test", range(count))
-        }, f"{count} classes are too few to split: all are test classes"
+        what = "1 class is" if count == 1 else f"{count} classes are"
+        return {"test": take(whole, "test", range(count))}, f"{what} too few to split: all are test classes"
     val, test = max(2, round(0.16 * count)), max(2, round(0.2 * count))
     order = np.random.default_rng(seed).permutation(count)
     parts = {"train": order[: count - val - test], "val": order[count - val - test : count - test]}
@@ -163,7 +188,7 @@ def split_by_class(whole: Split, seed: int) -> tuple[dict[str, Split], str]:
     return splits, f"no train, val, test folders: {count} classes are split by class with seed {seed} into {sizes}"
 
 
-def take(whole: Split, name: str, chosen: "range | list[int]") -> Split:
+def take(whole: Split, name: str, chosen: Sequence[int]) -> Split:
     """The classes `chosen` of a split, as a split of its own."""
     position = {c: i for i, c in enumerate(chosen)}
     rows = [i for i, label in enumerate(whole.labels) if label in position]

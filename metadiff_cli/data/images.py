@@ -14,7 +14,7 @@ from metadiff_cli.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF")  # no others: EPS would start a program
-MAX_PIXELS = 150_000_000  # RGB of that takes 450 MB; more is a decompression bomb. Pillow itself refuses 179 million
+MAX_PIXELS = 178_000_000  # RGB of that takes 534 MB; more is a decompression bomb, and Pillow refuses 179 million
 
 
 def load_rgb(source: Path | BinaryIO, size: int | None = None) -> Image.Image:

@@ -70,7 +70,8 @@ def colour_jitter(pixels: Tensor, strength: float, generator: torch.Generator) -
     mean = (pixels.mean(dim=(2, 3), keepdim=True) * luma).sum(dim=1, keepdim=True)
     pixels = (mean + (pixels - mean) * contrast).clamp_(0, 1)
     grey = (pixels * luma).sum(dim=1, keepdim=True)
-    return (grey + (pixels - grey) * saturation).clamp_(0, 1)
+    out: Tensor = (grey + (pixels - grey) * saturation).clamp_(0, 1)
+    return out
 
 
 def rotate_quarters(images: Tensor, quarters: Tensor) -> Tensor:
