@@ -99,7 +99,8 @@ def open_fc100(root: Path, seed: int) -> Dataset:
 
     def wanted(data: "Cifar") -> dict[str, list[str]]:
         return {
-            split: [fine for fine in data.fine_names if data.parents.get(fine) in coarse] for split, coarse in lists.items()
+            split: [fine for fine in data.fine_names if data.parents.get(fine) in coarse]
+            for split, coarse in lists.items()
         }
 
     return _cifar(root, "fc100", wanted)

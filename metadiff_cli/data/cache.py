@@ -8,18 +8,21 @@ Two steps, so that a second run starts at once and a moved or copied folder is n
 import hashlib
 import json
 import os
+import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 from filelock import FileLock
+from PIL import Image
 
 from metadiff_cli.data.folders import Split
-from metadiff_cli.data.images import load_square
+from metadiff_cli.data.images import load_square, to_square
 from metadiff_cli.errors import DataError
 from metadiff_cli.paths import atomic, write_text
 
@@ -31,7 +34,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class DecodedSplit:
-    """The images of a split that could be read: `images` (n, S, S, 3) uint8, memory-mapped; `labels` (n,)."""
+    """The images of a split that could be read: `images` (n, S, S, 3) uint8, memory-mapped; `labels` (n,) int64.
+
+    `broken` has path and reason of the others. `key` identifies images, labels, class names and size.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -40,6 +46,13 @@ class DecodedSplit:
     images: np.ndarray
     broken: tuple[tuple[str, str], ...]
     key: str
+    notes: tuple[str, ...] = ()
+
+
+class _Hash(Protocol):
+    def update(self, data: bytes, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
 
 
 def no_progress(done: int, total: int) -> None:
@@ -51,19 +64,24 @@ def decode_split(
 ) -> DecodedSplit:
     """The decoded images of a split, from `folder` when they are there, else decoded in parallel and kept.
 
-    A folder that cannot be written to is replaced by a temporary one. Raises DataError when a class has no image that
-    can be read.
+    A folder that cannot be written to is replaced by a temporary one, which `notes` tells. Raises DataError when a
+    class has no image that can be read.
     """
-    folder = _writable(folder)
-    index = folder / f"{_signature(split, size)}.json"
-    with FileLock(f"{index}.lock"):
-        found = _lookup(split, folder, index)
+    assert split.paths, "a split has images"
+    signature = _signature(split, size)
+    found = _lookup(split, size, folder, signature)  # no lock: files appear whole, and the folder may be read-only
+    if found is not None:
+        return found
+    place = _writable(folder)
+    with FileLock(place / f"{signature}.lock"):
+        found = _lookup(split, size, place, signature)
         if found is None:
-            key, broken = _fill(split, size, folder, workers, progress)
-            write_text(index, json.dumps({"key": key, "broken": broken}))
-            found = _lookup(split, folder, index)
+            key, broken = _fill(split, size, place, workers, progress)
+            write_text(place / f"{signature}.json", json.dumps({"key": key, "broken": broken}))
+            found = _lookup(split, size, place, signature)
     assert found is not None
-    return found
+    note = f"{folder} cannot be written to: decoded images are kept in {place}"
+    return found if place == folder else replace(found, notes=(note,))
 
 
 def decode_images(
@@ -90,10 +108,15 @@ def decode_images(
 
 
 def channel_statistics(images: np.ndarray, limit: int = 4096) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel, in 0..1, of at most `limit` evenly spaced images (n, S, S, 3)."""
+    """Mean and standard deviation per channel, in 0..1, of at most `limit` evenly spaced images (n, S, S, 3) uint8."""
     chosen = np.unique(np.linspace(0, len(images) - 1, min(limit, len(images))).astype(np.int64))
-    pixels = np.asarray(images[chosen], dtype=np.float64) / 255
-    mean, std = pixels.mean(axis=(0, 1, 2)), pixels.std(axis=(0, 1, 2))
+    counts = np.zeros((3, 256), dtype=np.int64)  # a histogram is exact and needs no copy of the images as floats
+    for row in chosen:
+        for channel in range(3):
+            counts[channel] += np.bincount(images[row, ..., channel].ravel(), minlength=256)
+    shares, levels = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
+    mean = shares @ levels  # (3,)
+    std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(axis=1))
     return [float(m) for m in mean], [float(max(s, 1e-3)) for s in std]
 
 
@@ -104,19 +127,22 @@ def _signature(split: Split, size: int) -> str:
         digest.update(np.ascontiguousarray(split.pixels).tobytes())
     else:
         for path in split.paths:
-            status = _stat(path)
-            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+            digest.update(f"{path}\0{_facts(path)}\n".encode(errors="surrogateescape"))
     return "s" + digest.hexdigest()[:31]
 
 
-def _stat(path: str) -> os.stat_result:
+def _facts(path: str) -> str:
+    """Size and times of a file. One that cannot be looked at is an image that cannot be read, and listed as such."""
     try:
-        return os.stat(path)
+        status = os.stat(path)
     except OSError as error:
-        raise DataError(f"{path} is gone ({error.strerror})", hint="run the command again") from error
+        return f"unreadable {error.errno}"
+    return (
+        f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"  # ctime: permissions, and edits with mtime kept
+    )
 
 
-def _digest(split: Split, size: int) -> Any:
+def _digest(split: Split, size: int) -> _Hash:
     head = {"version": VERSION, "size": size, "classes": split.classes, "labels": split.labels}
     return hashlib.sha256(json.dumps(head).encode())
 
@@ -131,25 +157,32 @@ def _content_key(split: Split, size: int) -> str:
                 digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
             except OSError as error:
                 digest.update(f"unreadable {error.errno}".encode())
-    return str(digest.hexdigest()[:32])
+    return digest.hexdigest()[:32]
 
 
-def _lookup(split: Split, folder: Path, index: Path) -> DecodedSplit | None:
+def _lookup(split: Split, size: int, folder: Path, signature: str) -> DecodedSplit | None:
     """What the index points at; None when index or array are missing or damaged, so that they are made again."""
     try:
-        entry = json.loads(index.read_text(encoding="utf-8"))
-        array: np.ndarray = np.load(folder / f"{entry['key']}.npy", mmap_mode="r", allow_pickle=False)
-        broken = tuple((split.paths[i], str(reason)) for i, reason in entry["broken"])
-        unreadable = {int(i) for i, _ in entry["broken"]}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError):
+        entry = json.loads((folder / f"{signature}.json").read_text(encoding="utf-8"))
+        key, reasons = str(entry["key"]), {int(i): str(reason) for i, reason in entry["broken"]}
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    rows = [i for i in range(len(split.paths)) if i not in unreadable]
-    if len(array) != len(rows):
+    rows = [i for i in range(len(split.paths)) if i not in reasons]
+    array = _open_array(folder / f"{key}.npy", len(split.paths) - len(reasons), size)
+    if array is None or len(rows) != len(array):
         return None
     labels = np.array([split.labels[i] for i in rows], dtype=np.int64)
-    return DecodedSplit(
-        split.name, split.classes, tuple(split.paths[i] for i in rows), labels, array, broken, str(entry["key"])
-    )
+    broken = tuple((split.paths[i], reason) for i, reason in reasons.items())
+    return DecodedSplit(split.name, split.classes, tuple(split.paths[i] for i in rows), labels, array, broken, key)
+
+
+def _open_array(path: Path, count: int, size: int) -> np.ndarray | None:
+    """The array (count, size, size, 3) of a cache file, read-only; None when it is missing, cut short or another."""
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return array if array.shape == (count, size, size, 3) and array.dtype == np.uint8 else None
 
 
 def _fill(
@@ -159,15 +192,19 @@ def _fill(
     key = _content_key(split, size)
     array, facts = folder / f"{key}.npy", folder / f"{key}.json"
     with FileLock(f"{array}.lock"):
-        if array.is_file() and facts.is_file():
-            try:
-                np.load(array, mmap_mode="r", allow_pickle=False)
-                return key, [(int(i), str(r)) for i, r in json.loads(facts.read_text(encoding="utf-8"))]
-            except (OSError, ValueError, TypeError, EOFError):
-                pass  # damaged: decoded again below
-        broken = _decode_into(split, size, array, workers, progress)
-        write_text(facts, json.dumps(broken))
+        broken = _known_broken(facts, len(split.paths))
+        if broken is None or _open_array(array, len(split.paths) - len(broken), size) is None:
+            broken = _decode_into(split, size, array, workers, progress)
+            write_text(facts, json.dumps(broken))
     return key, broken
+
+
+def _known_broken(facts: Path, total: int) -> list[tuple[int, str]] | None:
+    try:
+        broken = {int(i): str(reason) for i, reason in json.loads(facts.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError):
+        return None
+    return list(broken.items()) if all(0 <= i < total for i in broken) else None
 
 
 def _decode_into(
@@ -175,6 +212,7 @@ def _decode_into(
 ) -> list[tuple[int, str]]:
     broken: list[tuple[int, str]] = []
     total = len(split.paths)
+    _check_room(array.parent, total * size * size * 3)
     with atomic(array) as temporary:
         out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(total, size, size, 3))
         for i, pixels in enumerate(_pixels(split, size, workers)):
@@ -191,26 +229,31 @@ def _decode_into(
     return broken
 
 
+def _check_room(folder: Path, needed: int) -> None:
+    """A memory-mapped file that outgrows its disk ends the process with a bus error, so ask before."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DataError(
+            f"decoded images need {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB left",
+            hint="make room, or set METADIFF_CACHE_DIR to a folder on another disk",
+        )
+
+
 def _shorten(path: Path, count: int) -> None:
     """Keep the first `count` images: the broken ones left room at the end."""
     whole = np.load(path, mmap_mode="r", allow_pickle=False)
     with tempfile.TemporaryDirectory(dir=path.parent) as place:
         shorter = Path(place) / "images.npy"
         np.save(shorter, whole[:count])
+        del whole  # some systems replace no file that is still mapped
         os.replace(shorter, path)
 
 
 def _pixels(split: Split, size: int, workers: int | None) -> Iterator[np.ndarray | str]:
-    if split.pixels is None:
-        for _, pixels in decode_images([Path(path) for path in split.paths], size, workers=workers):
-            yield pixels
-        return
-    from PIL import Image
-
-    from metadiff_cli.data.images import to_square
-
-    for pixels in split.pixels:
-        yield to_square(Image.fromarray(pixels), size)
+    if split.pixels is not None:
+        yield from (to_square(Image.fromarray(pixels), size) for pixels in split.pixels)
+    else:
+        yield from (found for _, found in decode_images([Path(p) for p in split.paths], size, workers=workers))
 
 
 def _check_classes(split: Split, broken: list[tuple[int, str]]) -> None:
@@ -222,9 +265,24 @@ def _check_classes(split: Split, broken: list[tuple[int, str]]) -> None:
 
 
 def _writable(folder: Path) -> Path:
+    """`folder`, or where nothing can be written there, a new temporary folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="metadiff-"))
+        return _own_temporary()
+
+
+def _own_temporary() -> Path:
+    """One folder per user, found again by later runs; a new one where its name is taken by somebody else."""
+    user = os.getuid() if hasattr(os, "getuid") else None
+    place = Path(tempfile.gettempdir()) / f"metadiff-{user}"
+    try:
+        place.mkdir(mode=0o700, exist_ok=True)
+        status = place.lstat()
+        if user is not None and stat.S_ISDIR(status.st_mode) and status.st_uid == user:
+            return place
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="metadiff-"))

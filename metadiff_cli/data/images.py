@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from metadiff_cli.errors import DataError
 
@@ -98,7 +98,7 @@ def _reason(error: Exception) -> str:
         return error.strerror
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {MAX_PIXELS // 1_000_000} million pixels"
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not an image, or damaged"
     return (str(error) or type(error).__name__).splitlines()[0]
 

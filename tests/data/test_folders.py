@@ -1,0 +1,199 @@
+"""Which files belong to which class of which split."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metadiff_cli.data.folders import (
+    Dataset,
+    Split,
+    all_classes,
+    open_dataset,
+    require_split,
+    scan_classes,
+    scan_images,
+    split_by_class,
+)
+from metadiff_cli.errors import DataError, MetaDiffError
+
+
+def touch(root: Path, *names: str) -> Path:
+    """Empty files: folders are read without looking into images."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def class_folders(root: Path, count: int, images: int = 2) -> Path:
+    return touch(root, *(f"class{c:02d}/{i}.png" for c in range(count) for i in range(images)))
+
+
+def labelled(split: Split) -> set[tuple[str, str]]:
+    """Pairs of class and file name."""
+    return {(split.classes[label], Path(p).name) for p, label in zip(split.paths, split.labels, strict=True)}
+
+
+def test_split_folders(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a/1.png", "train/b/1.png", "val/c/1.JPG", "test/d/1.webp")
+    dataset = open_dataset(tmp_path)
+    assert {name: split.classes for name, split in dataset.splits.items()} == {
+        "train": ("a", "b"),
+        "val": ("c",),
+        "test": ("d",),
+    }
+    assert (dataset.notes, dataset.skipped, dataset.name) == ((), 0, tmp_path.name)
+
+
+def test_one_split_folder_is_enough(tmp_path: Path) -> None:
+    dataset = open_dataset(touch(tmp_path, "val/a/1.png", ".DS_Store", "README.md"))
+    assert list(dataset.splits) == ["val"]
+
+
+def test_a_class_beside_train_makes_train_a_class(tmp_path: Path) -> None:
+    dataset = open_dataset(touch(tmp_path, "train/x/1.png", "bus/1.png"))
+    assert dataset.splits["test"].classes == ("bus", "train")
+
+
+def test_class_folders_are_split_by_class_and_it_is_said(tmp_path: Path) -> None:
+    dataset = open_dataset(class_folders(tmp_path, 20), seed=3)
+    assert [len(s.classes) for s in dataset.splits.values()] == [13, 3, 4]
+    assert "20 classes" in dataset.notes[0] and "seed 3" in dataset.notes[0] and "13 / 3 / 4" in dataset.notes[0]
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_few_classes_are_all_for_testing(tmp_path: Path, count: int) -> None:
+    dataset = open_dataset(class_folders(tmp_path, count))
+    assert list(dataset.splits) == ["test"] and len(dataset.splits["test"].classes) == count
+    assert "too few" in dataset.notes[0]
+
+
+def test_six_classes_give_two_to_each_split(tmp_path: Path) -> None:
+    assert [len(s.classes) for s in open_dataset(class_folders(tmp_path, 6)).splits.values()] == [2, 2, 2]
+
+
+@given(count=st.integers(1, 120), images=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
+def test_split_by_class_is_a_partition_and_follows_the_seed(count: int, images: int, seed: int) -> None:
+    labels = tuple(c for c in range(count) for _ in range(images))
+    paths = tuple(f"{c}/{i}.png" for c in range(count) for i in range(images))
+    whole = Split("all", tuple(f"class{c:03d}" for c in range(count)), paths, labels, "root")
+    splits, _ = split_by_class(whole, seed)
+    kept = [cls for split in splits.values() for cls in split.classes]
+    assert sorted(kept) == list(whole.classes)
+    assert sorted(path for split in splits.values() for path in split.paths) == sorted(paths)
+    assert all(split.classes[label] == f"class{int(path.split('/')[0]):03d}"
+               for split in splits.values() for path, label in zip(split.paths, split.labels, strict=True))  # fmt: skip
+    assert split_by_class(whole, seed)[0] == splits
+    if count >= 6:
+        assert min(len(split.classes) for split in splits.values()) >= 2
+
+
+def test_another_seed_gives_another_split(tmp_path: Path) -> None:
+    class_folders(tmp_path, 30)
+    drawn = {open_dataset(tmp_path, seed=seed).splits["train"].classes for seed in range(5)}
+    assert len(drawn) > 1
+
+
+def test_order_is_sorted_and_nested_folders_belong_to_their_class(tmp_path: Path) -> None:
+    split = scan_classes(touch(tmp_path, "b/2.png", "b/1.png", "a/deep/er/3.png", "a/0.png"))
+    assert split.classes == ("a", "b")
+    assert [Path(path).relative_to(tmp_path).as_posix() for path in split.paths] == [
+        "a/0.png",
+        "a/deep/er/3.png",
+        "b/1.png",
+        "b/2.png",
+    ]
+
+
+def test_hidden_things_are_ignored_and_other_files_counted(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.png", "a/._1.png", "a/Thumbs.db", "a/notes.txt", "a/.cache/2.png")
+    touch(tmp_path, "__MACOSX/a/1.png", ".git/b/1.png", "b/1.png", "b/movie.mp4")
+    dataset = open_dataset(tmp_path)
+    assert labelled(dataset.splits["test"]) == {("a", "1.png"), ("b", "1.png")}
+    assert dataset.skipped == 2
+
+
+def test_class_names_are_any_unicode(tmp_path: Path) -> None:
+    names = ("Vögel", "狐", "a b [c]", "🦊")
+    assert set(scan_classes(touch(tmp_path, *(f"{name}/1.png" for name in names))).classes) == set(names)
+
+
+def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
+    touch(tmp_path, "data/a/1.png", "elsewhere/2.png")
+    (tmp_path / "data/a/up").symlink_to(tmp_path / "data", target_is_directory=True)
+    (tmp_path / "data/a/self").symlink_to("self")
+    (tmp_path / "data/a/more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    names = [Path(path).name for path in scan_images(tmp_path / "data")]
+    assert names.count("2.png") >= 1 and len(names) < 10
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.png")
+    os.mkfifo(tmp_path / "a/2.png")
+    assert len(scan_classes(tmp_path).paths) == 1
+
+
+def test_scan_images_is_recursive(tmp_path: Path) -> None:
+    touch(tmp_path, "q/2.jpg", "q/sub/1.png", "q/x.txt")
+    assert [path.name for path in scan_images(tmp_path / "q")] == ["2.jpg", "1.png"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty has no images"):
+        scan_images(tmp_path / "empty")
+
+
+def test_errors_name_the_folder_and_the_next_step(tmp_path: Path) -> None:
+    touch(tmp_path, "file", "flat/1.png", "classes/cat/1.png", "classes/dog/notes.txt")
+    (tmp_path / "empty").mkdir()
+    for name, message in {
+        "gone": "does not exist",
+        "file": "is a file",
+        "flat": "has images but no class folders",
+        "empty": "has no class folders",
+        "classes": "class 'dog' .* has no images",
+    }.items():
+        with pytest.raises(DataError, match=message) as caught:
+            open_dataset(tmp_path / name)
+        assert caught.value.hint
+
+
+def test_unknown_layout_has_a_suggestion(tmp_path: Path) -> None:
+    with pytest.raises(MetaDiffError, match="did you mean 'mini-imagenet'") as caught:
+        open_dataset(tmp_path, layout="mini-imagnet")
+    assert "mini-imagnet" in caught.value.message
+
+
+def test_a_relative_root_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(class_folders(tmp_path, 2))
+    assert open_dataset(Path(".")).name == tmp_path.name
+
+
+def test_require_split_names_what_there_is(tmp_path: Path) -> None:
+    dataset = open_dataset(touch(tmp_path, "train/a/1.png", "val/b/1.png"))
+    assert require_split(dataset, "val").classes == ("b",)
+    assert require_split(dataset, "all").classes == ("a", "b")
+    with pytest.raises(DataError, match=r"no test classes .*train, val"):
+        require_split(dataset, "test")
+
+
+def test_all_classes_is_the_union(tmp_path: Path) -> None:
+    class_folders(tmp_path, 10)
+    dataset = open_dataset(tmp_path)
+    union = all_classes(dataset)
+    assert union.classes == tuple(f"class{c:02d}" for c in range(10))
+    assert {p: union.classes[i] for p, i in zip(union.paths, union.labels, strict=True)} == {
+        str(path): path.parent.name for path in tmp_path.rglob("*.png")
+    }
+
+
+def test_all_classes_keeps_pixels_beside_their_labels() -> None:
+    def part(name: str, cls: str, value: int) -> Split:
+        return Split(name, (cls,), (f"{cls}/0",), (0,), "r", np.full((1, 2, 2, 3), value, dtype=np.uint8))
+
+    union = all_classes(Dataset("d", "r", {"train": part("train", "z", 9), "val": part("val", "a", 5)}))
+    assert union.classes == ("a", "z") and union.labels == (1, 0)
+    assert union.pixels is not None and union.pixels[:, 0, 0, 0].tolist() == [9, 5]
