@@ -134,7 +134,7 @@ class MetaTrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.initial_seed())  # dropout draws from the default generator
             loss = self.loss(episodes, generator)
-        value = float(loss)
+        value = float(loss.detach())
         if not math.isfinite(value):
             raise MetaDiffError(
                 f"the loss became {value} at step {self.step + 1}; the best denoiser so far is kept",

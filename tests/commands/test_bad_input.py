@@ -1,0 +1,190 @@
+"""Bad input: every case has a message that names the thing and the next step, and the exit code of the design."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COLOURS, SMALL, Result, paint
+from safetensors.torch import save_file
+
+from metadiff_cli.core.checkpoint import load_checkpoint, save_checkpoint
+
+CLI = Callable[..., Result]
+
+
+def assert_refused(result: Result, code: int, *words: str) -> None:
+    assert result.code == code, result.err
+    assert result.out == ""
+    assert "Traceback" not in result.err
+    for word in (*words, "try:"):
+        assert word in result.err, result.err
+
+
+def test_missing_folder(cli: CLI, tmp_path: Path) -> None:
+    assert_refused(cli("pretrain", "--data", tmp_path / "nowhere", "--out", tmp_path / "run"), 3, "nowhere", "--data")
+
+
+def test_missing_support(cli: CLI, photos: Path, checkpoint: Path) -> None:
+    result = cli("adapt", "-S", photos / "nowhere", "-Q", photos / "query", "-c", checkpoint)
+    assert_refused(result, 3, "nowhere")
+
+
+def test_empty_class(cli: CLI, photos: Path, checkpoint: Path) -> None:
+    (photos / "support" / "void").mkdir()
+    result = cli("adapt", "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint)
+    assert_refused(result, 3, "'void'", "no images")
+
+
+def test_one_class_only(cli: CLI, tmp_path: Path, checkpoint: Path) -> None:
+    paint(tmp_path / "support" / "only" / "1.png", COLOURS["red"], seed=0)
+    paint(tmp_path / "q.png", COLOURS["red"], seed=1)
+    assert_refused(cli("adapt", "-S", tmp_path / "support", "-Q", tmp_path / "q.png", "-c", checkpoint), 3, "'only'")
+
+
+def test_too_few_images_for_the_episodes(cli: CLI, checkpoint: Path) -> None:
+    result = cli("evaluate", "-c", checkpoint, "--shot", "5", "--query", "15")
+    assert_refused(result, 3, "class 'glyph-", "has 12 images", "needs 20", "--query")
+
+
+def test_too_few_classes_for_the_way(cli: CLI, checkpoint: Path) -> None:
+    assert_refused(cli("evaluate", "-c", checkpoint, "--way", "50", "--query", "3"), 3, "50", "8", "--way")
+
+
+def test_a_class_of_files_that_are_no_images(cli: CLI, photos: Path, checkpoint: Path) -> None:
+    for path in (photos / "support" / "green").iterdir():
+        path.write_bytes(b"this is text")
+    result = cli("adapt", "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint)
+    assert_refused(result, 3, "'green'", "can be read")
+
+
+def test_broken_training_images_are_named_and_counted(cli: CLI, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for c in range(5):
+            for i in range(4):
+                paint(tmp_path / "set" / split / f"c{c}" / f"{i}.png", (50 * c, 90, 200), seed=9 * c + i)
+    (tmp_path / "set" / "train" / "c1" / "broken.png").write_bytes(b"x")
+    result = cli("pretrain", "--data", tmp_path / "set", "--out", tmp_path / "run", "--set", "data.size=16",
+                 "--epochs", "1", "--set", "pretrain.batch=4")  # fmt: skip
+    assert result.code == 0, result.err
+    assert "broken.png" in result.err and "1 of 21 train images" in result.err
+
+
+def test_unknown_preset(cli: CLI, tmp_path: Path) -> None:
+    result = cli("metatrain", "--preset", "glyphs-5w1", "--out", tmp_path / "run")
+    assert_refused(result, 2, "glyphs-5w1", "did you mean 'glyphs-5w1s'")
+
+
+def test_unknown_keys_are_reported_together(cli: CLI, tmp_path: Path) -> None:
+    result = cli("metatrain", "--preset", "glyphs-5w1s", "--out", tmp_path / "run", "--set", "pretrain.epoch=3",
+                 "--set", "metatrain.steps=-1")  # fmt: skip
+    assert_refused(result, 2, "pretrain.epoch", "did you mean 'epochs'", "metatrain.steps")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("flag", "value", "word"), [("--controls", "magic", "magic"), ("--split", "best", "best"),
+                                                     ("--device", "tpu", "tpu"), ("--guidance", "x", "auto")])  # fmt: skip
+def test_unknown_values(cli: CLI, checkpoint: Path, flag: str, value: str, word: str) -> None:
+    assert_refused(cli("evaluate", "-c", checkpoint, flag, value), 2, word)
+
+
+def test_usage_errors_are_exit_code_2(cli: CLI) -> None:
+    assert cli("evaluate", "--episodes", "0").code == 2
+    assert cli("adapt").code == 2
+    assert cli("nonsense").code == 2
+
+
+def test_missing_checkpoint(cli: CLI, tmp_path: Path) -> None:
+    assert_refused(cli("evaluate", "-c", tmp_path / "no.safetensors"), 4, "no.safetensors", "does not exist")
+
+
+def test_checkpoint_of_another_kind(cli: CLI, small_run: Path) -> None:
+    result = cli("evaluate", "-c", small_run / "encoder.safetensors")
+    assert_refused(result, 4, "an encoder", "a full model", "metatrain")
+
+
+def test_checkpoint_of_another_version(cli: CLI, checkpoint: Path, tmp_path: Path) -> None:
+    import json
+
+    from safetensors import safe_open
+
+    kept = load_checkpoint(checkpoint)
+    with safe_open(checkpoint, framework="pt") as file:
+        header = json.loads(file.metadata()["metadiff"])
+    header["format"] = 99
+    save_file(kept.tensors, tmp_path / "new.safetensors", metadata={"metadiff": json.dumps(header)})
+    assert_refused(cli("evaluate", "-c", tmp_path / "new.safetensors"), 4, "format 99", "install")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5])
+def test_truncated_checkpoint(cli: CLI, checkpoint: Path, tmp_path: Path, keep: float) -> None:
+    whole = checkpoint.read_bytes()
+    cut = whole[: int(keep if isinstance(keep, int) else keep * len(whole))]
+    (tmp_path / "cut.safetensors").write_bytes(cut)
+    assert_refused(cli("evaluate", "-c", tmp_path / "cut.safetensors"), 4, "cut.safetensors", "truncated")
+
+
+def test_a_pickle_under_our_extension_is_not_opened(cli: CLI, tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (tmp_path / "exploded",))  # type: ignore[return-value]
+
+    (tmp_path / "evil.safetensors").write_bytes(pickle.dumps(Bomb()))
+    torch.save({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    for name in ("evil", "model"):
+        assert_refused(cli("evaluate", "-c", tmp_path / f"{name}.safetensors"), 4, "pickle")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_foreign_safetensors(cli: CLI, tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(3)}, tmp_path / "foreign.safetensors")
+    assert_refused(cli("inspect", tmp_path / "foreign.safetensors"), 4, "without a metadiff header")
+
+
+def test_tensors_that_do_not_fit_the_header(cli: CLI, checkpoint: Path, tmp_path: Path) -> None:
+    kept = load_checkpoint(checkpoint)
+    tensors = {**kept.tensors, "encoder.blocks.0.conv.weight": torch.zeros(1)}
+    save_checkpoint(tmp_path / "odd.safetensors", "model", tensors, kept.header)
+    assert_refused(cli("evaluate", "-c", tmp_path / "odd.safetensors"), 4, "does not hold what its header says")
+
+
+def test_support_and_classifier_exclude_each_other(cli: CLI, photos: Path) -> None:
+    assert_refused(cli("adapt", "-Q", photos / "query"), 2, "--support")
+
+
+def test_no_packaged_checkpoint_is_said(cli: CLI, photos: Path) -> None:
+    result = cli("adapt", "-S", photos / "support", "-Q", photos / "query")
+    assert_refused(result, 4, "no checkpoint comes with this version", "metatrain")
+
+
+def test_no_query_images(cli: CLI, photos: Path, checkpoint: Path) -> None:
+    (photos / "empty").mkdir()
+    assert_refused(cli("adapt", "-S", photos / "support", "-Q", photos / "empty", "-c", checkpoint), 3, "--query")
+
+
+def test_an_unforeseen_error_is_one_line(cli: CLI, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+    import metadiff_cli.core.checkpoint as module
+
+    def fail(path: Path) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(module, "read_header", fail)
+    result = cli("inspect", checkpoint)
+    assert result.code == 1 and "boom" in result.err and "METADIFF_DEBUG=1" in result.err
+
+
+def test_an_interrupt_is_exit_code_130(cli: CLI, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+    import metadiff_cli.core.checkpoint as module
+
+    def fail(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "read_header", fail)
+    assert cli("inspect", checkpoint).code == 130
+
+
+def test_validation_classes_too_few_for_selection(cli: CLI, tmp_path: Path) -> None:
+    result = cli("metatrain", "--preset", "glyphs-5w1s", "--out", tmp_path / "run", *SMALL,
+                 "--set", "evaluation.way=9")  # fmt: skip
+    assert_refused(result, 3, "9-way", "8")

@@ -1,0 +1,196 @@
+"""pretrain, metatrain, evaluate and inspect end to end, on a few generated glyphs."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import SMALL, Result, invoke, paint
+from typer.testing import CliRunner
+
+from metadiff_cli.app import app
+from metadiff_cli.core.checkpoint import load_checkpoint, read_header
+
+CLI = Callable[..., Result]
+
+
+def test_a_run_directory_holds_what_the_design_says(small_run: Path) -> None:
+    names = {path.name for path in small_run.iterdir()}
+    assert {"encoder.safetensors", "checkpoint.safetensors", "config.yaml", "metrics.csv", "manifest.json",
+            "result.json"} <= names  # fmt: skip
+    rows = list(csv.DictReader((small_run / "metrics.csv").open()))
+    assert [row["step"] for row in rows] == ["3", "6"]
+    manifest = json.loads((small_run / "manifest.json").read_text())
+    assert manifest["versions"]["torch"] and manifest["seconds"] > 0
+
+
+def test_the_configuration_of_a_run_can_be_given_back(small_run: Path, cli: CLI, tmp_path: Path) -> None:
+    values = yaml.safe_load((small_run / "config.yaml").read_text())
+    assert values["pretrain"]["epochs"] == 2
+    result = cli("metatrain", "--config", small_run / "config.yaml", "--out", tmp_path / "again", "--json")
+    assert result.code == 0, result.err
+    again = (tmp_path / "again" / "checkpoint.safetensors").read_bytes()
+    assert again == (small_run / "checkpoint.safetensors").read_bytes()  # same settings, same bytes
+
+
+def test_the_result_has_controls_with_intervals(small_run: Path) -> None:
+    document = json.loads((small_run / "result.json").read_text())
+    assert document["schema"] == "metadiff.evaluate/1"
+    assert (document["split"], document["protocol"], document["episodes"]) == ("test", "inductive", 20)
+    assert set(document["methods"]) == {"metadiff", "prototype", "analytic", "untrained"}
+    for name, values in document["methods"].items():
+        assert 0 <= values["accuracy"] <= 100 and values["ci95"] > 0 and 0 <= values["ece"] <= 100
+        assert ("paired_to_prototype" in values) == (name != "prototype")
+
+
+def test_the_checkpoint_describes_itself(checkpoint: Path) -> None:
+    header = read_header(checkpoint)
+    assert header["kind"] == "model" and header["format"] == 1 and header["package"]
+    assert len(header["classes"]) == 12 and header["image"]["size"] == 28 and len(header["image"]["mean"]) == 3
+    assert header["config"]["name"] == "glyphs-5w1s" and "runtime" not in header["config"]
+    assert set(header["metrics"]["methods"]) >= {"metadiff", "prototype"}
+    assert header["metrics"]["learned"]["gain"] is not None
+
+
+def test_no_times_paths_or_hosts_in_the_checkpoint(checkpoint: Path, small_run: Path) -> None:
+    assert str(small_run.parent).encode() not in checkpoint.read_bytes()
+
+
+def test_evaluate_repeats_the_final_table(checkpoint: Path, small_run: Path, cli: CLI) -> None:
+    result = cli("evaluate", "--checkpoint", checkpoint, "--episodes", "20", "--query", "5", "--json")
+    assert result.code == 0, result.err
+    ours, theirs = json.loads(result.out), json.loads((small_run / "result.json").read_text())
+    assert ours["methods"] == theirs["methods"]
+
+
+def test_evaluate_json_is_all_there_is_on_stdout(checkpoint: Path) -> None:
+    arguments = ["evaluate", "--checkpoint", str(checkpoint), "--episodes", "5", "--query", "3", "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["episodes"] == 5
+
+
+def test_evaluate_as_a_table(checkpoint: Path, cli: CLI) -> None:
+    result = cli("evaluate", "--checkpoint", checkpoint, "--episodes", "5", "--query", "3", "--shot", "2")
+    assert result.code == 0
+    assert "5-way 2-shot" in result.out and "untrained" in result.out and "\x1b" not in result.out
+
+
+@pytest.mark.parametrize("extra", [["--transductive"], ["--imbalance", "2"], ["--transductive", "--imbalance", "0.5"]])
+def test_evaluate_protocols(checkpoint: Path, cli: CLI, extra: list[str]) -> None:
+    result = cli("evaluate", "--checkpoint", checkpoint, "--episodes", "5", "--query", "3", "--json", *extra)
+    assert result.code == 0, result.err
+    expected = "transductive" if "--transductive" in extra else "inductive"
+    assert json.loads(result.out)["protocol"] == expected
+
+
+def test_fail_under_is_a_gate(checkpoint: Path, cli: CLI) -> None:
+    common = ["evaluate", "--checkpoint", checkpoint, "--episodes", "5", "--query", "3"]
+    assert cli(*common, "--fail-under", "1").code == 0
+    failed = cli(*common, "--fail-under", "100")
+    assert failed.code == 5 and "--fail-under" in failed.err and "metadiff" in failed.out
+
+
+def test_evaluate_all_classes_of_another_folder(checkpoint: Path, cli: CLI, tmp_path: Path) -> None:
+    for c in range(6):
+        for i in range(5):
+            paint(tmp_path / "set" / f"class {c}" / f"{i}.png", (40 * c, 250 - 40 * c, 90), seed=7 * c + i)
+    result = cli("evaluate", "--checkpoint", checkpoint, "--data", tmp_path / "set", "--split", "all", "--query", "3",
+                 "--episodes", "10", "--json")  # fmt: skip
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["classes"] == 6
+
+
+def test_inspect(checkpoint: Path, cli: CLI) -> None:
+    shown = cli("inspect", checkpoint)
+    assert shown.code == 0 and "kind: model" in shown.out
+    document: dict[str, Any] = json.loads(cli("inspect", checkpoint, "--json").out)
+    assert document["schema"] == "metadiff.inspect/1" and document["kind"] == "model"
+
+
+def test_a_full_run_directory_is_refused(small_run: Path, cli: CLI) -> None:
+    before = (small_run / "checkpoint.safetensors").read_bytes()
+    result = cli("metatrain", "--preset", "glyphs-5w1s", "--out", small_run, *SMALL)
+    assert result.code == 2 and "--resume" in result.err and "--overwrite" in result.err
+    assert (small_run / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_overwrite_never_empties_a_folder_that_is_no_run(cli: CLI, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    result = cli("metatrain", "--preset", "glyphs-5w1s", "--out", tmp_path, "--overwrite", *SMALL)
+    assert result.code == 2 and (tmp_path / "thesis.tex").exists()
+
+
+def test_resume_gives_the_same_bytes(tmp_path: Path, cli: CLI) -> None:
+    """Stopped after the first of two epochs, and started again."""
+    common = ["pretrain", "--preset", "glyphs-5w1s", "--json", *SMALL]
+    assert cli(*common, "--out", tmp_path / "whole").code == 0
+    from metadiff_cli.commands import pretrain as module
+
+    class Stop(Exception):
+        pass
+
+    original = module._end_epoch
+
+    def stop(run: Any, trainer: Any, record: Any, header: Any, screen: Any) -> None:
+        original(run, trainer, record, header, screen)
+        if record.epoch == 2:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_end_epoch", stop)
+        assert cli(*common, "--out", tmp_path / "parts").code == 1
+    resumed = cli(*common, "--out", tmp_path / "parts", "--resume")
+    assert resumed.code == 0 and "going on after epoch 1" in resumed.err
+    files = [tmp_path / which / "encoder.safetensors" for which in ("whole", "parts")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_metatrain_resumes_from_its_state(small_run: Path, tmp_path: Path, cli: CLI) -> None:
+    from metadiff_cli.core.metatraining import MetaTrainer
+
+    class Stop(Exception):
+        pass
+
+    original = MetaTrainer._train_step
+
+    def step(self: Any, lr: float) -> float:
+        if self.step == 4:
+            raise Stop
+        return original(self, lr)
+
+    common = ["metatrain", "--preset", "glyphs-5w1s", "--out", tmp_path / "run", "--json", *SMALL]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetaTrainer, "_train_step", step)
+        assert cli(*common).code == 1
+    assert load_checkpoint(tmp_path / "run" / "state.safetensors", "state").header["plain"]["step"] == 3
+    assert cli(*common, "--resume").code == 0
+    assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == (
+        small_run / "checkpoint.safetensors"
+    ).read_bytes()
+
+
+def test_metatrain_with_a_given_encoder(small_run: Path, tmp_path: Path, cli: CLI) -> None:
+    result = cli("metatrain", "--preset", "glyphs-5w1s", "--encoder", small_run / "encoder.safetensors",
+                 "--out", tmp_path / "run", "--set", "denoiser.kind=analytic", *SMALL)  # fmt: skip
+    assert result.code == 0, result.err
+    assert "analytic" in result.out and str(tmp_path / "run" / "checkpoint.safetensors") in result.out
+
+
+@pytest.mark.parametrize("kind", ["paper", "unet"])
+def test_each_denoiser_trains(kind: str, tmp_path: Path, small_run: Path) -> None:
+    result = invoke("metatrain", "--preset", "glyphs-5w1s", "--encoder", small_run / "encoder.safetensors",
+                    "--out", tmp_path / "run", "--json", "--set", f"denoiser.kind={kind}", *SMALL)  # fmt: skip
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["learned"]["kind"] == kind
+
+
+def test_nan_loss_stops_and_keeps_the_last_state(tmp_path: Path, cli: CLI) -> None:
+    result = cli("pretrain", "--preset", "glyphs-5w1s", "--out", tmp_path / "run", *SMALL,
+                 "--set", "pretrain.lr=1e30", "--set", "pretrain.precision=fp32")  # fmt: skip
+    assert result.code == 1
+    assert "loss became" in result.err and "pretrain.lr" in result.err
+    assert not (tmp_path / "run" / "encoder.safetensors").exists()

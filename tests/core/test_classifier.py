@@ -1,0 +1,102 @@
+"""Cosine classifier, closed-form gradient, calibration, choice of the guidance scale."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from metadiff_cli.core.classifier import (
+    GUIDANCE_GRID,
+    Calibration,
+    best_scale,
+    calibration_error,
+    cosine_logits,
+    fit_calibration,
+    leave_one_out_guidance,
+    support_gradient,
+    support_loss,
+)
+from metadiff_cli.core.denoiser import support_stats
+from metadiff_cli.core.task_space import TaskSpace
+
+
+def test_the_gradient_equals_autograd() -> None:
+    g = torch.Generator().manual_seed(0)
+    v = torch.randn(2, 3, 4, 5, generator=g, dtype=torch.float64)
+    w = torch.randn(2, 3, 5, generator=g, dtype=torch.float64, requires_grad=True)
+    precision = torch.rand(5, generator=g, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(support_loss(w, v, precision).sum(), w)
+    assert torch.allclose(support_gradient(w.detach(), support_stats(v, precision)), expected, atol=1e-12)
+
+
+def test_the_order_of_support_images_does_not_matter() -> None:
+    v = torch.randn(1, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    a, b = support_stats(v, torch.ones(4)), support_stats(v[:, :, torch.tensor([4, 2, 0, 1, 3])], torch.ones(4))
+    assert torch.allclose(a.mean, b.mean, atol=1e-6) and torch.equal(a.count, b.count)
+
+
+def test_cosines_ignore_length_and_may_be_centred() -> None:
+    z, w, centre = torch.randn(1, 4, 8), torch.randn(1, 3, 8), torch.randn(8)
+    assert torch.allclose(cosine_logits(3 * z, 5 * w), cosine_logits(z, w), atol=1e-5)
+    assert torch.allclose(cosine_logits(z, w, 2.0, centre), cosine_logits(z - centre, w - centre, 2.0), atol=1e-6)
+
+
+def test_calibration_error_of_known_cases() -> None:
+    confidence = torch.tensor([0.9] * 10)
+    assert calibration_error(confidence, torch.tensor([True] * 9 + [False])) == pytest.approx(0, abs=1e-4)
+    assert calibration_error(confidence, torch.tensor([False] * 10)) == pytest.approx(90, abs=1e-4)
+    assert calibration_error(torch.tensor([1.0, 0.2]), torch.tensor([True, False])) == pytest.approx(10, abs=1e-4)
+
+
+def test_the_best_scale_recovers_a_known_one() -> None:
+    g = torch.Generator().manual_seed(0)
+    cosines = torch.rand(20_000, 5, generator=g)
+    labels = torch.multinomial((12.0 * cosines).softmax(dim=1), 1, generator=g).squeeze(1)
+    assert best_scale(cosines, labels) == pytest.approx(12.0, rel=0.05)
+
+
+def test_calibration_is_smooth_in_ways_and_shots() -> None:
+    def true(n: int, k: int) -> float:
+        return 8.0 * k**0.3 * n**0.2
+
+    fitted = fit_calibration([(n, k, true(n, k)) for n in (5, 10, 20) for k in (1, 5)])
+    assert fitted.scale(7, 3) == pytest.approx(true(7, 3), rel=1e-6)
+    flat = fit_calibration([(5, 1, 9.0)])
+    assert flat.scale(5, 1) == pytest.approx(9.0) and flat.shots == flat.ways == 0
+    assert Calibration(**fitted.to_dict()) == fitted
+
+
+def space_of(precision: Tensor) -> TaskSpace:
+    size = len(precision)
+    return TaskSpace(torch.zeros(size), torch.eye(size), torch.eye(size), precision)
+
+
+def test_one_image_per_class_takes_the_default() -> None:
+    z = torch.randn(3, 5, 1, 8)
+    assert leave_one_out_guidance(z, space_of(torch.ones(8)), 10.0, default=4.0).tolist() == [4.0] * 3
+
+
+def test_a_wrong_prior_is_trusted_less_than_a_right_one() -> None:
+    """Classes that differ where the prior expects only noise want a large scale."""
+    g = torch.Generator().manual_seed(0)
+    precision = torch.cat([torch.full((8,), 3.0), torch.full((8,), 0.01)])
+    right = torch.zeros(40, 5, 1, 16)
+    wrong = right.clone()
+    right[..., :8] = 2 * torch.randn(40, 5, 1, 8, generator=g)
+    wrong[..., 8:] = 2 * torch.randn(40, 5, 1, 8, generator=g)
+    noise = torch.randn(40, 5, 5, 16, generator=g) * precision.rsqrt().clamp(max=2.0)
+    chosen_right = leave_one_out_guidance(right + noise, space_of(precision), 10.0)
+    chosen_wrong = leave_one_out_guidance(wrong + 0.3 * noise, space_of(precision), 10.0)
+    assert float(chosen_wrong.log().mean()) > float(chosen_right.log().mean()) + math.log(2)
+    assert set(chosen_right.tolist()) <= set(GUIDANCE_GRID)
+
+
+def test_padding_changes_nothing() -> None:
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(1, 4, 3, 8, generator=g)
+    padded = torch.cat([z, torch.randn(1, 4, 2, 8, generator=g)], dim=2)
+    valid = torch.zeros(1, 4, 5, dtype=torch.bool)
+    valid[:, :, :3] = True
+    space = space_of(torch.linspace(0.1, 2, 8))
+    assert torch.equal(leave_one_out_guidance(padded, space, 10.0, valid), leave_one_out_guidance(z, space, 10.0))
