@@ -45,7 +45,9 @@ def test_a_batch_is_its_tasks(kind: str) -> None:
     denoiser = denoiser.eval() if kind == "analytic" else randomise(denoiser, seed=1)
     both = denoiser(w, abar, stats)
     for b in range(2):
-        alone = denoiser(w[b : b + 1], abar[b : b + 1], SupportStats(stats.mean[b : b + 1], stats.count[b : b + 1], stats.precision))
+        alone = denoiser(
+            w[b : b + 1], abar[b : b + 1], SupportStats(stats.mean[b : b + 1], stats.count[b : b + 1], stats.precision)
+        )
         assert torch.allclose(both[b : b + 1], alone, atol=1e-4)
 
 

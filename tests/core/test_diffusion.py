@@ -30,7 +30,9 @@ def test_abar_falls_from_one_to_nearly_zero() -> None:
     assert abar[-1] == pytest.approx(4.04e-5, rel=0.01)  # linear beta 1e-4 .. 0.02, T = 1000: exp of the sum of logs
 
 
-@pytest.mark.parametrize(("steps", "expected"), [(1, [1000]), (4, [1000, 750, 500, 250]), (1000, list(range(1000, 0, -1)))])
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(1, [1000]), (4, [1000, 750, 500, 250]), (1000, list(range(1000, 0, -1)))]
+)
 def test_trailing_steps(steps: int, expected: list[int]) -> None:
     assert trailing_steps(1000, steps) == expected
 
@@ -88,7 +90,14 @@ def test_ancestral_draws_have_the_posterior_spread() -> None:
     stats = SupportStats(torch.zeros_like(stats.mean), stats.count, torch.ones(1, 1, 1))
     seeds = count(5)
     x0 = finish(
-        ddpm(AnalyticDenoiser(), noise_of((1, 4000, 1)), SCHEDULE, 1000, stats, lambda: noise_of((1, 4000, 1), next(seeds)))
+        ddpm(
+            AnalyticDenoiser(),
+            noise_of((1, 4000, 1)),
+            SCHEDULE,
+            1000,
+            stats,
+            lambda: noise_of((1, 4000, 1), next(seeds)),
+        )
     )
     assert float(x0.std()) == pytest.approx((1 / (1 + 3.0)) ** 0.5, rel=0.05)
 
@@ -97,7 +106,8 @@ def test_few_ddim_steps_draw_too_narrow() -> None:
     """The known bias that the documentation tells: spread grows with the steps toward the true one."""
     stats = SupportStats(torch.zeros(1, 4000, 1), torch.full((1, 4000, 1), 3.0), torch.ones(1, 1, 1))
     spread = [
-        float(finish(ddim(AnalyticDenoiser(), noise_of((1, 4000, 1)), SCHEDULE, s, stats)).std()) for s in (10, 100, 1000)
+        float(finish(ddim(AnalyticDenoiser(), noise_of((1, 4000, 1)), SCHEDULE, s, stats)).std())
+        for s in (10, 100, 1000)
     ]
     assert spread[0] < spread[1] < spread[2] < 0.52
     assert spread[2] == pytest.approx(0.5, rel=0.05)
@@ -131,5 +141,7 @@ def test_support_stats_with_unequal_shots() -> None:
     v = noise_of((1, 2, 3, 4))
     valid = torch.tensor([[[True, True, True], [True, False, False]]])
     stats = support_stats(v, torch.ones(4), valid)
-    assert torch.allclose(stats.mean[0, 0], v[0, 0].mean(dim=0), atol=1e-6) and torch.equal(stats.mean[0, 1], v[0, 1, 0])
+    assert torch.allclose(stats.mean[0, 0], v[0, 0].mean(dim=0), atol=1e-6) and torch.equal(
+        stats.mean[0, 1], v[0, 1, 0]
+    )
     assert stats.count.flatten().tolist() == [3, 1]

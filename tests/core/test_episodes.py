@@ -45,9 +45,7 @@ def test_imbalance_varies_the_counts() -> None:
 
 
 def test_training_batches_mix_ways_and_shots() -> None:
-    shapes = {
-        training_batch(INDICES, (5, 10), (1, 5), 3, batch=2, seed=0, step=s).support.shape[1:] for s in range(60)
-    }
+    shapes = {training_batch(INDICES, (5, 10), (1, 5), 3, batch=2, seed=0, step=s).support.shape[1:] for s in range(60)}
     assert {way for way, _ in shapes} == set(range(5, 11)) and {shot for _, shot in shapes} == set(range(1, 6))
 
 

@@ -1,0 +1,70 @@
+"""Checkpoints: exact round trip, equal bytes, one metadata key, nothing half-written."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from metadiff_cli.core.checkpoint import load_checkpoint, read_header, save_checkpoint
+from metadiff_cli.errors import CheckpointError
+
+TENSORS = {
+    "a.x": torch.randn(3, 4),
+    "a.y": torch.arange(5),
+    "b": torch.randn(2, dtype=torch.float64).to(torch.bfloat16),
+}
+HEADER = {"classes": ["ß", "日本"], "metrics": {"z": 1.5, "a": None}}
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c.safetensors", "encoder", TENSORS, HEADER)
+    back = load_checkpoint(tmp_path / "c.safetensors", "encoder")
+    assert all(torch.equal(back.tensors[n], t) and back.tensors[n].dtype == t.dtype for n, t in TENSORS.items())
+    assert {key: back.header[key] for key in HEADER} == HEADER
+    assert set(back.part("a")) == {"x", "y"}
+
+
+def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "1", "encoder", TENSORS, HEADER)
+    save_checkpoint(tmp_path / "2", "encoder", dict(reversed(TENSORS.items())), dict(reversed(HEADER.items())))
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    with safe_open(tmp_path / "1", framework="pt") as file:
+        assert set(file.metadata()) == {"metadiff"}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import metadiff_cli.core.checkpoint as module
+
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, "encoder", TENSORS, HEADER)
+    before = path.read_bytes()
+
+    def half(tensors: object, file: Path, metadata: object) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", half)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(path, "encoder", TENSORS, HEADER)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def test_views_are_written_as_they_are(tmp_path: Path) -> None:
+    whole = torch.randn(4, 6)
+    save_checkpoint(tmp_path / "c", "state", {"view": whole[:, 1:3], "twin": whole}, {})
+    assert torch.equal(load_checkpoint(tmp_path / "c").tensors["view"], whole[:, 1:3])
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"abc", b"\x80\x04.", b"PK\x03\x04....", b"\xff" * 64, (2).to_bytes(8, "little") + b"{}"]
+)
+def test_other_files_are_checkpoint_errors(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(CheckpointError):
+        read_header(tmp_path / "x")
+
+
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a folder"):
+        read_header(tmp_path)

@@ -1,0 +1,138 @@
+"""Adaptation as a whole: what must not matter does not, what must does."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from metadiff_cli.core.denoiser import AnalyticDenoiser, UNetDenoiser, randomise
+from metadiff_cli.core.inference import (
+    Learner,
+    PoolGuidance,
+    Sampling,
+    Tuning,
+    adapt_weights,
+    class_probabilities,
+    seeds_of,
+)
+from metadiff_cli.core.task_space import fit_task_space
+
+SIZE = 24
+
+
+def world(count: int, images: int, seed: int) -> Tensor:
+    """Classes (count, images, D) from one world: means and noise that differ by direction."""
+    g = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(2.0, 0.1, SIZE)
+    means = torch.randn(count, 1, SIZE, generator=g) * scale
+    z = means + torch.randn(count, images, SIZE, generator=g) * scale.flip(0)
+    return torch.nn.functional.normalize(z, dim=-1)
+
+
+@pytest.fixture(scope="module")
+def learner() -> Learner:
+    space = fit_task_space(list(world(40, 30, seed=0)))
+    return Learner(space, AnalyticDenoiser(), False, Tuning())
+
+
+@pytest.fixture(params=["analytic", "unet"])
+def any_learner(request: pytest.FixtureRequest, learner: Learner) -> Learner:
+    if request.param == "analytic":
+        return learner
+    return replace(learner, denoiser=randomise(UNetDenoiser(SIZE, width=32), seed=0), learned=True)
+
+
+def adapt(learner: Learner, z: Tensor, sampling: Sampling | None = None, **more: object) -> Tensor:
+    ranks = more.pop("ranks", torch.arange(z.shape[1]).expand(len(z), -1))
+    seeds = more.pop("seeds", seeds_of(0, 0, len(z)))
+    return adapt_weights(learner, z, sampling or Sampling(), ranks=ranks, seeds=seeds, **more)  # type: ignore[arg-type]
+
+
+DRAWS = Sampling(samples=2, temperature=1.0)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), DRAWS, replace(DRAWS, method="ddpm")])
+def test_permuting_classes_permutes_the_weights(any_learner: Learner, sampling: Sampling) -> None:
+    z = world(5, 3, seed=1).unsqueeze(0)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    straight = adapt(any_learner, z, sampling)
+    turned = adapt(any_learner, z[:, order], sampling, ranks=order.unsqueeze(0))
+    assert torch.allclose(turned, straight[:, :, order], atol=1e-4)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), DRAWS])
+def test_a_batch_of_tasks_equals_single_tasks(any_learner: Learner, sampling: Sampling) -> None:
+    z = torch.stack([world(5, 3, seed=s) for s in (1, 2, 3)])
+    together = adapt(any_learner, z, sampling)
+    for b in range(3):
+        alone = adapt(any_learner, z[b : b + 1], sampling, seeds=seeds_of(0, b, 1))
+        assert torch.allclose(together[:, b : b + 1], alone, atol=1e-4)
+
+
+def test_the_order_of_support_images_does_not_matter(any_learner: Learner) -> None:
+    z = world(5, 4, seed=1).unsqueeze(0)
+    assert torch.allclose(adapt(any_learner, z), adapt(any_learner, z[:, :, [2, 0, 3, 1]]), atol=1e-4)
+
+
+def test_padding_does_not_matter(any_learner: Learner) -> None:
+    z = world(5, 4, seed=1).unsqueeze(0)
+    padded = torch.cat([z, torch.randn(1, 5, 3, SIZE)], dim=2)
+    valid = torch.zeros(1, 5, 7, dtype=torch.bool)
+    valid[:, :, :4] = True
+    assert torch.allclose(adapt(any_learner, padded, valid=valid), adapt(any_learner, z), atol=1e-4)
+
+
+def test_it_is_better_than_the_prototype_in_its_own_world(learner: Learner) -> None:
+    right = {"ours": 0, "prototype": 0}
+    for seed in range(100, 160):
+        classes = world(5, 21, seed=seed)
+        z, query = classes[:, :1].unsqueeze(0), classes[:, 1:].reshape(1, -1, SIZE)
+        labels = torch.arange(5).repeat_interleave(20)
+        weights = {"ours": adapt(learner, z), "prototype": z.squeeze(2).unsqueeze(0)}
+        for name, w in weights.items():
+            right[name] += int((class_probabilities(query, w, 1.0)[0].argmax(dim=-1) == labels).sum())
+    assert right["ours"] > right["prototype"] + 60  # one percentage point of 6,000 queries
+
+
+def test_a_huge_guidance_scale_is_the_prototype(learner: Learner) -> None:
+    z = world(5, 3, seed=1).unsqueeze(0)
+    weights = adapt(learner, z, Sampling(guidance=1e9))
+    assert torch.allclose(weights[0], z.mean(dim=2), atol=1e-3)
+
+
+@pytest.mark.parametrize(("ways", "shots", "size"), [(2, 1, 16), (200, 1, 16), (3, 200, 16), (5, 2, 512)])
+def test_sizes(ways: int, shots: int, size: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    base = [torch.randn(8, size, generator=g) + 2 * torch.randn(1, size, generator=g) for _ in range(10)]
+    learner = Learner(fit_task_space(base), AnalyticDenoiser(), False, Tuning())
+    weights = adapt(learner, torch.randn(1, ways, shots, size, generator=g))
+    assert weights.shape == (1, 1, ways, size) and torch.isfinite(weights).all()
+
+
+def test_unlabelled_images_help_and_are_symmetric(learner: Learner) -> None:
+    gain = 0
+    for seed in range(200, 240):
+        classes = world(5, 31, seed=seed)
+        z, pool = classes[:, :1].unsqueeze(0), classes[:, 1:].reshape(1, -1, SIZE)
+        labels = torch.arange(5).repeat_interleave(30)
+        plain, guided = adapt(learner, z), adapt(learner, z, pool=pool)
+        hits = [int((class_probabilities(pool, w, 1.0)[0].argmax(dim=-1) == labels).sum()) for w in (plain, guided)]
+        gain += hits[1] - hits[0]
+        shuffled = adapt(learner, z, pool=pool[:, torch.randperm(150)])
+        assert torch.allclose(shuffled, guided, atol=1e-3)
+    assert gain > 0
+
+
+def test_an_empty_weight_of_the_pool_changes_nothing(learner: Learner) -> None:
+    z, pool = world(5, 2, seed=1).unsqueeze(0), world(5, 4, seed=2).reshape(1, -1, SIZE)
+    same = adapt(learner, z, pool=pool, pool_guidance=PoolGuidance(weight=0.0))
+    assert torch.allclose(same, adapt(learner, z), atol=1e-5)
+
+
+def test_probabilities_are_averaged_over_samples() -> None:
+    z, w = torch.randn(2, 7, SIZE), torch.randn(3, 2, 4, SIZE)
+    p = class_probabilities(z, w, 5.0)
+    assert p.shape == (2, 7, 4) and torch.allclose(p.sum(dim=-1), torch.ones(2, 7), atol=1e-5)
+    single = torch.stack([class_probabilities(z, w[m : m + 1], 5.0) for m in range(3)]).mean(dim=0)
+    assert torch.allclose(p, single, atol=1e-6)

@@ -1,0 +1,182 @@
+"""Encoders, augmentation, pretraining and meta-training on small arrays."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from metadiff_cli.config import AugmentConfig, DenoiserConfig, MetatrainConfig, PretrainConfig
+from metadiff_cli.core.encoders import Conv4, DropBlock, build_encoder
+from metadiff_cli.core.episodes import training_batch
+from metadiff_cli.core.features import FeatureBank, ImageEncoder, build_bank
+from metadiff_cli.core.metatraining import MetaTrainer, MetaValidation
+from metadiff_cli.core.pretraining import Heads, PretrainEpoch, Pretrainer, learning_rate
+from metadiff_cli.core.task_space import fit_task_space
+from metadiff_cli.data.transforms import Augmentation, affine_maps, augment, normalise, rotate_quarters
+from metadiff_cli.errors import ConfigError, DataError
+
+CPU = torch.device("cpu")
+MEAN, STD = torch.tensor([0.5, 0.5, 0.5]), torch.tensor([0.25, 0.25, 0.25])
+
+
+@pytest.mark.parametrize(("name", "size", "features"), [("conv4", 84, 1600), ("conv4", 28, 64), ("resnet12", 32, 640)])
+def test_encoders_have_the_sizes_of_the_field(name: str, size: int, features: int) -> None:
+    encoder = build_encoder(name).eval()
+    assert encoder.feature_size(size) == features
+    with torch.no_grad():
+        assert encoder(torch.randn(2, 3, size, size)).shape == (2, features)
+
+
+def test_unknown_encoder() -> None:
+    with pytest.raises(ConfigError, match="conv5"):
+        build_encoder("conv5")
+
+
+def test_pooling_before_relu_is_the_usual_block() -> None:
+    block = Conv4().blocks[0].eval()
+    x = torch.randn(2, 3, 12, 12)
+    usual = torch.nn.functional.max_pool2d(torch.relu(block.norm(block.conv(x))), 2)
+    assert torch.equal(block(x), usual)
+
+
+def test_dropblock_drops_its_rate_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    drop, x = DropBlock(0.1, 5), torch.ones(64, 8, 20, 20)
+    out = drop.train()(x)
+    assert float((out == 0).float().mean()) == pytest.approx(0.1, abs=0.02)
+    assert float(out.mean()) == pytest.approx(1.0, abs=0.01)
+    assert torch.equal(drop.eval()(x), x)
+
+
+def test_no_augmentation_is_normalisation() -> None:
+    pixels = torch.randint(0, 256, (3, 12, 12, 3), dtype=torch.uint8)
+    still = Augmentation(crop=(1.0, 1.0), aspect=(1.0, 1.0), flip=False, jitter=0.0)
+    out = augment(pixels, 12, still, MEAN, STD, torch.Generator().manual_seed(0))
+    assert torch.allclose(out, normalise(pixels, MEAN, STD), atol=1e-4)
+
+
+def test_augmentation_follows_its_generator_and_stays_inside() -> None:
+    pixels = torch.randint(0, 256, (64, 20, 20, 3), dtype=torch.uint8)
+    first, again = (augment(pixels, 16, Augmentation(), MEAN, STD, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again) and first.shape == (64, 3, 16, 16)
+    theta = affine_maps(500, Augmentation(), torch.Generator().manual_seed(0))
+    corners = torch.tensor([[x, y, 1.0] for x in (-1.0, 1.0) for y in (-1.0, 1.0)])
+    assert float((theta @ corners.T).abs().max()) <= 1.0 + 1e-5
+    assert 0.4 < float((theta[:, 0, 0] < 0).float().mean()) < 0.6  # half of them mirrored
+
+
+def test_quarter_turns() -> None:
+    x = torch.randn(4, 3, 6, 6)
+    turned = rotate_quarters(x, torch.tensor([0, 1, 2, 3]))
+    assert all(torch.equal(turned[k], torch.rot90(x[k], k, dims=(1, 2))) for k in range(4))
+
+
+def test_the_schedules() -> None:
+    cosine, cycle = PretrainConfig(schedule="cosine", lr=1.0), PretrainConfig(schedule="one-cycle", lr=1.0)
+    assert learning_rate(cosine, 0.0) == 1.0 and learning_rate(cosine, 0.5) == pytest.approx(0.5)
+    assert learning_rate(cycle, 0.0) == pytest.approx(0.1) and learning_rate(cycle, 0.15) == pytest.approx(1.0)
+    assert 0 < learning_rate(cycle, 1.0) <= 1e-3
+
+
+def test_resized_heads_give_the_same_answer_on_flat_maps() -> None:
+    heads = Heads(4, 3, 7, rotation=True)
+    flat = torch.randn(2, 4, 1, 1)
+    before = heads.classes(flat.expand(2, 4, 3, 3).flatten(1))
+    heads.resize(5)
+    assert torch.allclose(heads.classes(flat.expand(2, 4, 5, 5).flatten(1)), before, atol=1e-5)
+
+
+def trainer_of(**settings: object) -> Pretrainer:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 12)
+    pixels = (labels[:, None, None, None] * 50 + rng.integers(0, 50, (48, 32, 32, 3))).astype(np.uint8)
+    values = {"epochs": 2, "batch": 16, "augment": AugmentConfig(jitter=0.0), "precision": "fp32", **settings}
+    torch.manual_seed(0)
+    return Pretrainer(
+        build_encoder("conv4"), PretrainConfig.model_validate(values), pixels, labels, classes=4, size=32,
+        mean=[0.5] * 3, std=[0.25] * 3, seed=0, device=CPU,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [{}, {"rotation_weight": 1.0}, {"rotated_classes": True},
+                                      {"stages": [[0.5, 16], [0.5, 32]], "label_smoothing": 0.1}])  # fmt: skip
+def test_pretraining_learns_and_keeps_the_best(settings: dict[str, object]) -> None:
+    trainer = trainer_of(**settings, epochs=6)
+    values = iter([1.0, 5.0, 2.0, 3.0, 4.0, 0.0])
+    records = list(trainer.run(lambda encoder: next(values)))
+    epochs = [r for r in records if isinstance(r, PretrainEpoch)]
+    assert [e.best for e in epochs] == [True, True, False, False, False, False]
+    assert trainer.best_validation == 5.0 and epochs[-1].loss < epochs[0].loss
+    current = trainer.encoder.state_dict()
+    assert any(not torch.equal(current[name], kept) for name, kept in trainer.best.items())
+
+
+def bank_of(images: int = 12, size: int = 16) -> FeatureBank:
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=(10, 1, size))
+    z = (means + 0.7 * rng.normal(size=(10, images, size))).reshape(-1, size).astype(np.float32)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    return FeatureBank(z, np.repeat(np.arange(10), images), tuple(f"c{i}" for i in range(10)))
+
+
+def meta_of(bank: FeatureBank, kind: str = "unet", **settings: object) -> MetaTrainer:
+    space = fit_task_space([torch.from_numpy(bank.features[rows]) for rows in bank.class_indices()])
+    values = {"steps": 40, "batch": 8, "validate_every": 20, "query": 4, "lr": 3e-3, **settings}
+    denoiser = DenoiserConfig.model_validate({"kind": kind, "width": 32, "dropout": 0.0})
+    return MetaTrainer(bank, space, denoiser, MetatrainConfig.model_validate(values), seed=0, device=CPU)
+
+
+def test_targets_leave_out_the_images_of_the_episode() -> None:
+    bank = bank_of()
+    trainer = meta_of(bank)
+    e = training_batch(trainer.indices, (5, 5), (3, 3), 4, batch=2, seed=0, step=0)
+    support, query = torch.from_numpy(bank.features[e.support]), torch.from_numpy(bank.features[e.query])
+    targets = trainer.targets(e, support, query)
+    used = set(e.support[0, 0]) | set(e.query[0, :4])
+    left = [row for row in trainer.indices[e.classes[0, 0]] if row not in used]
+    expected = trainer.space.to_task(torch.from_numpy(bank.features[left]).mean(dim=0))
+    assert len(left) == 5 and torch.allclose(targets[0, 0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["unet", "paper"])
+def test_meta_training_lowers_its_loss_and_uses_the_average(kind: str) -> None:
+    trainer = meta_of(bank_of(), kind, steps=200, validate_every=100)
+    seen = []
+    gains = iter([(2.0, 0.1), (1.0, 0.1)])
+
+    def validate(denoiser: torch.nn.Module) -> tuple[float, float]:
+        seen.append({n: p.clone() for n, p in denoiser.named_parameters()})
+        return next(gains)
+
+    records = [r for r in trainer.run(validate) if isinstance(r, MetaValidation)]
+    assert records[1].loss < records[0].loss and [r.best for r in records] == [True, False]
+    chosen = dict(trainer.chosen().named_parameters())
+    assert all(torch.equal(chosen[n], seen[0][n]) for n in chosen)  # the best average, not the last weights
+    assert any(not torch.equal(seen[1][n], p) for n, p in trainer.denoiser.named_parameters())
+
+
+def test_too_few_images_for_training_are_named() -> None:
+    with pytest.raises(DataError, match="class 'c0' has 6 images"):
+        meta_of(bank_of(images=6))
+
+
+def test_the_feature_bank_is_made_once_and_mended(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
+    encoder = ImageEncoder(build_encoder("conv4"), "conv4", 32, (0.5,) * 3, (0.25,) * 3, True, CPU)
+    calls = []
+
+    def build() -> FeatureBank:
+        calls.clear()
+        labels = np.repeat([0, 1], 5)
+        return build_bank(encoder, pixels, labels, ("a", "b"), folder=tmp_path, key="k" * 32, batch=4,
+                          progress=lambda done, total: calls.append(done))  # fmt: skip
+
+    first = np.array(build().features)
+    assert calls == [4, 8, 10] and np.allclose(np.linalg.norm(first, axis=1), 1, atol=1e-5)
+    assert np.array_equal(build().features, first) and calls == []
+    (file,) = tmp_path.glob("*.npy")
+    file.write_bytes(file.read_bytes()[:200])
+    assert np.array_equal(build().features, first) and calls == [4, 8, 10]
+    mirrored = encoder.encode(torch.from_numpy(pixels[:, :, ::-1].copy()))
+    assert torch.allclose(mirrored, torch.from_numpy(first), atol=1e-5)  # averaged over both views

@@ -1,0 +1,108 @@
+"""The package as people get it: the wheel, lazy help, README and commands that agree."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import invoke
+
+from metadiff_cli import __version__
+from metadiff_cli.config import preset_names
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ["pretrain", "metatrain", "adapt", "evaluate", "inspect", "presets"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the checkout with the build backend that is installed."""
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = out.glob("*.whl")
+    return file
+
+
+def test_presets_come_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    code = (
+        f"import sys; sys.path.insert(0, {str(target)!r})\n"
+        "from metadiff_cli import config\n"
+        "config.resolve('glyphs-5w1s', environ={})\n"
+        "print(config.preset_folder()); print(*config.preset_names())"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    folder, names = done.stdout.splitlines()
+    assert folder == str(target / "metadiff_cli" / "presets")
+    assert names.split() == preset_names() and "mini-5w5s" in names
+
+
+def test_the_wheel_holds_splits_types_and_no_images(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "metadiff_cli/py.typed" in names and "metadiff_cli/data/splits/omniglot.json" in names
+    assert not [n for n in names if n.endswith((".png", ".webp", ".jpg", ".npz")) or n.startswith("tests")]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, ""])
+def test_help_loads_no_torch(command: str) -> None:
+    code = (
+        "import sys\nfrom metadiff_cli.app import run\n"
+        f"code = run([*{[command] if command else []}, '--help'])\n"
+        "assert code == 0, code\n"
+        "heavy = {'torch', 'torchvision', 'numpy', 'PIL'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout and done.stderr == ""
+
+
+def test_version() -> None:
+    assert invoke("--version").out.strip() == f"metadiff {__version__}"
+    done = subprocess.run([sys.executable, "-m", "metadiff_cli", "--version"], capture_output=True, text=True)
+    assert done.stdout.strip() == f"metadiff {__version__}"
+
+
+def test_presets_list_show_copy(tmp_path: Path) -> None:
+    listed = invoke("presets", "list")
+    assert listed.code == 0 and all(name in listed.out for name in preset_names())
+    shown = invoke("presets", "show", "glyphs-5w1s")
+    assert shown.out.startswith("# metadiff metatrain --preset glyphs-5w1s")
+    copy = tmp_path / "mine.yaml"
+    assert invoke("presets", "copy", "glyphs-5w1s", copy).code == 0
+    assert copy.read_text() == shown.out
+    assert invoke("presets", "copy", "glyphs-5w1s", copy).code == 2
+    assert invoke("presets", "show", "nonsense").code == 2
+
+
+def test_commands_in_the_readme_exist() -> None:
+    """Every `metadiff ...` line of the README names real commands and real options."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(
+        r"^(?:\$ )?(?:\.venv/bin/)?metadiff ((?:pretrain|metatrain|adapt|evaluate|inspect|presets).*)$", text, re.M
+    )
+    assert len(lines) >= 6
+    for line in lines:
+        words = line.split()
+        known = invoke(
+            *[w for w in words[:2] if not w.startswith("-") and w in (*COMMANDS, "list", "show", "copy")], "--help"
+        )
+        assert known.code == 0, line
+        for option in re.findall(r"(?<!\S)--[a-z-]+", line):
+            assert option in known.out, f"{option} in: {line}"
+
+
+def test_the_changelog_knows_this_version() -> None:
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_no_cells_of_the_core_draw() -> None:
+    for path in [*(ROOT / "metadiff_cli" / "core").glob("*.py"), *(ROOT / "metadiff_cli" / "data").glob("*.py")]:
+        assert not re.search(
+            r"^\s*(print\(|import (rich|typer)|from (rich|typer))", path.read_text(encoding="utf-8"), re.M
+        ), path
