@@ -69,8 +69,13 @@ def test_presets_of_one_data_set_share_their_encoder() -> None:
     assert (one.pretrain, one.data, one.encoder, one.seed) == (five.pretrain, five.data, five.encoder, five.seed)
 
 
-@given(st.dictionaries(st.text(max_size=8), st.recursive(st.none() | st.integers() | st.text(max_size=5) | st.floats(),
-       lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x, max_size=3), max_leaves=5), max_size=4))  # fmt: skip
+PLAIN = st.none() | st.integers() | st.text(max_size=5) | st.floats()
+TREES = st.recursive(
+    PLAIN, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x, max_size=3), max_leaves=5
+)
+
+
+@given(st.dictionaries(st.text(max_size=8), TREES, max_size=4))
 def test_any_values_are_accepted_or_refused_with_our_error(values: dict[str, object]) -> None:
     try:
         check(values)

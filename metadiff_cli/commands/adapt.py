@@ -100,6 +100,7 @@ def adapt(
         "protocol": "transductive" if pooled else "inductive",
         "checkpoint": source,
         "seed": resolved.seed,
+        "errors": [{"path": path, "reason": reason} for path, reason in examples.broken] if examples else [],
     }
     labelled = WRITERS[format](screen, head, predictions, top_k, reject_below)
     if queries.skipped:
@@ -193,7 +194,8 @@ Writer = Callable[[Screen, dict[str, Any], Iterator["Prediction"], int, float | 
 def _write_json(
     screen: Screen, head: dict[str, Any], predictions: Iterator["Prediction"], top_k: int, reject: float | None
 ) -> int:
-    entries, errors = [], []
+    entries: list[dict[str, Any]] = []
+    errors = list(head.pop("errors"))
     for p in predictions:
         if p.probabilities is None:
             errors.append({"path": p.path, "reason": p.reason})

@@ -51,6 +51,8 @@ class Source:
             decoded = decode_split(
                 split, size, cache_dir() / "images", workers=self.config.runtime.num_workers, progress=advance
             )
+        for note in decoded.notes:
+            self.screen.note(note)
         for path, reason in decoded.broken[:BROKEN_SHOWN]:
             self.screen.warn(f"skipped {path}: {reason}")
         if decoded.broken:

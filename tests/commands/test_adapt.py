@@ -110,6 +110,13 @@ def test_broken_and_missing_queries_are_listed(cli: CLI, photos: Path, checkpoin
     assert all(e["reason"] for e in document["errors"])
 
 
+def test_a_broken_support_image_is_left_out_and_listed(cli: CLI, photos: Path, checkpoint: Path) -> None:
+    (photos / "support" / "blue" / "broken.png").write_bytes(b"no image")
+    document = adapt_json(cli, photos, checkpoint)
+    assert document["support"]["blue"] == 3
+    assert [Path(e["path"]).name for e in document["errors"]] == ["broken.png"]
+
+
 def test_nothing_predicted_is_exit_code_3(cli: CLI, photos: Path, checkpoint: Path) -> None:
     bad = photos / "bad.png"
     bad.write_bytes(b"no image")

@@ -40,7 +40,8 @@ def test_empty_class(cli: CLI, photos: Path, checkpoint: Path) -> None:
 def test_one_class_only(cli: CLI, tmp_path: Path, checkpoint: Path) -> None:
     paint(tmp_path / "support" / "only" / "1.png", COLOURS["red"], seed=0)
     paint(tmp_path / "q.png", COLOURS["red"], seed=1)
-    assert_refused(cli("adapt", "-S", tmp_path / "support", "-Q", tmp_path / "q.png", "-c", checkpoint), 3, "'only'")
+    result = cli("adapt", "-S", tmp_path / "support", "-Q", tmp_path / "q.png", "-c", checkpoint)
+    assert_refused(result, 3, "'only'")
 
 
 def test_too_few_images_for_the_episodes(cli: CLI, checkpoint: Path) -> None:
@@ -83,8 +84,15 @@ def test_unknown_keys_are_reported_together(cli: CLI, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("flag", "value", "word"), [("--controls", "magic", "magic"), ("--split", "best", "best"),
-                                                     ("--device", "tpu", "tpu"), ("--guidance", "x", "auto")])  # fmt: skip
+UNKNOWN = [
+    ("--controls", "magic", "magic"),
+    ("--split", "best", "best"),
+    ("--device", "tpu", "tpu"),
+    ("--guidance", "x", "auto"),
+]
+
+
+@pytest.mark.parametrize(("flag", "value", "word"), UNKNOWN)
 def test_unknown_values(cli: CLI, checkpoint: Path, flag: str, value: str, word: str) -> None:
     assert_refused(cli("evaluate", "-c", checkpoint, flag, value), 2, word)
 

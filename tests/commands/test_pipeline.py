@@ -188,6 +188,14 @@ def test_each_denoiser_trains(kind: str, tmp_path: Path, small_run: Path) -> Non
     assert json.loads(result.out)["learned"]["kind"] == kind
 
 
+def test_nan_loss_in_meta_training_keeps_the_encoder_and_says_what_to_try(tmp_path: Path, small_run: Path) -> None:
+    result = invoke("metatrain", "--preset", "glyphs-5w1s", "--encoder", small_run / "encoder.safetensors",
+                    "--out", tmp_path / "run", *SMALL, "--set", "metatrain.lr=1e35")  # fmt: skip
+    assert result.code == 1 and "loss became" in result.err and "metatrain.lr" in result.err
+    assert (tmp_path / "run" / "encoder.safetensors").exists()
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
 def test_nan_loss_stops_and_keeps_the_last_state(tmp_path: Path, cli: CLI) -> None:
     result = cli("pretrain", "--preset", "glyphs-5w1s", "--out", tmp_path / "run", *SMALL,
                  "--set", "pretrain.lr=1e30", "--set", "pretrain.precision=fp32")  # fmt: skip
