@@ -84,9 +84,9 @@ def test_commands_in_the_readme_exist() -> None:
     """Every `metadiff ...` line of the README names real commands and real options."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
     lines = re.findall(
-        r"^(?:\$ )?(?:\.venv/bin/)?metadiff ((?:pretrain|metatrain|adapt|evaluate|inspect|presets).*)$", text, re.M
+        r"^(?:\$ )?(?:.*\.venv/bin/)?metadiff ((?:pretrain|metatrain|adapt|evaluate|inspect|presets).*)$", text, re.M
     )
-    assert len(lines) >= 6
+    assert len(lines) >= 4
     for line in lines:
         words = line.split()
         known = invoke(

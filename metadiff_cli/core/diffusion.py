@@ -65,6 +65,7 @@ def trailing_steps(total: int, steps: int) -> list[int]:
     return [int(t) for t in np.round(np.arange(total, 0, -total / steps))[:steps]]
 
 
+@torch.inference_mode()
 def ddim(
     denoiser: Denoises, w: Tensor, schedule: Schedule, steps: int, stats: SupportStats, guide: Guide | None = None
 ) -> Iterator[SamplerStep]:
@@ -77,13 +78,14 @@ def ddim(
     for i, (t, after) in enumerate(zip(times, [*times[1:], 0], strict=True)):
         a, b = abar[t].to(w), abar[after].to(w)
         x0 = denoiser(w, a.expand(len(w)), stats)
-        noise = (w - a.sqrt() * x0) / (1 - a).sqrt()
-        w = b.sqrt() * x0 + (1 - b).sqrt() * noise
+        keep = ((1 - b) / (1 - a)).sqrt()  # of eps: sqrt(1 - b) eps = keep (w - sqrt(a) x0)
+        w = (keep * w).add_((b.sqrt() - keep * a.sqrt()) * x0)
         yield SamplerStep(i, t, x0, w)
         if guide is not None:
             stats = guide(x0)
 
 
+@torch.inference_mode()
 def ddpm(
     denoiser: Denoises,
     w: Tensor,

@@ -126,9 +126,13 @@ def training_batch(
     seed: int,
     step: int,
 ) -> Episodes:
-    """The tasks of training step `step`: way and shot drawn per step from their ranges, both ends included."""
+    """The tasks of training step `step`: way and shot drawn per step from their ranges, both ends included.
+
+    Where there are fewer classes than `ways` asks for, all of them make a task.
+    """
     rng = np.random.default_rng([seed, step])
-    way = int(rng.integers(ways[0], min(ways[1], len(class_indices)) + 1))
+    most = min(ways[1], len(class_indices))
+    way = int(rng.integers(min(ways[0], most), most + 1))
     shot = int(rng.integers(shots[0], shots[1] + 1))
     first = int(rng.integers(2**48))
     tasks = [sample_episode(class_indices, way, shot, query, seed=seed, index=first + i) for i in range(batch)]

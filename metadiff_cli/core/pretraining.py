@@ -59,7 +59,7 @@ class Heads(nn.Module):
 
     @torch.no_grad()
     def resize(self, side: int) -> None:
-        """Follow a change of image size: weights are resampled over the positions, their sum over positions kept."""
+        """Follow a change of image size: weights are resampled over the positions and keep their scale."""
         for layer in (self.classes, self.rotation):
             if layer is None or side == self.side:
                 continue

@@ -52,7 +52,7 @@ def fit_task_space(
     """Fit from the features of base classes, one tensor (n_c, D) a class; they are read once, one after the other.
 
     `shrink_*` in 0..1 is the share of tr(S)/D times the identity; lambda is floored at `floor` of its maximum.
-    Raises DataError for features that are not finite and for fewer than two classes.
+    Raises DataError for features that are not finite, a class without images, and fewer than two classes.
     """
     means, within, total, inverse_counts = _moments(classes)
     count, size = means.shape
@@ -79,6 +79,8 @@ def _moments(classes: Iterable[Tensor]) -> tuple[Tensor, Tensor, int, float]:
     """Class means (C, D), within-class scatter (D, D), number of images, mean of 1 / n_c; in float64."""
     means, within, total, inverse = [], None, 0, 0.0
     for features in classes:
+        if len(features) == 0:
+            raise DataError("a base class has no images", hint="remove its folder, or add images to it")
         x = features.to(torch.float64)
         if not bool(torch.isfinite(x).all()):
             raise DataError("features of the base classes are not finite", hint="train or choose another encoder")

@@ -21,7 +21,7 @@ def test_a_run_directory_holds_what_the_design_says(small_run: Path) -> None:
     names = {path.name for path in small_run.iterdir()}
     assert {"encoder.safetensors", "checkpoint.safetensors", "config.yaml", "metrics.csv", "manifest.json",
             "result.json"} <= names  # fmt: skip
-    rows = list(csv.DictReader((small_run / "metrics.csv").open()))
+    rows = list(csv.DictReader((small_run / "metrics.csv").read_text().splitlines()))
     assert [row["step"] for row in rows] == ["3", "6"]
     manifest = json.loads((small_run / "manifest.json").read_text())
     assert manifest["versions"]["torch"] and manifest["seconds"] > 0

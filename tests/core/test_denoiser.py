@@ -1,5 +1,7 @@
 """Denoisers: the untrained one is the analytic one, classes are treated alike, the average is really used."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -49,6 +51,16 @@ def test_a_batch_is_its_tasks(kind: str) -> None:
             w[b : b + 1], abar[b : b + 1], SupportStats(stats.mean[b : b + 1], stats.count[b : b + 1], stats.precision)
         )
         assert torch.allclose(both[b : b + 1], alone, atol=1e-4)
+
+
+def test_padded_classes_change_nothing() -> None:
+    w, abar, stats = inputs(ways=5)
+    denoiser = randomise(UNetDenoiser(16, width=32), seed=1)
+    mask = torch.tensor([[True] * 3 + [False] * 2]).expand(2, 5)
+    padded = denoiser(w, abar, replace(stats, mask=mask))[:, :3]
+    alone = denoiser(w[:, :3], abar, SupportStats(stats.mean[:, :3], stats.count[:, :3], stats.precision))
+    assert torch.allclose(padded, alone, atol=1e-4)
+    assert not torch.allclose(denoiser(w, abar, stats)[:, :3], alone, atol=1e-4)  # unmasked, they would
 
 
 def test_untrained_means_every_layer() -> None:

@@ -1,12 +1,20 @@
 """Schedule and samplers against closed forms."""
 
+import weakref
 from itertools import count
 
 import pytest
 import torch
 from torch import Tensor
 
-from metadiff_cli.core.denoiser import AnalyticDenoiser, SupportStats, gaussian_posterior, support_stats
+from metadiff_cli.core.denoiser import (
+    AnalyticDenoiser,
+    SupportStats,
+    UNetDenoiser,
+    gaussian_posterior,
+    randomise,
+    support_stats,
+)
 from metadiff_cli.core.diffusion import Noise, Schedule, add_noise, ddim, ddpm, finish, trailing_steps
 from metadiff_cli.errors import ConfigError
 
@@ -114,11 +122,29 @@ def test_few_ddim_steps_draw_too_narrow() -> None:
 
 
 def test_samplers_keep_neither_graph_nor_path() -> None:
-    stats, alive = stats_of(), []
-    for step in ddim(AnalyticDenoiser(), noise_of((2, 4, 6)), SCHEDULE, 50, stats):
-        assert not step.x0.requires_grad
-        alive.append(step.w.data_ptr())
-    assert len(set(alive)) < 10  # the memory of earlier steps is used again
+    """A denoiser with parameters, called without `no_grad`: the sampler itself sees to it."""
+    denoiser, seen, most = randomise(UNetDenoiser(6, width=16), seed=0), [], 0
+    for step in ddim(denoiser, noise_of((2, 4, 6)), SCHEDULE, 50, stats_of()):
+        assert not step.x0.requires_grad and not step.w.requires_grad
+        seen.append(weakref.ref(step.w))
+        most = max(most, sum(ref() is not None for ref in seen))
+    assert len(seen) == 50 and most <= 2  # this step's and the one before
+
+
+@pytest.mark.parametrize("abar", [1.0, 1 - 1e-9, 1e-9])
+def test_the_ends_of_the_schedule_are_finite(abar: float) -> None:
+    w, stats = noise_of((2, 4, 6)), stats_of()
+    x0, _ = gaussian_posterior(w, torch.full((2,), abar), stats)
+    assert torch.isfinite(x0).all()
+    if abar == 1:
+        assert torch.allclose(x0, w, atol=1e-5)
+
+
+def test_the_posterior_leaves_its_inputs_alone() -> None:
+    w, stats = noise_of((2, 4, 6)), stats_of()
+    before = [t.clone() for t in (w, stats.mean, stats.count, stats.precision)]
+    gaussian_posterior(w, torch.full((2,), 0.5), stats)
+    assert all(torch.equal(a, b) for a, b in zip((w, stats.mean, stats.count, stats.precision), before, strict=True))
 
 
 def test_noise_follows_the_class_not_its_position() -> None:

@@ -49,6 +49,11 @@ def test_training_batches_mix_ways_and_shots() -> None:
     assert {way for way, _ in shapes} == set(range(5, 11)) and {shot for _, shot in shapes} == set(range(1, 6))
 
 
+def test_fewer_classes_than_ways_make_one_task_of_all() -> None:
+    batch = training_batch(INDICES[:3], (5, 10), (1, 5), 3, batch=2, seed=0, step=0)
+    assert batch.classes.shape == (2, 3)
+
+
 def test_what_does_not_suffice_is_named() -> None:
     with pytest.raises(DataError, match=r"class 'class 0' has 30 images; 20-shot with 15 queries needs 35"):
         check_episodes(INDICES, NAMES, 5, 20, 15)

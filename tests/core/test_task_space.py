@@ -65,6 +65,11 @@ def test_one_class_is_refused() -> None:
         fit_task_space(classes(count=1))
 
 
+def test_a_class_without_images_is_refused() -> None:
+    with pytest.raises(DataError, match="no images"):
+        fit_task_space([*classes(), torch.empty(0, 16)])
+
+
 def test_identity_space_keeps_directions() -> None:
     space = identity_space(classes())
     z = torch.randn(3, 16)

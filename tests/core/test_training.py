@@ -79,11 +79,14 @@ def test_the_schedules() -> None:
     assert 0 < learning_rate(cycle, 1.0) <= 1e-3
 
 
-def test_resized_heads_give_the_same_answer_on_flat_maps() -> None:
+def test_resized_heads_give_the_same_answer_where_position_does_not_matter() -> None:
     heads = Heads(4, 3, 7, rotation=True)
+    with torch.no_grad():
+        heads.classes.weight.copy_(torch.randn(7, 4, 1).expand(7, 4, 9).flatten(1))
     flat = torch.randn(2, 4, 1, 1)
     before = heads.classes(flat.expand(2, 4, 3, 3).flatten(1))
     heads.resize(5)
+    assert heads.rotation is not None and heads.rotation.weight.shape == (4, 100)
     assert torch.allclose(heads.classes(flat.expand(2, 4, 5, 5).flatten(1)), before, atol=1e-5)
 
 
