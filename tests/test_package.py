@@ -10,7 +10,7 @@ import pytest
 from conftest import invoke
 
 from metadiff_cli import __version__
-from metadiff_cli.config import preset_names
+from metadiff_cli.config import preset_names, read_preset
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ["pretrain", "metatrain", "adapt", "evaluate", "inspect", "presets"]
@@ -106,3 +106,10 @@ def test_no_cells_of_the_core_draw() -> None:
         assert not re.search(
             r"^\s*(print\(|import (rich|typer)|from (rich|typer))", path.read_text(encoding="utf-8"), re.M
         ), path
+
+
+def test_the_preset_table_of_the_readme_is_current() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in preset_names():
+        values = read_preset(name)
+        assert f"| `{name}` | {values['kind']} | {values['summary']} | {values['expect']} |" in text

@@ -13,7 +13,9 @@ from metadiff_cli.core.denoiser import SupportStats
 from metadiff_cli.core.task_space import TaskSpace
 
 LOO_PENALTY = 0.25  # nats per factor of four away from the fitted default
-GUIDANCE_GRID = (1.0, 4.0, 16.0, 64.0, 1e6)  # the last is the prototype, in all but name
+PROTOTYPE = 1e6  # a guidance scale at which nothing is left of the prior
+GUIDANCE_GRID = (1.0, 4.0, 16.0, 64.0, PROTOTYPE)
+LOO_GRID = (1.0, 4.0, 16.0, PROTOTYPE)  # 64 is too near the prototype to be worth its maps
 
 
 def cosine_logits(z: Tensor, weights: Tensor, scale: float | Tensor = 1.0, centre: Tensor | None = None) -> Tensor:
@@ -102,27 +104,36 @@ def leave_one_out_guidance(
     v = space.to_task(z)
     mask = torch.ones(tasks, ways, shots, dtype=torch.bool, device=z.device) if valid is None else valid
     count = mask.sum(dim=2, keepdim=True).unsqueeze(-1).to(v)  # (B, N, 1, 1)
-    mean = (v * mask.unsqueeze(-1)).sum(dim=2, keepdim=True) / count.clamp_min(1)  # (B, N, 1, D)
-    without = (count * mean - v) / (count - 1).clamp_min(1)  # (B, N, K, D)
+    mean, without = _with_and_without(v, mask, count)
     usable = mask & (count.squeeze(-1) >= 2)
     losses = []
-    for a in GUIDANCE_GRID:
+    for a in LOO_GRID:
         distance = abs(math.log(a / default)) / math.log(GUIDANCE_GRID[1])
-        loss = _left_out_loss(a, mean, without, count, z, space, scale, usable)
-        losses.append(loss + LOO_PENALTY * min(distance, len(GUIDANCE_GRID)))
-    grid = torch.tensor(GUIDANCE_GRID, device=z.device)
+        if a == PROTOTYPE:
+            full, own = _with_and_without(z, mask, count)  # what the maps below would give, without the maps
+        else:
+            evidence, rest = (n * a * space.precision for n in (count, count - 1))
+            full = space.to_feature(evidence / (1 + evidence) * mean)
+            own = space.to_feature(rest / (1 + rest) * without)
+        loss = _left_out_loss(full.squeeze(2), own, z, scale, usable)
+        losses.append(loss + LOO_PENALTY * min(distance, len(LOO_GRID)))
+    grid = torch.tensor(LOO_GRID, device=z.device)
     return torch.where(usable.flatten(1).any(dim=1), grid[torch.stack(losses).argmin(dim=0)], default)
 
 
-def _left_out_loss(
-    a: float, mean: Tensor, without: Tensor, count: Tensor, z: Tensor, space: TaskSpace, scale: float, usable: Tensor
-) -> Tensor:
-    """Cross-entropy (B,), summed over the support images, each against weights made without it."""
-    tasks, ways, shots, size = without.shape
-    evidence = a * space.precision
-    full = space.to_feature((count * evidence / (1 + count * evidence) * mean).squeeze(2))  # (B, N, D)
-    rest = (count - 1) * evidence
-    own = space.to_feature(rest / (1 + rest) * without)  # (B, N, K, D)
+def _with_and_without(v: Tensor, mask: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Class means (B, N, 1, D) of v (B, N, K, D), and the means (B, N, K, D) without each image."""
+    mean = (v * mask.unsqueeze(-1)).sum(dim=2, keepdim=True) / count.clamp_min(1)
+    return mean, (count * mean - v) / (count - 1).clamp_min(1)
+
+
+def _left_out_loss(full: Tensor, own: Tensor, z: Tensor, scale: float, usable: Tensor) -> Tensor:
+    """Cross-entropy (B,), summed over the support images z (B, N, K, D).
+
+    Each meets the other classes' weights of `full` (B, N, D), and the weight of its own class made without it, `own`
+    (B, N, K, D).
+    """
+    tasks, ways, shots, size = z.shape
     logits = cosine_logits(z.reshape(tasks, ways * shots, size), full, scale).view(tasks, ways, shots, ways)
     held_out = scale * F.cosine_similarity(z, own, dim=-1)  # (B, N, K)
     index = torch.arange(ways, device=z.device).view(1, ways, 1, 1).expand(tasks, ways, shots, 1)

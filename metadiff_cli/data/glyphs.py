@@ -1,8 +1,8 @@
 """Glyphs: a generated data set of handwriting-like characters, for demonstrations and tests without a download.
 
 A class is a character of one to four curved strokes. An image is one writer's drawing of it: control points tremble,
-the whole is slanted, turned, scaled and shifted, the pen differs, and a stroke may end early. Everything follows from
-(seed, class, image) alone, so class k is the same however many classes are drawn.
+the whole is slanted, turned, scaled, shifted and gently warped, pen and ink differ, and a stroke may end early.
+Everything follows from (seed, class, image) alone, so class k is the same however many classes are drawn.
 """
 
 from collections.abc import Callable
@@ -25,10 +25,13 @@ class Hand:
     shift: float = 0.055
     pen: tuple[float, float] = (0.022, 0.045)  # half width of a stroke
     early: float = 0.15  # chance that a stroke ends early
+    warp: float = 0.015  # amplitude of each wave of the elastic field: bends strokes without breaking them
+    ink: tuple[float, float] = (0.8, 1.0)  # darkness of the ink
 
 
 HAND = Hand()
-POINTS = 32  # samples along a stroke: close enough for the pens to join them
+POINTS = 64  # samples along a stroke: with half of them the thinnest pens leave dotted lines
+WAVES = 3  # of the elastic field, each about one period across the image
 
 
 def draw_glyphs(
@@ -45,7 +48,8 @@ def draw_class(cls: int, count: int, size: int, seed: int) -> np.ndarray:
     drawings = [_by_writer(strokes, np.random.default_rng([seed, cls, 1 + image])) for image in range(count)]
     points = np.stack([d[0] for d in drawings])  # (count, strokes * POINTS, 2)
     pens = np.array([d[1] for d in drawings])
-    grey = rasterise(points, pens, size)
+    inks = np.array([d[2] for d in drawings])
+    grey = rasterise(points, pens, inks, size)
     return np.repeat(grey[..., None], 3, axis=3)
 
 
@@ -69,8 +73,8 @@ def character(rng: np.random.Generator) -> np.ndarray:
     return np.stack(strokes)
 
 
-def _by_writer(strokes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-    """Points (strokes * POINTS, 2) of one drawing and the half width of its pen."""
+def _by_writer(strokes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float, float]:
+    """Points (strokes * POINTS, 2) of one drawing, the half width of its pen and the darkness of its ink."""
     control = strokes + rng.normal(0, HAND.tremble, strokes.shape)
     ends = np.where(rng.random(len(strokes)) < HAND.early, rng.uniform(0.6, 0.95, len(strokes)), 1.0)
     t = np.linspace(0, 1, POINTS)[None, :] * ends[:, None]  # (strokes, POINTS)
@@ -80,11 +84,21 @@ def _by_writer(strokes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarra
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     scale = np.diag(np.exp(rng.normal(0, HAND.scale, 2)))
     points = points @ (turn @ np.array([[1, shear], [0, 1]]) @ scale).T + rng.normal(0, HAND.shift, 2)
-    return points, float(rng.uniform(*HAND.pen))
+    pen = float(rng.uniform(*HAND.pen))
+    return points + _warp(points, rng), pen, float(rng.uniform(*HAND.ink))
 
 
-def rasterise(points: np.ndarray, pens: np.ndarray, size: int) -> np.ndarray:
-    """Grey images (n, size, size) uint8 of points (n, P, 2) in -0.5..0.5 joined by round pens (n,)."""
+def _warp(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Displacements (P, 2) of points (P, 2) in a smooth field: a few long sine waves in random directions."""
+    frequency = rng.normal(0, 1, (2, WAVES))  # periods per image side
+    phase = rng.uniform(0, 2 * np.pi, WAVES)
+    push = rng.normal(0, HAND.warp, (WAVES, 2))
+    field: np.ndarray = np.sin(2 * np.pi * (points @ frequency) + phase) @ push
+    return field
+
+
+def rasterise(points: np.ndarray, pens: np.ndarray, inks: np.ndarray, size: int) -> np.ndarray:
+    """Grey images (n, size, size) uint8 of points (n, P, 2) in -0.5..0.5 joined by round pens (n,) with inks (n,)."""
     centres = ((np.arange(size, dtype=np.float32) + 0.5) / size - 0.5).astype(np.float32)
     x, y = points[:, :, 0].astype(np.float32), points[:, :, 1].astype(np.float32)
     across = (centres[None, :, None] - x[:, None, :]) ** 2  # (n, size, P)
@@ -92,7 +106,7 @@ def rasterise(points: np.ndarray, pens: np.ndarray, size: int) -> np.ndarray:
     squared = np.min(down[:, :, None, :] + across[:, None, :, :], axis=3)  # (n, size, size)
     edge = 0.5 / size  # half a pixel of antialiasing to either side
     ink = np.clip((pens[:, None, None] + edge - np.sqrt(squared)) / (2 * edge), 0, 1)
-    grey: np.ndarray = np.round(255 * (1 - ink)).astype(np.uint8)
+    grey: np.ndarray = np.round(255 * (1 - inks[:, None, None] * ink)).astype(np.uint8)
     return grey
 
 
