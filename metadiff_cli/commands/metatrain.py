@@ -213,7 +213,7 @@ def _follow(trainer: "MetaTrainer", validate: Any, run: "Run", config: Config, s
             if isinstance(record, MetaValidation):
                 gain = "" if record.gain is None else f"  gain over analytic {record.gain:+.2f} ± {record.ci95:.2f}"
                 screen.note(f"step {record.step}/{record.steps}  loss {record.loss:.3f}{gain}{'  best' * record.best}")
-                run.save_metrics(trainer.history)
+                run.save_metrics(trainer.history, "metatrain")
                 tensors, plain = trainer.state()
                 save_checkpoint(state, "state", tensors, {"plain": plain})
             update(record.step, record.steps, f"loss {record.loss:.3f}")

@@ -136,7 +136,7 @@ def _end_epoch(
         f"epoch {record.epoch}/{record.epochs} ({record.size} px)  loss {record.loss:.3f}"
         f"  train {record.accuracy:.1f} %{shown}{'  best' if record.best and shown else ''}"
     )
-    run.save_metrics(trainer.history)
+    run.save_metrics(trainer.history, "pretrain")
     if record.best:
         metrics = {"epoch": record.epoch, "validation": record.validation}
         save_checkpoint(run.folder / ENCODER, "encoder", _best(trainer), {**header, "metrics": metrics})

@@ -89,14 +89,15 @@ class Run:
         """Write config.yaml: everything that the results depend on and can be given to `--config`."""
         write_text(self.folder / "config.yaml", to_yaml(config))
 
-    def save_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """Write metrics.csv anew from all rows so far."""
+    def save_metrics(self, rows: list[dict[str, Any]], stage: str) -> None:
+        """Write all rows so far to metrics.csv, or to <stage>-metrics.csv for a stage before the run's own."""
         names = list(dict.fromkeys(name for row in rows for name in row))
         lines: list[str] = []
         writer = csv.DictWriter(_Lines(lines), fieldnames=names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_text(self.folder / "metrics.csv", "".join(lines))
+        name = "metrics.csv" if stage == self.command else f"{stage}-metrics.csv"
+        write_text(self.folder / name, "".join(lines))
 
     def save_manifest(self, **facts: Any) -> None:
         """Write manifest.json: times, paths, host and versions, which stand nowhere else."""

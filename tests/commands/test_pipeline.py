@@ -23,6 +23,8 @@ def test_a_run_directory_holds_what_the_design_says(small_run: Path) -> None:
             "result.json"} <= names  # fmt: skip
     rows = list(csv.DictReader((small_run / "metrics.csv").read_text().splitlines()))
     assert [row["step"] for row in rows] == ["3", "6"]
+    epochs = list(csv.DictReader((small_run / "pretrain-metrics.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in epochs] == ["1", "2"]  # of the encoder that had to be trained first
     manifest = json.loads((small_run / "manifest.json").read_text())
     assert manifest["versions"]["torch"] and manifest["seconds"] > 0
 
