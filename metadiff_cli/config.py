@@ -68,6 +68,7 @@ class PretrainConfig(Section):
     schedule: Literal["one-cycle", "cosine"] = "one-cycle"
     label_smoothing: Share = 0.0
     rotation_weight: Annotated[float, Field(ge=0)] = 0.0  # of the 4-way rotation head's loss; 0 leaves the head out
+    cosine_head: Positive | None = None  # logit scale of a cosine head; None: a linear head
     rotated_classes: bool = False  # each base class turned by 90, 180, 270 degrees counts as a further class
     stages: tuple[tuple[Positive, int], ...] = ()  # (share of the epochs, image size); empty: full size
     augment: AugmentConfig = AugmentConfig()

@@ -22,7 +22,7 @@ def evaluate(
     query: Annotated[int, typer.Option("--query", min=1, help="Query images of a class.")] = 15,
     episodes: Annotated[int, typer.Option("--episodes", min=1, help="Number of episodes.")] = 1000,
     controls: Annotated[
-        str, typer.Option("--controls", help="Comma-separated: prototype, analytic, untrained; empty for none.")
+        str, typer.Option("--controls", help="Comma-separated names, see the README; empty for none.")
     ] = "prototype,analytic,untrained",
     transductive: Annotated[
         bool, typer.Option("--transductive", help="Let the queries of an episode guide its weights together.")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,18 +15,23 @@ from metadiff_cli.core.evaluation import (
     Method,
     Protocol,
     evaluate,
+    label_propagation_method,
     method_of,
     prototype_method,
     run_through,
+    soft_kmeans_method,
     summarise,
 )
 from metadiff_cli.core.features import FeatureBank, ImageEncoder, build_bank
 from metadiff_cli.core.inference import Learner, Sampling
 from metadiff_cli.core.model import Model
+from metadiff_cli.core.novelty import measure_novelty
 from metadiff_cli.errors import ConfigError
 from metadiff_cli.paths import cache_dir
 
-CONTROLS = ("prototype", "analytic", "untrained")
+CONTROLS = ("prototype", "analytic", "untrained", "inductive", "soft-kmeans", "label-propagation")
+
+AGAINST = ("prototype", "analytic", "inductive")  # what the paired differences of every method refer to
 
 
 def feature_bank(images: ImageEncoder, source: Source, split: str, config: Config, screen: Screen) -> FeatureBank:
@@ -63,6 +68,9 @@ def methods_of(
         "prototype": lambda: prototype_method(learner),
         "analytic": lambda: method_of(learner.analytic(), sampling, protocol),
         "untrained": lambda: method_of(_untrained(model, protocol.seed, device), sampling, protocol),
+        "inductive": lambda: method_of(learner, sampling, replace(protocol, transductive=False)),
+        "soft-kmeans": lambda: soft_kmeans_method(learner),
+        "label-propagation": lambda: label_propagation_method(learner),
     }
     return {"metadiff": method_of(learner, sampling, protocol), **{name: makers[name]() for name in controls}}
 
@@ -105,9 +113,18 @@ def measure(
         "imbalance": protocol.imbalance,
         "sampling": asdict(sampling),
         "denoiser": model.header["denoiser"]["kind"],
-        "methods": _rounded(summarise(scores)),
+        "methods": _rounded(summarise(scores, AGAINST)),
+        "novelty": _novelty(model.learner, bank, protocol, sampling),
         "episodes_per_second": round(protocol.episodes / seconds, 1),
     }
+
+
+def _novelty(learner: Learner, bank: FeatureBank, protocol: Protocol, sampling: Sampling) -> dict[str, float] | None:
+    """How far generated weights are from the training weights; None for a checkpoint that does not hold those."""
+    if learner.targets is None:
+        return None
+    found: dict[str, float] = _rounded(measure_novelty(learner, learner.targets, bank, protocol, sampling).to_dict())
+    return found
 
 
 def show_result(document: dict[str, Any], screen: Screen) -> None:

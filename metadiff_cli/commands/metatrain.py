@@ -11,6 +11,10 @@ from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
     from metadiff_cli.commands.workspace import Run, Source
     from metadiff_cli.core.features import FeatureBank, ImageEncoder
     from metadiff_cli.core.inference import Learner
@@ -131,7 +135,6 @@ def _learn(
     config: Config, images: "ImageEncoder", base: "FeatureBank", val: "FeatureBank | None", run: "Run", screen: Screen
 ) -> tuple["Learner", dict[str, Any], str]:
     """Task space, denoiser and tuning; what became of the learned part; the kind of denoiser that is kept."""
-    import numpy as np
     import torch
 
     from metadiff_cli.core.denoiser import AnalyticDenoiser
@@ -139,14 +142,17 @@ def _learn(
     from metadiff_cli.core.task_space import fit_task_space, identity_space
     from metadiff_cli.core.tuning import fit_tuning
 
-    classes = (torch.from_numpy(np.array(base.features[rows])) for rows in base.class_indices())
     s = config.space
     kind = config.denoiser.kind
     if kind == "paper":
-        space = identity_space(classes)
+        space = identity_space(_by_class(base))
     else:
-        space = fit_task_space(classes, shrink_within=s.shrink_within, shrink_between=s.shrink_between, floor=s.floor)
-    learner = Learner(space.to(images.device), AnalyticDenoiser(), False, Tuning())
+        space = fit_task_space(
+            _by_class(base), shrink_within=s.shrink_within, shrink_between=s.shrink_between, floor=s.floor
+        )
+    space = space.to(images.device)
+    targets = space.to_task(torch.stack([c.mean(dim=0) for c in _by_class(base)]).to(images.device))
+    learner = Learner(space, AnalyticDenoiser(), False, Tuning(), targets)
     learned: dict[str, Any] = {"kind": kind, "kept": False, "gain": None, "ci95": None}
     if kind != "analytic":
         learner, learned = _train_denoiser(config, learner, base, val, run, screen, images.device)
@@ -157,6 +163,14 @@ def _learn(
     else:
         screen.warn("no validation classes: guidance and confidence keep their defaults, and nothing is selected")
     return learner, learned, kind if learned["kept"] else "analytic"
+
+
+def _by_class(bank: "FeatureBank") -> "Iterator[Tensor]":
+    """The features (n_c, D) of each class, one class in memory at a time."""
+    import numpy as np
+    import torch
+
+    return (torch.from_numpy(np.array(bank.features[rows])) for rows in bank.class_indices())
 
 
 def _tuned(learner: "Learner", tuning: Any) -> "Learner":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metadiff_cli.core.features import ImageEncoder
-from metadiff_cli.core.inference import Sampling, adapt_weights, class_probabilities, seeds_of
+from metadiff_cli.core.inference import Sampling, adapt_tasks, seeds_of
 from metadiff_cli.core.model import Model, SavedClassifier
 from metadiff_cli.data.cache import decode_images
 from metadiff_cli.data.folders import scan_classes
@@ -101,12 +101,11 @@ def adapt_classifier(
     """Draw a classifier for a support set; `pool` (P, D) are unlabelled images that guide it."""
     z, valid = support.padded()
     order = torch.arange(len(support.classes)).unsqueeze(0)  # classes are sorted by name already
-    weights = adapt_weights(
+    task = adapt_tasks(
         model.learner, z, sampling, ranks=order, seeds=seeds_of(seed, 0, 1), valid=valid,
         pool=None if pool is None else pool.unsqueeze(0),
     )  # fmt: skip
-    scale = model.learner.tuning.calibration.scale(len(support.classes), len(support.labels) / len(support.classes))
-    return SavedClassifier(model.images, weights[:, 0], support.classes, scale)
+    return SavedClassifier(model.images, task, support.classes)
 
 
 def predict_images(
@@ -118,13 +117,11 @@ def predict_images(
     workers: int | None = None,
 ) -> Iterator[Prediction]:
     """Predictions in the order of `paths`, a batch in memory at a time; `known` are hashes of support images."""
-    weights = classifier.weights.unsqueeze(1)  # (M, 1, N, D)
     for (path, digest), features in _encoded(paths, classifier.images, batch, workers):
         if isinstance(features, str):
             yield Prediction(str(path), None, features)
             continue
-        with torch.inference_mode():
-            p = class_probabilities(features.view(1, 1, -1), weights, classifier.scale)
+        p = classifier.probabilities(features.view(1, -1))
         yield Prediction(str(path), [float(x) for x in p.flatten()], twin=known.get(digest))
 
 

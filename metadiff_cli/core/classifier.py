@@ -1,8 +1,9 @@
 """The cosine classifier, its support gradient, calibration of its confidence, and the choice of the guidance scale."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ LOO_PENALTY = 0.25  # nats per factor of four away from the fitted default
 PROTOTYPE = 1e6  # a guidance scale at which nothing is left of the prior
 GUIDANCE_GRID = (1.0, 4.0, 16.0, 64.0, PROTOTYPE)
 LOO_GRID = (1.0, 4.0, 16.0, PROTOTYPE)  # 64 is too near the prototype to be worth its maps
+HALF_TRUST = 10.0  # the guidance scale at which the two metrics weigh the same; see task_logits
 
 
 def cosine_logits(z: Tensor, weights: Tensor, scale: float | Tensor = 1.0, centre: Tensor | None = None) -> Tensor:
@@ -23,6 +25,24 @@ def cosine_logits(z: Tensor, weights: Tensor, scale: float | Tensor = 1.0, centr
     if centre is not None:
         z, weights = z - centre, weights - centre
     return scale * (F.normalize(z, dim=-1) @ F.normalize(weights, dim=-1).transpose(-1, -2))
+
+
+def feature_share(guidance: Tensor | float) -> Tensor | float:
+    """Weight of the plain cosine beside the whitened one, a / (a + HALF_TRUST): 0 as the prior holds, 1 without it."""
+    return guidance / (guidance + HALF_TRUST)
+
+
+def task_logits(
+    z: Tensor, weights: Tensor, space: TaskSpace, guidance: Tensor | float, scale: float | Tensor = 1.0
+) -> Tensor:
+    """Logits (B, Q, N) of a generated classifier: s * ((1 - r) cos(u_z, u_w) + r cos(z, w)), u whitened, r the share.
+
+    Noise within a class has the same size in every whitened direction (the metric of linear discriminant analysis), as
+    far as the statistics of the base classes hold; the guidance scale a, a number or one per task (B,), says how far.
+    """
+    share = feature_share(guidance.view(-1, 1, 1) if isinstance(guidance, Tensor) else guidance)
+    whitened = cosine_logits(space.whiten(z), space.whiten(weights))
+    return scale * (whitened + share * (cosine_logits(z, weights) - whitened))
 
 
 def support_loss(w: Tensor, v: Tensor, precision: Tensor) -> Tensor:
@@ -37,19 +57,29 @@ def support_gradient(w: Tensor, stats: SupportStats) -> Tensor:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Logit scale s as a smooth function of the task: log s = base + shots log K + ways log N."""
+    """Logit scale s as a smooth function of the task: log s, bilinear in log N and log K between the fitted points."""
 
-    base: float = math.log(10.0)
-    shots: float = 0.0
-    ways: float = 0.0
+    ways: tuple[int, ...] = (5,)
+    shots: tuple[int, ...] = (1,)
+    log_scales: tuple[tuple[float, ...], ...] = ((math.log(10.0),),)  # a row for each of `ways`
 
     def scale(self, way: int, shot: float) -> float:
-        """s for N ways and K shots (the mean over the classes when shots differ)."""
-        return math.exp(self.base + self.shots * math.log(max(shot, 1.0)) + self.ways * math.log(way))
+        """s for N ways and K shots (the mean over the classes when shots differ); constant beyond the fitted points."""
+        along = [np.interp(math.log(max(shot, 1.0)), np.log(self.shots), row) for row in self.log_scales]
+        return math.exp(float(np.interp(math.log(way), np.log(self.ways), along)))
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         """For a checkpoint's header."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Calibration":
+        """From what `to_dict` gave, JSON lists included."""
+        rows = tuple(tuple(map(float, row)) for row in values["log_scales"])
+        calibration = cls(tuple(map(int, values["ways"])), tuple(map(int, values["shots"])), rows)
+        if len(rows) != len(calibration.ways) or any(len(row) != len(calibration.shots) for row in rows):
+            raise ValueError("the calibration table has a wrong shape")
+        return calibration
 
 
 def best_scale(cosines: Tensor, labels: Tensor) -> float:
@@ -69,18 +99,10 @@ def best_scale(cosines: Tensor, labels: Tensor) -> float:
     return math.exp((low + high) / 2)
 
 
-def fit_calibration(points: Sequence[tuple[int, int, float]]) -> Calibration:
-    """Least squares over (way, shot, best scale); a slope that the points cannot tell stays zero."""
-    ways = np.log([p[0] for p in points])
-    shots = np.log([p[1] for p in points])
-    target = np.log([p[2] for p in points])
-    columns = [np.ones(len(points))]
-    vary = [bool(np.ptp(shots) > 0), bool(np.ptp(ways) > 0)]
-    columns += [x for x, varies in zip((shots, ways), vary, strict=True) if varies]
-    solution = list(np.linalg.lstsq(np.stack(columns, axis=1), target, rcond=None)[0])
-    base = float(solution.pop(0))
-    slopes = [float(solution.pop(0)) if varies else 0.0 for varies in vary]
-    return Calibration(base, *slopes)
+def fit_calibration(scales: Mapping[tuple[int, int], float]) -> Calibration:
+    """From the best scale of every (way, shot) of a grid."""
+    ways, shots = (tuple(sorted({pair[i] for pair in scales})) for i in (0, 1))
+    return Calibration(ways, shots, tuple(tuple(math.log(scales[way, shot]) for shot in shots) for way in ways))
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
@@ -101,24 +123,38 @@ def leave_one_out_guidance(
     "How far to trust the prior"). Classes with one image say nothing about a. `valid` (B, N, K) where shots differ.
     """
     tasks, ways, shots, _ = z.shape
-    v = space.to_task(z)
     mask = torch.ones(tasks, ways, shots, dtype=torch.bool, device=z.device) if valid is None else valid
-    count = mask.sum(dim=2, keepdim=True).unsqueeze(-1).to(v)  # (B, N, 1, 1)
-    mean, without = _with_and_without(v, mask, count)
-    usable = mask & (count.squeeze(-1) >= 2)
+    usable = mask & (mask.sum(dim=2, keepdim=True) >= 2)
     losses = []
-    for a in LOO_GRID:
+    for a, logits in leave_one_out_logits(z, space, mask):
         distance = abs(math.log(a / default)) / math.log(GUIDANCE_GRID[1])
-        if a == PROTOTYPE:
-            full, own = _with_and_without(z, mask, count)  # what the maps below would give, without the maps
-        else:
-            evidence, rest = (n * a * space.precision for n in (count, count - 1))
-            full = space.to_feature(evidence / (1 + evidence) * mean)
-            own = space.to_feature(rest / (1 + rest) * without)
-        loss = _left_out_loss(full.squeeze(2), own, z, scale, usable)
-        losses.append(loss + LOO_PENALTY * min(distance, len(LOO_GRID)))
+        index = torch.arange(ways, device=z.device).view(1, ways, 1, 1).expand(tasks, ways, shots, 1)
+        loss = -F.log_softmax(scale * logits, dim=-1).gather(3, index).squeeze(-1)
+        losses.append((loss * usable).sum(dim=(1, 2)) + LOO_PENALTY * min(distance, len(LOO_GRID)))
     grid = torch.tensor(LOO_GRID, device=z.device)
     return torch.where(usable.flatten(1).any(dim=1), grid[torch.stack(losses).argmin(dim=0)], default)
+
+
+def leave_one_out_logits(z: Tensor, space: TaskSpace, mask: Tensor) -> Iterator[tuple[float, Tensor]]:
+    """(a, unscaled logits (B, N, K, N) of the support images) for every guidance scale a of LOO_GRID.
+
+    Each image meets the other classes' weights made of all their images, and that of its own class made without it.
+    Classes of one image have nothing left for themselves; `mask` (B, N, K) marks the real images.
+    """
+    v = space.to_task(z)
+    count = mask.sum(dim=2, keepdim=True).unsqueeze(-1).to(v)  # (B, N, 1, 1)
+    noise = space.precision.sqrt()
+    mean, without = _with_and_without(v, mask, count)
+    plain = _left_out_cosines(*_with_and_without(z, mask, count), z)  # what is left when the prior counts for nothing
+    for a in LOO_GRID:
+        if a == PROTOTYPE:
+            yield a, plain
+            continue
+        evidence, rest = (n * a * space.precision for n in (count, count - 1))
+        full, own = evidence / (1 + evidence) * mean, rest / (1 + rest) * without
+        whitened = _left_out_cosines(full * noise, own * noise, v * noise)
+        features = _left_out_cosines(space.to_feature(full), space.to_feature(own), z)
+        yield a, whitened + feature_share(a) * (features - whitened)
 
 
 def _with_and_without(v: Tensor, mask: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,16 +163,9 @@ def _with_and_without(v: Tensor, mask: Tensor, count: Tensor) -> tuple[Tensor, T
     return mean, (count * mean - v) / (count - 1).clamp_min(1)
 
 
-def _left_out_loss(full: Tensor, own: Tensor, z: Tensor, scale: float, usable: Tensor) -> Tensor:
-    """Cross-entropy (B,), summed over the support images z (B, N, K, D).
-
-    Each meets the other classes' weights of `full` (B, N, D), and the weight of its own class made without it, `own`
-    (B, N, K, D).
-    """
+def _left_out_cosines(full: Tensor, own: Tensor, z: Tensor) -> Tensor:
+    """Cosines (B, N, K, N) of z (B, N, K, D) to the classes' weights `full` (B, N, 1, D), its own class's in `own`."""
     tasks, ways, shots, size = z.shape
-    logits = cosine_logits(z.reshape(tasks, ways * shots, size), full, scale).view(tasks, ways, shots, ways)
-    held_out = scale * F.cosine_similarity(z, own, dim=-1)  # (B, N, K)
+    logits = cosine_logits(z.reshape(tasks, ways * shots, size), full.squeeze(2)).view(tasks, ways, shots, ways)
     index = torch.arange(ways, device=z.device).view(1, ways, 1, 1).expand(tasks, ways, shots, 1)
-    logits = logits.scatter(3, index, held_out.unsqueeze(-1))
-    loss = -F.log_softmax(logits, dim=-1).gather(3, index).squeeze(-1)
-    return (loss * usable).sum(dim=(1, 2))
+    return logits.scatter(3, index, F.cosine_similarity(z, own, dim=-1).unsqueeze(-1))

@@ -11,19 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metadiff_cli.core.classifier import calibration_error
+from metadiff_cli.core.classifier import calibration_error, cosine_logits
 from metadiff_cli.core.episodes import Episodes, check_episodes, episode_batches
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.inference import (
     Learner,
-    PoolGuidance,
     Sampling,
-    adapt_weights,
+    adapt_tasks,
     class_means,
-    class_probabilities,
     ranks_of,
     seeds_of,
 )
+from metadiff_cli.core.pool import PoolGuidance, label_propagation, soft_kmeans
 
 BATCH_VALUES = 24_000_000  # numbers in the features of one batch of episodes: about 100 MB
 
@@ -66,12 +65,11 @@ def method_of(learner: Learner, sampling: Sampling, protocol: Protocol, pool: Po
 
     def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
         seeds = seeds_of(protocol.seed, first, len(support))
-        weights = adapt_weights(
+        classifier = adapt_tasks(
             learner, support, sampling, ranks=ranks_of(episodes.classes), seeds=seeds,
             pool=query if protocol.transductive else None, pool_guidance=pool,
         )  # fmt: skip
-        scale = learner.tuning.calibration.scale(support.shape[1], support.shape[2])
-        return class_probabilities(query, weights, scale)
+        return classifier.probabilities(query)
 
     return run
 
@@ -81,11 +79,39 @@ def prototype_method(learner: Learner) -> Method:
 
     def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
         means, _ = class_means(support)
-        scale = learner.tuning.prototype_calibration.scale(support.shape[1], support.shape[2])
-        centre = learner.space.mean if learner.tuning.centred_prototype else None
-        return class_probabilities(query, means.unsqueeze(0), scale, centre)
+        return cosine_logits(query, means, *prototype_form(learner, support)).softmax(dim=-1)
 
     return run
+
+
+def prototype_form(learner: Learner, support: Tensor) -> tuple[float, Tensor | None]:
+    """Logit scale and centre (D,) of the prototype control for support features (B, N, K, D)."""
+    scale = learner.tuning.prototype_calibration.scale(support.shape[1], support.shape[2])
+    return scale, learner.space.mean if learner.tuning.centred_prototype else None
+
+
+def soft_kmeans_method(learner: Learner) -> Method:
+    """Soft k-means on the features as the prototype control sees them, with its calibrated scale."""
+
+    def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
+        scale, centre = prototype_form(learner, support)
+        return soft_kmeans(*_centred(support, query, centre), scale)
+
+    return run
+
+
+def label_propagation_method(learner: Learner) -> Method:
+    """Label propagation on the features as the prototype control sees them."""
+
+    def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
+        _, centre = prototype_form(learner, support)
+        return label_propagation(*_centred(support, query, centre))
+
+    return run
+
+
+def _centred(support: Tensor, query: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (support, query) if centre is None else (support - centre, query - centre)
 
 
 def evaluate(

@@ -1,10 +1,11 @@
 """Adaptation: support features in, classifier weights out; and what follows from it for many episodes at once.
 
-A `Learner` is everything that adaptation needs. `adapt_weights` runs the sampler for B tasks; `class_probabilities`
-turns weights into predictions. Query images reach adaptation only as an explicit `pool` (protocol "transductive").
+A `Learner` is everything that adaptation needs. `adapt_tasks` runs the sampler for B tasks; the `TaskClassifier` that
+it gives turns features into predictions. Query images reach adaptation only as an explicit `pool` (protocol
+"transductive").
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metadiff_cli.core.classifier import Calibration, cosine_logits, leave_one_out_guidance
+from metadiff_cli.core.classifier import Calibration, cosine_logits, leave_one_out_guidance, task_logits
 from metadiff_cli.core.denoiser import AnalyticDenoiser, SupportStats
 from metadiff_cli.core.diffusion import Denoises, Noise, Schedule, ddim, ddpm, finish
 from metadiff_cli.core.episodes import episode_batches
 from metadiff_cli.core.features import FeatureBank, ImageEncoder, extract
+from metadiff_cli.core.pool import Guide, PoolGuidance, pool_guide
 from metadiff_cli.core.task_space import TaskSpace
 
 
@@ -32,15 +34,6 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class PoolGuidance:
-    """Constants of the guidance from unlabelled images (design, "Guidance from unlabelled images")."""
-
-    sharpness: float = 20.0  # s_r, of the responsibilities
-    smoothing: float = 15.0  # a, Dirichlet smoothing of the class proportions
-    weight: float = 0.3  # omega, of one unlabelled image beside a labelled one
-
-
-@dataclass(frozen=True)
 class Tuning:
     """What was fitted on validation classes."""
 
@@ -48,6 +41,7 @@ class Tuning:
     prototype_calibration: Calibration = field(default_factory=Calibration)
     centred_prototype: bool = False
     guidance: float = 1.0  # for tasks with one image per class
+    pool: PoolGuidance = field(default_factory=PoolGuidance)
 
 
 @dataclass(frozen=True)
@@ -58,6 +52,7 @@ class Learner:
     denoiser: nn.Module
     learned: bool
     tuning: Tuning
+    targets: Tensor | None = None  # (C, D) the training weights in task space, for measuring novelty
     schedule: Schedule = field(default_factory=Schedule)
 
     def analytic(self) -> "Learner":
@@ -75,8 +70,32 @@ def class_means(z: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]
     return (z * mask).sum(dim=2) / count.clamp_min(1), count
 
 
+@dataclass(frozen=True)
+class TaskClassifier:
+    """Classifiers of B tasks: weights (M, B, N, D) in feature space, guidance scale (a number or (B,)), logit scale."""
+
+    space: TaskSpace
+    weights: Tensor
+    guidance: Tensor | float
+    scale: float
+
+    def single_guidance(self) -> float:
+        """The guidance scale of the only task (B = 1)."""
+        return float(self.guidance)
+
+    def logits(self, z: Tensor, sample: int = 0) -> Tensor:
+        """Unscaled logits (B, Q, N) of features z (B, Q, D) under one of the M samples."""
+        return task_logits(z, self.weights[sample], self.space, self.guidance)
+
+    @torch.inference_mode()
+    def probabilities(self, z: Tensor) -> Tensor:
+        """(B, Q, N), averaged over the samples, of features z (B, Q, D)."""
+        each = [(self.scale * self.logits(z, m)).softmax(dim=-1) for m in range(len(self.weights))]
+        return torch.stack(each).mean(dim=0)
+
+
 @torch.inference_mode()
-def adapt_weights(
+def adapt_tasks(
     learner: Learner,
     z: Tensor,
     sampling: Sampling,
@@ -86,33 +105,31 @@ def adapt_weights(
     valid: Tensor | None = None,
     pool: Tensor | None = None,
     pool_guidance: PoolGuidance | None = None,
-) -> Tensor:
-    """Classifier weights (M, B, N, D) in feature space from support features z (B, N, K, D).
+) -> TaskClassifier:
+    """Classifiers from support features z (B, N, K, D), `valid` (B, N, K) marking the real ones where shots differ.
 
     `ranks` (B, N) are the positions of the classes in an order that does not depend on how they are given; `seeds` one
     per task. `pool` (B, P, D) are unlabelled images of the same tasks. (Design, section 2.)
     """
     means, count = class_means(z, valid)
-    mean_shots = float(count.mean())
-    guidance = _guidance(learner, z, sampling, valid, mean_shots)
-    stats = SupportStats(learner.space.to_task(means), count, learner.space.precision.view(1, 1, -1)).scaled(guidance)
+    scale = learner.tuning.calibration.scale(z.shape[1], float(count.mean()))
+    guidance = _guidance(learner, z, sampling, valid, scale)
+    space = learner.space
+    stats = SupportStats(space.to_task(means), count, space.precision.view(1, 1, -1)).scaled(guidance)
     guide = None
-    if pool is not None:
-        guide = _pool_guide(learner, stats, pool, pool_guidance or PoolGuidance())
+    if pool is not None and pool.shape[1] > 0:
+        guide = pool_guide(space, stats, pool, guidance, scale, pool_guidance or learner.tuning.pool)
     noise = Noise(seeds, ranks, z.shape[-1], sampling.temperature, z.device)
     samples = [_sample(learner, stats, sampling, noise, guide) for _ in range(sampling.samples)]
-    return learner.space.to_feature(torch.stack(samples))
+    return TaskClassifier(space, space.to_feature(torch.stack(samples)), guidance, scale)
 
 
-def _guidance(
-    learner: Learner, z: Tensor, sampling: Sampling, valid: Tensor | None, mean_shots: float
-) -> Tensor | float:
+def _guidance(learner: Learner, z: Tensor, sampling: Sampling, valid: Tensor | None, scale: float) -> Tensor | float:
     """The scale a: as asked for, else by leave-one-out, else the fitted default where no class has two images."""
     if sampling.guidance is not None:
         return sampling.guidance
     if z.shape[2] == 1:
         return learner.tuning.guidance
-    scale = learner.tuning.calibration.scale(z.shape[1], mean_shots)
     return leave_one_out_guidance(z, learner.space, scale, valid, learner.tuning.guidance)
 
 
@@ -121,40 +138,13 @@ def _sample(
     stats: SupportStats,
     sampling: Sampling,
     noise: Noise,
-    guide: Callable[[Tensor], SupportStats] | None,
+    guide: Guide | None,
 ) -> Tensor:
     denoiser: Denoises = learner.denoiser
     start = noise.draw()
     if sampling.method == "ddpm":
         return finish(ddpm(denoiser, start, learner.schedule, sampling.steps, stats, noise.draw, guide))
     return finish(ddim(denoiser, start, learner.schedule, sampling.steps, stats, guide))
-
-
-def _pool_guide(
-    learner: Learner, stats: SupportStats, pool: Tensor, how: PoolGuidance
-) -> Callable[[Tensor], SupportStats]:
-    """Support statistics that take in a pool (B, P, D) of unlabelled images by their responsibilities."""
-    points = learner.space.to_task(pool)  # (B, P, D)
-    tasks, ways, _ = stats.mean.shape
-    proportions = torch.full((tasks, 1, ways), 1 / ways, device=pool.device)
-
-    def guide(x0: Tensor) -> SupportStats:
-        nonlocal proportions
-        logits = cosine_logits(pool, learner.space.to_feature(x0), how.sharpness) + proportions.log()
-        share = logits.softmax(dim=-1)  # (B, P, N)
-        total = share.sum(dim=1, keepdim=True)
-        proportions = (how.smoothing + total) / (ways * how.smoothing + pool.shape[1])
-        extra = how.weight * total.transpose(1, 2)  # (B, N, 1)
-        count = stats.count + extra
-        sums = stats.count * stats.mean + how.weight * share.transpose(1, 2) @ points
-        return SupportStats(sums / count, count, stats.precision)
-
-    return guide
-
-
-def class_probabilities(z: Tensor, weights: Tensor, scale: float, centre: Tensor | None = None) -> Tensor:
-    """(B, Q, N), averaged over the samples, of features z (B, Q, D) under weights (M, B, N, D)."""
-    return torch.stack([cosine_logits(z, w, scale, centre).softmax(dim=-1) for w in weights]).mean(dim=0)
 
 
 def seeds_of(seed: int, first: int, count: int) -> list[int]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metadiff_cli.config import DenoiserConfig, MetatrainConfig
-from metadiff_cli.core.classifier import cosine_logits
+from metadiff_cli.core.classifier import task_logits
 from metadiff_cli.core.denoiser import (
     Ema,
     PaperDenoiser,
@@ -174,7 +174,7 @@ class MetaTrainer:
         loss: Tensor = (pi * (x0 - w0).square()).mean()
         if self.config.kappa == 0:
             return loss
-        logits = cosine_logits(query, self.space.to_feature(x0), LOGIT_SCALE)  # (B, M, N)
+        logits = task_logits(query, self.space.to_feature(x0), self.space, 1.0, LOGIT_SCALE)  # (B, M, N)
         return loss + self.config.kappa * F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     def targets(self, episodes: Episodes, support: Tensor, query: Tensor) -> Tensor:

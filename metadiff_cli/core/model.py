@@ -12,7 +12,8 @@ from metadiff_cli.core.classifier import Calibration
 from metadiff_cli.core.denoiser import build_denoiser
 from metadiff_cli.core.encoders import build_encoder
 from metadiff_cli.core.features import ImageEncoder
-from metadiff_cli.core.inference import Learner, Tuning
+from metadiff_cli.core.inference import Learner, TaskClassifier, Tuning
+from metadiff_cli.core.pool import PoolGuidance
 from metadiff_cli.core.task_space import TaskSpace
 from metadiff_cli.errors import CheckpointError
 
@@ -28,12 +29,15 @@ class Model:
 
 @dataclass(frozen=True)
 class SavedClassifier:
-    """An adapted classifier: weights (M, N, D) in feature space, one row a class, and the scale of its logits."""
+    """A classifier of one task (B = 1) with its encoder and the names of its classes."""
 
     images: ImageEncoder
-    weights: Tensor
+    task: TaskClassifier
     classes: tuple[str, ...]
-    scale: float
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """(Q, N) of features (Q, D)."""
+        return self.task.probabilities(features.unsqueeze(0))[0]
 
 
 def load_encoder(path: Path, device: torch.device, *, mirror: bool) -> ImageEncoder:
@@ -51,6 +55,8 @@ def save_model(path: Path, images: ImageEncoder, learner: Learner, header: dict[
     tensors = {f"encoder.{n}": t for n, t in images.encoder.state_dict().items()}
     tensors |= {f"space.{n}": t for n, t in learner.space.tensors().items()}
     tensors |= {f"denoiser.{n}": t for n, t in learner.denoiser.state_dict().items()}
+    if learner.targets is not None:
+        tensors["targets"] = learner.targets
     save_checkpoint(path, "model", tensors, {**header, **_image_header(images), "tuning": asdict(learner.tuning)})
 
 
@@ -63,15 +69,21 @@ def load_model(path: Path, device: torch.device) -> Model:
         space = TaskSpace.from_tensors(checkpoint.part("space")).to(device)
         denoiser = _denoiser(checkpoint, images.feature_size).to(device)
         learned = header["denoiser"]["kind"] != "analytic"
-        return Model(images, Learner(space, denoiser, learned, tuning_from(header["tuning"])), header)
+        targets = checkpoint.tensors.get("targets")
+        learner = Learner(
+            space, denoiser, learned, tuning_from(header["tuning"]), None if targets is None else targets.to(device)
+        )
+        return Model(images, learner, header)
 
 
 def save_classifier(path: Path, classifier: SavedClassifier) -> None:
     """Write an adapted classifier with everything that prediction needs."""
+    task = classifier.task
     tensors = {f"encoder.{n}": t for n, t in classifier.images.encoder.state_dict().items()}
-    tensors["weights"] = classifier.weights
-    header = {"classes": list(classifier.classes), "scale": classifier.scale, **_image_header(classifier.images)}
-    save_checkpoint(path, "classifier", tensors, header)
+    tensors |= {f"space.{n}": t for n, t in task.space.tensors().items()}
+    tensors["weights"] = task.weights
+    header = {"classes": list(classifier.classes), "scale": task.scale, "guidance": task.single_guidance()}
+    save_checkpoint(path, "classifier", tensors, {**header, **_image_header(classifier.images)})
 
 
 def load_classifier(path: Path, device: torch.device) -> SavedClassifier:
@@ -80,14 +92,16 @@ def load_classifier(path: Path, device: torch.device) -> SavedClassifier:
     header = checkpoint.header
     with _as_checkpoint_error(path):
         images = _image_encoder(checkpoint, device, bool(header["image"]["mirror"]))
+        space = TaskSpace.from_tensors(checkpoint.part("space")).to(device)
         weights = checkpoint.tensors["weights"].to(device)
-        return SavedClassifier(images, weights, tuple(header["classes"]), float(header["scale"]))
+        task = TaskClassifier(space, weights, float(header["guidance"]), float(header["scale"]))
+        return SavedClassifier(images, task, tuple(header["classes"]))
 
 
 def tuning_from(values: dict[str, Any]) -> Tuning:
     """Tuning from a checkpoint's header."""
-    calibrations = {key: Calibration(**values[key]) for key in ("calibration", "prototype_calibration")}
-    return Tuning(**{**values, **calibrations})
+    calibrations = {key: Calibration.from_dict(values[key]) for key in ("calibration", "prototype_calibration")}
+    return Tuning(**{**values, **calibrations, "pool": PoolGuidance(**values["pool"])})
 
 
 def _denoiser(checkpoint: Checkpoint, size: int) -> nn.Module:

@@ -49,13 +49,24 @@ class PretrainEpoch:
 
 
 class Heads(nn.Module):
-    """Linear heads over flattened or pooled feature maps: the base classes, and optionally the 4 rotations."""
+    """Linear heads over flattened or pooled feature maps: the base classes, and optionally the 4 rotations.
 
-    def __init__(self, channels: int, side: int, classes: int, rotation: bool) -> None:
+    With `cosine` the logits of the classes are that scale times the cosine to each class's weight (Chen et al. 2019):
+    with thousands of classes over few features a linear head hardly gets going.
+    """
+
+    def __init__(self, channels: int, side: int, classes: int, rotation: bool, cosine: float | None = None) -> None:
         super().__init__()
-        self.channels, self.side = channels, side
+        self.channels, self.side, self.cosine = channels, side, cosine
         self.classes = nn.Linear(channels * side * side, classes)
         self.rotation = nn.Linear(channels * side * side, 4) if rotation else None
+
+    def class_logits(self, features: Tensor) -> Tensor:
+        """(B, C) of features (B, D)."""
+        if self.cosine is None:
+            logits: Tensor = self.classes(features)
+            return logits
+        return self.cosine * F.linear(F.normalize(features, dim=1), F.normalize(self.classes.weight, dim=1))
 
     @torch.no_grad()
     def resize(self, side: int) -> None:
@@ -93,7 +104,8 @@ class Pretrainer:
         self.encoder = encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         side = 1 if encoder.pooled else encoder.side(self.size_of(0))
         outputs = classes * 4 if config.rotated_classes else classes
-        self.heads = Heads(encoder.channels, side, outputs, config.rotation_weight > 0).to(device)
+        self.heads = Heads(encoder.channels, side, outputs, config.rotation_weight > 0, config.cosine_head)
+        self.heads.to(device)
         self.optimiser = self._new_optimiser()
         self.epoch = 0
         self.best: dict[str, Tensor] = {}
@@ -172,12 +184,12 @@ class Pretrainer:
     def _loss(self, batch: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         smoothing = self.config.label_smoothing
         if self.heads.rotation is None:
-            logits = self.heads.classes(self.encoder(batch))
+            logits = self.heads.class_logits(self.encoder(batch))
             return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits
         quarters = torch.randint(4, (len(labels),), generator=generator).to(self.device)
         both = torch.cat([batch, rotate_quarters(batch, quarters)])
         features = self.encoder(both)
-        logits = self.heads.classes(features[: len(labels)])
+        logits = self.heads.class_logits(features[: len(labels)])
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
         turned = F.cross_entropy(self.heads.rotation(features[len(labels) :]), quarters)
         return loss + self.config.rotation_weight * turned, logits

@@ -32,6 +32,10 @@ class TaskSpace:
         """z (..., D) of points v (..., D) in task space."""
         return v @ self.inverse.T + self.mean
 
+    def whiten(self, z: Tensor) -> Tensor:
+        """Task space in units of the noise of an image, (..., D) of features z (..., D): the metric S_w^-1."""
+        return self.to_task(z) * self.precision.sqrt()
+
     def to(self, device: torch.device) -> "TaskSpace":
         """The same space on another device."""
         return TaskSpace(*(t.to(device) for t in (self.mean, self.basis, self.inverse, self.precision)))

@@ -12,7 +12,7 @@ from metadiff_cli.core.classifier import GUIDANCE_GRID, best_scale, cosine_logit
 from metadiff_cli.core.episodes import Episodes, episode_batches
 from metadiff_cli.core.evaluation import Protocol, evaluate, mean_interval, method_of, run_through
 from metadiff_cli.core.features import FeatureBank
-from metadiff_cli.core.inference import Learner, Sampling, Tuning, adapt_weights, class_means, ranks_of, seeds_of
+from metadiff_cli.core.inference import Learner, Sampling, Tuning, adapt_tasks, class_means, ranks_of, seeds_of
 
 EPISODES = 400
 TOLERANCE = 0.25  # percentage points: the largest guidance scale that costs no more is the default, as it trusts least
@@ -43,8 +43,8 @@ def fit_tuning(learner: Learner, bank: FeatureBank, device: torch.device, *, see
     learner = replace(learner, tuning=tuning)
     learner = replace(learner, tuning=replace(tuning, guidance=_default_guidance(learner, tasks, ways[0])))
     pairs = [(way, shot) for way in ways for shot in shots]
-    ours = [(*pair, best_scale(*tasks.collect(*pair, _weights(learner)))) for pair in pairs]
-    theirs = [(*pair, best_scale(*tasks.collect(*pair, _prototype(learner)))) for pair in pairs]
+    ours = {pair: best_scale(*tasks.collect(*pair, _logits(learner))) for pair in pairs}
+    theirs = {pair: best_scale(*tasks.collect(*pair, _prototype(learner))) for pair in pairs}
     return replace(learner.tuning, calibration=fit_calibration(ours), prototype_calibration=fit_calibration(theirs))
 
 
@@ -75,16 +75,16 @@ class _Tasks:
         return 100 * float((values.argmax(dim=1) == labels).float().mean())
 
 
-def _weights(learner: Learner, guidance: float | None = None) -> Cosines:
+def _logits(learner: Learner, guidance: float | None = None) -> Cosines:
     sampling = Sampling(guidance=guidance)
 
-    def cosines(support: Tensor, query: Tensor, episodes: Episodes) -> Tensor:
-        weights = adapt_weights(
+    def logits(support: Tensor, query: Tensor, episodes: Episodes) -> Tensor:
+        classifier = adapt_tasks(
             learner, support, sampling, ranks=ranks_of(episodes.classes), seeds=seeds_of(0, 0, len(support))
         )
-        return cosine_logits(query, weights[0])
+        return classifier.logits(query)
 
-    return cosines
+    return logits
 
 
 def _prototype(learner: Learner) -> Cosines:
@@ -102,7 +102,7 @@ def _centre_helps(learner: Learner, tasks: _Tasks, way: int, shots: list[int]) -
 
 def _default_guidance(learner: Learner, tasks: _Tasks, way: int) -> float:
     """The largest scale whose 1-shot accuracy is within TOLERANCE of the best."""
-    accuracies = [tasks.accuracy(way, 1, _weights(learner, a)) for a in GUIDANCE_GRID]
+    accuracies = [tasks.accuracy(way, 1, _logits(learner, a)) for a in GUIDANCE_GRID]
     return max(
         a for a, accuracy in zip(GUIDANCE_GRID, accuracies, strict=True) if accuracy >= max(accuracies) - TOLERANCE
     )

@@ -1,5 +1,6 @@
 """Cosine classifier, closed-form gradient, calibration, choice of the guidance scale."""
 
+import json
 import math
 
 import pytest
@@ -8,14 +9,17 @@ from torch import Tensor
 
 from metadiff_cli.core.classifier import (
     GUIDANCE_GRID,
+    PROTOTYPE,
     Calibration,
     best_scale,
     calibration_error,
     cosine_logits,
     fit_calibration,
     leave_one_out_guidance,
+    leave_one_out_logits,
     support_gradient,
     support_loss,
+    task_logits,
 )
 from metadiff_cli.core.denoiser import support_stats
 from metadiff_cli.core.task_space import TaskSpace
@@ -60,11 +64,40 @@ def test_calibration_is_smooth_in_ways_and_shots() -> None:
     def true(n: int, k: int) -> float:
         return 8.0 * k**0.3 * n**0.2
 
-    fitted = fit_calibration([(n, k, true(n, k)) for n in (5, 10, 20) for k in (1, 5)])
-    assert fitted.scale(7, 3) == pytest.approx(true(7, 3), rel=1e-6)
-    flat = fit_calibration([(5, 1, 9.0)])
-    assert flat.scale(5, 1) == pytest.approx(9.0) and flat.shots == flat.ways == 0
-    assert Calibration(**fitted.to_dict()) == fitted
+    fitted = fit_calibration({(n, k): true(n, k) for n in (5, 10, 20) for k in (1, 5)})
+    assert fitted.scale(7, 3) == pytest.approx(true(7, 3), rel=1e-6)  # a power law is linear in the logarithms
+    assert fitted.scale(50, 1) == pytest.approx(true(20, 1)) and fitted.scale(2, 9) == pytest.approx(true(5, 5))
+    assert fit_calibration({(5, 1): 9.0}).scale(8, 3) == pytest.approx(9.0)
+    assert Calibration.from_dict(json.loads(json.dumps(fitted.to_dict()))) == fitted
+
+
+def test_a_calibration_of_a_wrong_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="shape"):
+        Calibration.from_dict({"ways": [5], "shots": [1, 5], "log_scales": [[1.0]]})
+
+
+def test_without_the_prior_the_logits_are_plain_cosines_and_with_it_the_whitened_ones() -> None:
+    g = torch.Generator().manual_seed(0)
+    z, w = torch.randn(2, 4, 8, generator=g), torch.randn(2, 3, 8, generator=g)
+    space = space_of(torch.linspace(0.1, 9, 8))
+    assert torch.allclose(task_logits(z, w, space, PROTOTYPE, 3.0), cosine_logits(z, w, 3.0), atol=1e-4)
+    u = space.precision.sqrt()
+    assert torch.allclose(task_logits(z, w, space, 0.0), cosine_logits(z * u, w * u), atol=1e-6)
+    each = torch.stack([task_logits(z, w, space, a)[i] for i, a in enumerate((1.0, 16.0))])
+    assert torch.allclose(task_logits(z, w, space, torch.tensor([1.0, 16.0])), each, atol=1e-6)
+
+
+def test_leave_one_out_equals_adapting_without_the_image() -> None:
+    """The closed form against the long way: the posterior of each class remade without the image at hand."""
+    g = torch.Generator().manual_seed(0)
+    z, precision = torch.randn(1, 3, 4, 6, generator=g), torch.linspace(0.2, 4, 6)
+    space = space_of(precision)
+    for a, logits in leave_one_out_logits(z, space, torch.ones(1, 3, 4, dtype=torch.bool)):
+        for c, k in ((0, 0), (2, 3)):
+            kept = [torch.cat([z[0, i, :k], z[0, i, k + 1 :]]) if i == c else z[0, i] for i in range(3)]
+            w = torch.stack([a * len(x) * precision / (1 + a * len(x) * precision) * x.mean(0) for x in kept])
+            expected = task_logits(z[:, c, k : k + 1], w.unsqueeze(0), space, a)[0, 0]
+            assert torch.allclose(logits[0, c, k], expected, atol=1e-4), a
 
 
 def space_of(precision: Tensor) -> TaskSpace:

@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from metadiff_cli.core.classifier import cosine_logits
 from metadiff_cli.core.denoiser import AnalyticDenoiser, UNetDenoiser, randomise
 from metadiff_cli.core.inference import (
     Learner,
-    PoolGuidance,
     Sampling,
+    TaskClassifier,
     Tuning,
-    adapt_weights,
-    class_probabilities,
+    adapt_tasks,
     seeds_of,
 )
+from metadiff_cli.core.pool import PoolGuidance
 from metadiff_cli.core.task_space import fit_task_space
 
 SIZE = 24
@@ -43,10 +44,18 @@ def any_learner(request: pytest.FixtureRequest, learner: Learner) -> Learner:
     return replace(learner, denoiser=randomise(UNetDenoiser(SIZE, width=32), seed=0), learned=True)
 
 
-def adapt(learner: Learner, z: Tensor, sampling: Sampling | None = None, **more: object) -> Tensor:
+def classifier_of(learner: Learner, z: Tensor, sampling: Sampling | None = None, **more: object) -> TaskClassifier:
     ranks = more.pop("ranks", torch.arange(z.shape[1]).expand(len(z), -1))
     seeds = more.pop("seeds", seeds_of(0, 0, len(z)))
-    return adapt_weights(learner, z, sampling or Sampling(), ranks=ranks, seeds=seeds, **more)  # type: ignore[arg-type]
+    return adapt_tasks(learner, z, sampling or Sampling(), ranks=ranks, seeds=seeds, **more)  # type: ignore[arg-type]
+
+
+def adapt(learner: Learner, z: Tensor, sampling: Sampling | None = None, **more: object) -> Tensor:
+    return classifier_of(learner, z, sampling, **more).weights
+
+
+def hits(probabilities: Tensor, labels: Tensor) -> int:
+    return int((probabilities[0].argmax(dim=-1) == labels).sum())
 
 
 DRAWS = Sampling(samples=2, temperature=1.0)
@@ -89,9 +98,8 @@ def test_it_is_better_than_the_prototype_in_its_own_world(learner: Learner) -> N
         classes = world(5, 21, seed=seed)
         z, query = classes[:, :1].unsqueeze(0), classes[:, 1:].reshape(1, -1, SIZE)
         labels = torch.arange(5).repeat_interleave(20)
-        weights = {"ours": adapt(learner, z), "prototype": z.squeeze(2).unsqueeze(0)}
-        for name, w in weights.items():
-            right[name] += int((class_probabilities(query, w, 1.0)[0].argmax(dim=-1) == labels).sum())
+        right["ours"] += hits(classifier_of(learner, z).probabilities(query), labels)
+        right["prototype"] += hits(cosine_logits(query, z.squeeze(2)), labels)
     assert right["ours"] > right["prototype"] + 60  # one percentage point of 6,000 queries
 
 
@@ -116,11 +124,10 @@ def test_unlabelled_images_help_and_are_symmetric(learner: Learner) -> None:
         classes = world(5, 31, seed=seed)
         z, pool = classes[:, :1].unsqueeze(0), classes[:, 1:].reshape(1, -1, SIZE)
         labels = torch.arange(5).repeat_interleave(30)
-        plain, guided = adapt(learner, z), adapt(learner, z, pool=pool)
-        hits = [int((class_probabilities(pool, w, 1.0)[0].argmax(dim=-1) == labels).sum()) for w in (plain, guided)]
-        gain += hits[1] - hits[0]
+        plain, guided = classifier_of(learner, z), classifier_of(learner, z, pool=pool)
+        gain += hits(guided.probabilities(pool), labels) - hits(plain.probabilities(pool), labels)
         shuffled = adapt(learner, z, pool=pool[:, torch.randperm(150)])
-        assert torch.allclose(shuffled, guided, atol=1e-3)
+        assert torch.allclose(shuffled, guided.weights, atol=1e-3)
     assert gain > 0
 
 
@@ -130,9 +137,9 @@ def test_an_empty_weight_of_the_pool_changes_nothing(learner: Learner) -> None:
     assert torch.allclose(same, adapt(learner, z), atol=1e-5)
 
 
-def test_probabilities_are_averaged_over_samples() -> None:
+def test_probabilities_are_averaged_over_samples(learner: Learner) -> None:
     z, w = torch.randn(2, 7, SIZE), torch.randn(3, 2, 4, SIZE)
-    p = class_probabilities(z, w, 5.0)
-    assert p.shape == (2, 7, 4) and torch.allclose(p.sum(dim=-1), torch.ones(2, 7), atol=1e-5)
-    single = torch.stack([class_probabilities(z, w[m : m + 1], 5.0) for m in range(3)]).mean(dim=0)
-    assert torch.allclose(p, single, atol=1e-6)
+    together = TaskClassifier(learner.space, w, 4.0, 5.0).probabilities(z)
+    assert together.shape == (2, 7, 4) and torch.allclose(together.sum(dim=-1), torch.ones(2, 7), atol=1e-5)
+    single = [TaskClassifier(learner.space, w[m : m + 1], 4.0, 5.0).probabilities(z) for m in range(3)]
+    assert torch.allclose(together, torch.stack(single).mean(dim=0), atol=1e-6)

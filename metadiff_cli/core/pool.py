@@ -1,0 +1,89 @@
+"""Unlabelled images of the same task: guidance of the sampler by them, and the transductive controls of the field.
+
+Guidance (design, section 2): the mixture likelihood of the pool joins that of the support. At each step every image of
+the pool is shared out among the classes by its responsibilities, and the class proportions are estimated with them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metadiff_cli.core.classifier import cosine_logits, task_logits
+from metadiff_cli.core.denoiser import SupportStats
+from metadiff_cli.core.task_space import TaskSpace
+
+Guide = Callable[[Tensor], SupportStats]
+
+
+@dataclass(frozen=True)
+class PoolGuidance:
+    """Constants of the guidance; `sharpness` is a factor on the calibrated logit scale of the task."""
+
+    sharpness: float = 1.0  # s_r, of the responsibilities
+    smoothing: float = 3.0  # a, Dirichlet smoothing of the class proportions, in images a class
+    weight: float = 0.3  # omega, of one unlabelled image beside a labelled one
+
+
+def pool_guide(
+    space: TaskSpace, stats: SupportStats, pool: Tensor, guidance: Tensor | float, scale: float, how: PoolGuidance
+) -> Guide:
+    """x0 -> support statistics that take in a pool (B, P, D) of unlabelled images by their responsibilities.
+
+    `guidance` and `scale` are those of the task's classifier; `stats` carry the guidance already.
+    """
+    points = space.to_task(pool)  # (B, P, D)
+    tasks, ways, _ = stats.mean.shape
+    proportions = torch.full((tasks, 1, ways), 1 / ways, device=pool.device)
+
+    def guide(x0: Tensor) -> SupportStats:
+        nonlocal proportions
+        logits = task_logits(pool, space.to_feature(x0), space, guidance, how.sharpness * scale) + proportions.log()
+        share = logits.softmax(dim=-1)  # (B, P, N)
+        total = share.sum(dim=1, keepdim=True)
+        proportions = (how.smoothing + total) / (ways * how.smoothing + pool.shape[1])
+        extra = how.weight * total.transpose(1, 2)  # (B, N, 1)
+        count = stats.count + extra
+        sums = stats.count * stats.mean + how.weight * share.transpose(1, 2) @ points
+        return SupportStats(sums / count, count, stats.precision)
+
+    return guide
+
+
+def soft_kmeans(support: Tensor, query: Tensor, scale: float, steps: int = 1) -> Tensor:
+    """Probabilities (B, Q, N) of soft k-means from the class means (Ren et al. 2018), with cosine similarity.
+
+    `support` (B, N, K, D), `query` (B, Q, D); `scale` is that of the prototype's logits.
+    """
+    sums, shots = support.sum(dim=2), support.shape[2]
+    means = sums / shots
+    for _ in range(steps):
+        share = cosine_logits(query, means, scale).softmax(dim=-1)  # (B, Q, N)
+        means = (sums + share.transpose(1, 2) @ query) / (shots + share.sum(dim=1).unsqueeze(-1))
+    return cosine_logits(query, means, scale).softmax(dim=-1)
+
+
+def label_propagation(
+    support: Tensor, query: Tensor, neighbours: int = 10, alpha: float = 0.8, sharpness: float = 10.0
+) -> Tensor:
+    """Probabilities (B, Q, N) of label propagation over a graph of nearest neighbours (Zhou et al. 2004, eq. 3).
+
+    Edges weigh exp(sharpness * cosine) between images that are among each other's `neighbours`; labels spread from
+    `support` (B, N, K, D) to `query` (B, Q, D) as F = (1 - alpha S)^-1 Y.
+    """
+    tasks, ways, shots, size = support.shape
+    nodes = F.normalize(torch.cat([support.reshape(tasks, ways * shots, size), query], dim=1), dim=-1)
+    similarity = nodes @ nodes.transpose(1, 2)
+    similarity.diagonal(dim1=1, dim2=2).fill_(-1.0)
+    near = similarity.topk(min(neighbours, nodes.shape[1] - 1), dim=-1).indices
+    kept = torch.zeros_like(similarity).scatter_(2, near, 1.0)
+    weights = (sharpness * similarity).exp() * torch.maximum(kept, kept.transpose(1, 2))
+    root = weights.sum(dim=-1).clamp_min(1e-12).rsqrt()
+    spread = root.unsqueeze(2) * weights * root.unsqueeze(1)
+    labels = torch.zeros(tasks, nodes.shape[1], ways, device=support.device)
+    labels[:, : ways * shots] = torch.eye(ways, device=support.device).repeat_interleave(shots, dim=0)
+    eye = torch.eye(nodes.shape[1], device=support.device)
+    found: Tensor = torch.linalg.solve(eye - alpha * spread, labels)[:, ways * shots :].clamp_min(1e-12)
+    return found / found.sum(dim=-1, keepdim=True)
