@@ -85,6 +85,7 @@ class FeaturesConfig(Section):
     """How an image becomes a feature vector."""
 
     mirror: bool = True  # average over the image and its mirror image
+    half: bool = False  # round the encoder's matrices to fp16: a checkpoint of half the size
 
 
 class TaskSpaceConfig(Section):

@@ -30,6 +30,13 @@ def evaluate(
     imbalance: Annotated[
         float | None, typer.Option("--imbalance", min=0.01, help="Dirichlet parameter of the queries' class balance.")
     ] = None,
+    halves: Annotated[
+        bool,
+        typer.Option(
+            "--halves",
+            help="Fit guidance and calibration on half of the split's classes, measure on the other half, and swap.",
+        ),
+    ] = False,
     fail_under: Annotated[
         float | None,
         typer.Option("--fail-under", min=0, max=100, help="Leave with 5 when MetaDiff is below (percent)."),
@@ -74,7 +81,7 @@ def evaluate(
     source = find_source(trained, runtime, data, screen)
     bank = feature_bank(model.images, source, split, runtime, screen)
     protocol = Protocol(way, shot, query, episodes, runtime.seed, transductive, imbalance)
-    document = measure(model, bank, split, protocol, sampling_of(runtime), names, screen)
+    document = measure(model, bank, split, protocol, sampling_of(runtime), names, screen, halves=halves)
     if as_json:
         screen.json(document)
     else:

@@ -1,7 +1,7 @@
 """What `metatrain` and `evaluate` share: feature banks, methods by name, the result document and its table."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from metadiff_cli.core.denoiser import build_denoiser, randomise
 from metadiff_cli.core.evaluation import (
     Method,
     Protocol,
+    Scores,
     evaluate,
     label_propagation_method,
     method_of,
@@ -22,14 +23,18 @@ from metadiff_cli.core.evaluation import (
     soft_kmeans_method,
     summarise,
 )
-from metadiff_cli.core.features import FeatureBank, ImageEncoder, build_bank
+from metadiff_cli.core.features import FeatureBank, ImageEncoder, build_bank, every_other
 from metadiff_cli.core.inference import Learner, Sampling
 from metadiff_cli.core.model import Model
 from metadiff_cli.core.novelty import measure_novelty
+from metadiff_cli.core.tuning import fit_tuning
 from metadiff_cli.errors import ConfigError
 from metadiff_cli.paths import cache_dir
 
-CONTROLS = ("prototype", "analytic", "untrained", "inductive", "soft-kmeans", "label-propagation")
+CONTROLS = ("prototype", "analytic", "untrained", "posterior", "inductive", "soft-kmeans", "label-propagation")
+POSTERIOR = Sampling(
+    steps=100, samples=16, temperature=1.0
+)  # classifiers drawn from the posterior, probabilities averaged
 
 AGAINST = ("prototype", "analytic", "inductive")  # what the paired differences of every method refer to
 
@@ -68,6 +73,7 @@ def methods_of(
         "prototype": lambda: prototype_method(learner),
         "analytic": lambda: method_of(learner.analytic(), sampling, protocol),
         "untrained": lambda: method_of(_untrained(model, protocol.seed, device), sampling, protocol),
+        "posterior": lambda: method_of(learner, replace(POSTERIOR, guidance=sampling.guidance), protocol),
         "inductive": lambda: method_of(learner, sampling, replace(protocol, transductive=False)),
         "soft-kmeans": lambda: soft_kmeans_method(learner),
         "label-propagation": lambda: label_propagation_method(learner),
@@ -92,13 +98,13 @@ def measure(
     sampling: Sampling,
     controls: Sequence[str],
     screen: Screen,
+    *,
+    halves: bool = False,
 ) -> dict[str, Any]:
-    """The `evaluate --json` document."""
-    device = model.images.device
-    methods = methods_of(model, controls, sampling, protocol, device)
+    """The `evaluate --json` document. With `halves`, what is fitted on classes is fitted on the other half of them."""
     started = time.perf_counter()
     with screen.progress("episodes") as advance:
-        scores = run_through(evaluate(bank, methods, protocol, device), lambda done: advance(done, protocol.episodes))
+        scores = _scores(model, bank, protocol, sampling, controls, lambda n: advance(n, protocol.episodes), halves)
     seconds = time.perf_counter() - started
     return {
         "schema": "metadiff.evaluate/1",
@@ -109,6 +115,7 @@ def measure(
         "seed": protocol.seed,
         "split": split,
         "classes": len(bank.classes),
+        "halves": halves,
         "protocol": "transductive" if protocol.transductive else "inductive",
         "imbalance": protocol.imbalance,
         "sampling": asdict(sampling),
@@ -117,6 +124,25 @@ def measure(
         "novelty": _novelty(model.learner, bank, protocol, sampling),
         "episodes_per_second": round(protocol.episodes / seconds, 1),
     }
+
+
+def _scores(
+    model: Model, bank: FeatureBank, protocol: Protocol, sampling: Sampling, controls: Sequence[str],
+    progress: Callable[[int], None], halves: bool,
+) -> dict[str, Scores]:  # fmt: skip
+    device = model.images.device
+    if not halves:
+        return run_through(
+            evaluate(bank, methods_of(model, controls, sampling, protocol, device), protocol, device), progress
+        )
+    parts = []
+    for fitted, measured in ((0, 1), (1, 0)):
+        part = replace(protocol, episodes=(protocol.episodes + fitted) // 2, seed=protocol.seed + fitted)
+        tuning = fit_tuning(model.learner, every_other(bank, fitted), device, seed=protocol.seed)
+        fresh = replace(model, learner=replace(model.learner, tuning=tuning))
+        methods = methods_of(fresh, controls, sampling, part, device)
+        parts.append(run_through(evaluate(every_other(bank, measured), methods, part, device), progress))
+    return {name: parts[0][name].joined(parts[1][name]) for name in parts[0]}
 
 
 def _novelty(learner: Learner, bank: FeatureBank, protocol: Protocol, sampling: Sampling) -> dict[str, float] | None:

@@ -125,7 +125,7 @@ def _encoder(config: Config, source: "Source", run: "Run", file: Path | None, sc
             screen.note("taking the encoder that these settings and images gave before")
         else:
             pretrain_encoder(config, source, run, screen)
-    images = load_encoder(file, device, mirror=config.features.mirror)
+    images = load_encoder(file, device, mirror=config.features.mirror, half=config.features.half)
     if file.resolve() != (run.folder / ENCODER).resolve():
         shutil.copyfile(file, run.folder / ENCODER)
     return images

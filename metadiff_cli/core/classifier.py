@@ -27,22 +27,24 @@ def cosine_logits(z: Tensor, weights: Tensor, scale: float | Tensor = 1.0, centr
     return scale * (F.normalize(z, dim=-1) @ F.normalize(weights, dim=-1).transpose(-1, -2))
 
 
-def feature_share(guidance: Tensor | float) -> Tensor | float:
-    """Weight of the plain cosine beside the whitened one, a / (a + HALF_TRUST): 0 as the prior holds, 1 without it."""
-    return guidance / (guidance + HALF_TRUST)
+def blend(whitened: Tensor, plain: Tensor, guidance: Tensor | float) -> Tensor:
+    """(1 - r) whitened + r plain cosines, both (B, Q, N), with r = a / (a + HALF_TRUST): 0 as the prior holds.
+
+    The guidance scale a, a number or one per task (B,), says how far the base classes' statistics hold.
+    """
+    a = guidance.view(-1, 1, 1) if isinstance(guidance, Tensor) else guidance
+    return whitened + a / (a + HALF_TRUST) * (plain - whitened)
 
 
 def task_logits(
     z: Tensor, weights: Tensor, space: TaskSpace, guidance: Tensor | float, scale: float | Tensor = 1.0
 ) -> Tensor:
-    """Logits (B, Q, N) of a generated classifier: s * ((1 - r) cos(u_z, u_w) + r cos(z, w)), u whitened, r the share.
+    """Logits (B, Q, N) of generated classifiers: s times the blend of the cosines of whitened and of plain features.
 
-    Noise within a class has the same size in every whitened direction (the metric of linear discriminant analysis), as
-    far as the statistics of the base classes hold; the guidance scale a, a number or one per task (B,), says how far.
+    Whitened, the noise within a class has the same size in every direction: the metric of linear discriminant analysis.
     """
-    share = feature_share(guidance.view(-1, 1, 1) if isinstance(guidance, Tensor) else guidance)
     whitened = cosine_logits(space.whiten(z), space.whiten(weights))
-    return scale * (whitened + share * (cosine_logits(z, weights) - whitened))
+    return scale * blend(whitened, cosine_logits(z, weights), guidance)
 
 
 def support_loss(w: Tensor, v: Tensor, precision: Tensor) -> Tensor:
@@ -154,7 +156,7 @@ def leave_one_out_logits(z: Tensor, space: TaskSpace, mask: Tensor) -> Iterator[
         full, own = evidence / (1 + evidence) * mean, rest / (1 + rest) * without
         whitened = _left_out_cosines(full * noise, own * noise, v * noise)
         features = _left_out_cosines(space.to_feature(full), space.to_feature(own), z)
-        yield a, whitened + feature_share(a) * (features - whitened)
+        yield a, blend(whitened, features, a)
 
 
 def _with_and_without(v: Tensor, mask: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,10 @@ class Scores:
         self.confidence.append(confidence.flatten().cpu())
         self.correct.append(correct.flatten().cpu())
 
+    def joined(self, other: "Scores") -> "Scores":
+        """The episodes of both."""
+        return Scores(self.accuracy + other.accuracy, self.confidence + other.confidence, self.correct + other.correct)
+
 
 def method_of(learner: Learner, sampling: Sampling, protocol: Protocol, pool: PoolGuidance | None = None) -> Method:
     """Adaptation with a learner as a method: (support z, query z, episodes, first) -> probabilities (B, M, N)."""

@@ -79,6 +79,12 @@ class FeatureBank:
         return torch.from_numpy(np.array(self.features)).to(device)
 
 
+def every_other(bank: FeatureBank, first: int) -> FeatureBank:
+    """Every second class of a bank, from class `first` (0 or 1) on."""
+    chosen = np.flatnonzero(bank.labels % 2 == first)
+    return FeatureBank(bank.features[chosen], bank.labels[chosen] // 2, bank.classes[first::2])
+
+
 def extract(
     encoder: ImageEncoder, images: np.ndarray, batch: int, progress: Progress = lambda done, total: None
 ) -> Iterator[Tensor]:

@@ -40,19 +40,24 @@ class SavedClassifier:
         return self.task.probabilities(features.unsqueeze(0))[0]
 
 
-def load_encoder(path: Path, device: torch.device, *, mirror: bool) -> ImageEncoder:
-    """The encoder of an encoder file or of a full model."""
+def load_encoder(path: Path, device: torch.device, *, mirror: bool, half: bool = False) -> ImageEncoder:
+    """The encoder of an encoder file or of a full model; with `half`, its matrices rounded to what fp16 can hold."""
     checkpoint = load_checkpoint(path)
     if checkpoint.kind == "state":
         raise CheckpointError(
             f"{path} is the state of an unfinished training", hint="give encoder.safetensors beside it"
         )
-    return _image_encoder(checkpoint, device, mirror)
+    images = _image_encoder(checkpoint, device, mirror)
+    if half:
+        with torch.no_grad():
+            for weights in images.encoder.parameters():
+                weights.copy_(weights.half() if weights.dim() > 1 else weights)
+    return images
 
 
 def save_model(path: Path, images: ImageEncoder, learner: Learner, header: dict[str, Any]) -> None:
     """Write a full model; `header` says whose denoiser it is, the base classes, configuration and metrics."""
-    tensors = {f"encoder.{n}": t for n, t in images.encoder.state_dict().items()}
+    tensors = _encoder_tensors(images)
     tensors |= {f"space.{n}": t for n, t in learner.space.tensors().items()}
     tensors |= {f"denoiser.{n}": t for n, t in learner.denoiser.state_dict().items()}
     if learner.targets is not None:
@@ -79,7 +84,7 @@ def load_model(path: Path, device: torch.device) -> Model:
 def save_classifier(path: Path, classifier: SavedClassifier) -> None:
     """Write an adapted classifier with everything that prediction needs."""
     task = classifier.task
-    tensors = {f"encoder.{n}": t for n, t in classifier.images.encoder.state_dict().items()}
+    tensors = _encoder_tensors(classifier.images)
     tensors |= {f"space.{n}": t for n, t in task.space.tensors().items()}
     tensors["weights"] = task.weights
     header = {"classes": list(classifier.classes), "scale": task.scale, "guidance": task.single_guidance()}
@@ -119,6 +124,12 @@ def _image_encoder(checkpoint: Checkpoint, device: torch.device, mirror: bool) -
         encoder.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         mean, std = tuple(map(float, image["mean"])), tuple(map(float, image["std"]))
         return ImageEncoder(encoder, name, int(image["size"]), mean, std, mirror, device)
+
+
+def _encoder_tensors(images: ImageEncoder) -> dict[str, Tensor]:
+    """The encoder's tensors by name; a matrix that fp16 holds exactly is stored so, in half the space."""
+    tensors = {f"encoder.{n}": t for n, t in images.encoder.state_dict().items()}
+    return {n: t.half() if t.dim() > 1 and torch.equal(t.half().float(), t) else t for n, t in tensors.items()}
 
 
 def _image_header(images: ImageEncoder) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metadiff_cli.core.classifier import cosine_logits, task_logits
+from metadiff_cli.core.classifier import blend, cosine_logits
 from metadiff_cli.core.denoiser import SupportStats
 from metadiff_cli.core.task_space import TaskSpace
 
@@ -34,14 +34,15 @@ def pool_guide(
 
     `guidance` and `scale` are those of the task's classifier; `stats` carry the guidance already.
     """
-    points = space.to_task(pool)  # (B, P, D)
+    points, noise = space.to_task(pool), space.precision.sqrt()  # (B, P, D), (D,)
+    whitened, plain = F.normalize(points * noise, dim=-1), F.normalize(pool, dim=-1)  # once, not at every step
     tasks, ways, _ = stats.mean.shape
     proportions = torch.full((tasks, 1, ways), 1 / ways, device=pool.device)
 
     def guide(x0: Tensor) -> SupportStats:
         nonlocal proportions
-        logits = task_logits(pool, space.to_feature(x0), space, guidance, how.sharpness * scale) + proportions.log()
-        share = logits.softmax(dim=-1)  # (B, P, N)
+        cosines = blend(_cosines(whitened, x0 * noise), _cosines(plain, space.to_feature(x0)), guidance)
+        share = (how.sharpness * scale * cosines + proportions.log()).softmax(dim=-1)  # (B, P, N)
         total = share.sum(dim=1, keepdim=True)
         proportions = (how.smoothing + total) / (ways * how.smoothing + pool.shape[1])
         extra = how.weight * total.transpose(1, 2)  # (B, N, 1)
@@ -50,6 +51,11 @@ def pool_guide(
         return SupportStats(sums / count, count, stats.precision)
 
     return guide
+
+
+def _cosines(unit: Tensor, weights: Tensor) -> Tensor:
+    """(B, P, N) of points of unit length (B, P, D) to weights (B, N, D)."""
+    return unit @ F.normalize(weights, dim=-1).transpose(1, 2)
 
 
 def soft_kmeans(support: Tensor, query: Tensor, scale: float, steps: int = 1) -> Tensor:
