@@ -138,6 +138,15 @@ class EvaluationConfig(Section):
     shot: Count = 1
     query: Count = 15
     episodes: Count = 1000
+    card_shots: tuple[Count, ...] = ()  # further shots whose results the model card shows
+
+
+class CardConfig(Section):
+    """What only a person can say in the model card of a checkpoint; the rest of it is measured."""
+
+    data: str = ""
+    licence: str = ""
+    limits: str = ""
 
 
 class RuntimeConfig(Section):
@@ -166,6 +175,7 @@ class Config(Section):
     metatrain: MetatrainConfig = MetatrainConfig()
     sampler: SamplerConfig = SamplerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    card: CardConfig = CardConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
 

@@ -6,13 +6,17 @@ from typing import Annotated
 import typer
 
 from metadiff_cli.commands import options
+from metadiff_cli.commands.card import card_lines
 from metadiff_cli.console import Screen
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A file that metadiff wrote.")], as_json: options.AsJson = False
+    file: Annotated[
+        Path | None, typer.Argument(help="A file that metadiff wrote. [default: the checkpoint of the package]")
+    ] = None,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Show the header of a checkpoint: kind, classes, image size, settings, metrics.
+    """Show what a checkpoint holds: its model card, then kind, classes, image size, settings, metrics.
 
     Examples:
 
@@ -24,6 +28,7 @@ def inspect(
 
     from metadiff_cli.core.checkpoint import read_header
 
+    file = options.checkpoint_path(file)
     header = read_header(file)
     screen = Screen()
     if as_json:
@@ -32,4 +37,6 @@ def inspect(
     classes = header.get("classes", [])
     shown = {**header, "classes": f"{len(classes)}: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"}
     shown.pop("plain", None)
+    if (card := shown.pop("card", None)) is not None:
+        screen.text("\n".join(card_lines(card)) + "\n")
     screen.text(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, default_flow_style=None).rstrip("\n"))

@@ -71,12 +71,13 @@ def metatrain(
         screen.json({**result, "checkpoint": str(run.folder / CHECKPOINT)})
         return
     show_result(result, screen)
-    screen.text(_verdict(result["learned"]))
+    screen.text(f"learned part: {_verdict(result['learned'])}")
     screen.text(f"checkpoint: {run.folder / CHECKPOINT}")
 
 
 def train_model(config: Config, source: "Source", run: "Run", file: Path | None, screen: Screen) -> dict[str, Any]:
     """All stages; returns the result document with what became of the learned part under `learned`."""
+    from metadiff_cli.commands.card import model_card
     from metadiff_cli.commands.learning import feature_bank, measure, sampling_of
     from metadiff_cli.commands.workspace import CHECKPOINT
     from metadiff_cli.core.evaluation import Protocol
@@ -94,11 +95,13 @@ def train_model(config: Config, source: "Source", run: "Run", file: Path | None,
     split = "test" if source.has("test") else "val" if val is not None else "train"
     bank = feature_bank(images, source, split, config, screen)
     e = config.evaluation
-    protocol = Protocol(e.way, e.shot, e.query, e.episodes, config.seed)
-    result = measure(
-        Model(images, learner, header), bank, split, protocol, sampling_of(config),
-        ("prototype", "analytic", "untrained"), screen,
-    )  # fmt: skip
+    model, results = Model(images, learner, header), []
+    for shot in dict.fromkeys((e.shot, *e.card_shots)):
+        protocol = Protocol(e.way, shot, e.query, e.episodes, config.seed)
+        controls = ("prototype", "analytic", "untrained")
+        results.append(measure(model, bank, split, protocol, sampling_of(config), controls, screen))
+    result = results[0]
+    header["card"] = model_card(config, len(base.classes), results, _verdict(learned))
     result["learned"] = learned
     metrics = {"methods": result["methods"], "split": split, "learned": learned}
     metrics |= {key: result[key] for key in ("way", "shot", "query", "episodes", "seed")}
@@ -236,11 +239,11 @@ def _follow(trainer: "MetaTrainer", validate: Any, run: "Run", config: Config, s
 def _verdict(learned: dict[str, Any]) -> str:
     """One sentence on whether the learned part helped."""
     if learned["kind"] == "analytic":
-        return "learned part: none was asked for; the denoiser is the analytic one"
+        return "none was asked for; the denoiser is the analytic one"
     if learned["gain"] is None:
-        return "learned part: kept unmeasured, as there are no validation classes"
+        return "kept unmeasured, as there are no validation classes"
     gain = f"{learned['gain']:+.2f} ± {learned['ci95']:.2f} points over analytic on validation classes"
     if learned["kept"]:
         helped = "helped" if learned["gain"] - learned["ci95"] > 0 else "did not help, but is kept as asked"
-        return f"learned part ({learned['kind']}): {helped}, {gain}"
-    return f"learned part ({learned['kind']}): did not help ({gain}); the checkpoint holds the analytic denoiser"
+        return f"{learned['kind']}: {helped}, {gain}"
+    return f"{learned['kind']}: did not help ({gain}); the checkpoint holds the analytic denoiser"

@@ -1,0 +1,51 @@
+"""The model card of a checkpoint: made by `metatrain` from settings and measurements, shown by `inspect`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from metadiff_cli.config import Config
+
+
+def model_card(config: Config, classes: int, results: Sequence[Mapping[str, Any]], learned: str) -> dict[str, Any]:
+    """The card of a model of `config`, trained on so many base classes; `results` are `evaluate --json` documents."""
+    return {
+        "summary": config.summary,
+        "encoder": f"{config.encoder} at {config.data.size} x {config.data.size} pixels",
+        "data": config.card.data or f"{config.data.name}: {classes} base classes",
+        "licence": config.card.licence or "that of the training images; metadiff does not know it",
+        "made by": f"metadiff metatrain --preset {config.name}",
+        "protocol": [_protocol(result) for result in results],
+        "accuracy": [line for result in results for line in _accuracy(result)],
+        "learned part": learned,
+        "limits": config.card.limits or "not stated",
+    }
+
+
+def card_lines(card: Mapping[str, Any]) -> list[str]:
+    """The card as lines of text."""
+    lines = []
+    for key, value in card.items():
+        if isinstance(value, list):
+            lines += [f"{key}:", *(f"  {line}" for line in value)]
+        else:
+            lines.append(f"{key}: {value}")
+    return lines
+
+
+def _protocol(result: Mapping[str, Any]) -> str:
+    return (
+        f"{result['way']}-way {result['shot']}-shot, {result['query']} queries a class, {result['episodes']} episodes "
+        f"of {result['classes']} {result['split']} classes, seed {result['seed']}, {result['protocol']}"
+    )
+
+
+def _accuracy(result: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, m in result["methods"].items():
+        line = f"{result['shot']}-shot {name}: {m['accuracy']:.2f} ± {m['ci95']:.2f} %"
+        if name == "metadiff":
+            line += f", calibration error {m['ece']:.1f} %"
+        if (paired := m.get("paired_to_prototype")) is not None:
+            line += f", minus prototype {paired['difference']:+.2f} ± {paired['ci95']:.2f}"
+        lines.append(line)
+    return lines
