@@ -89,6 +89,34 @@ def test_evaluate_protocols(checkpoint: Path, cli: CLI, extra: list[str]) -> Non
     assert json.loads(result.out)["protocol"] == expected
 
 
+def test_every_control_can_be_asked_for(checkpoint: Path, cli: CLI) -> None:
+    names = "prototype,analytic,untrained,posterior,inductive,soft-kmeans,label-propagation"
+    result = cli("evaluate", "--checkpoint", checkpoint, "--episodes", "3", "--query", "3", "--transductive", "--json",
+                 "--controls", names)  # fmt: skip
+    assert result.code == 0, result.err
+    methods = json.loads(result.out)["methods"]
+    assert list(methods) == ["metadiff", *names.split(",")]
+    assert "paired_to_inductive" in methods["metadiff"]
+
+
+def test_novelty_is_reported_beside_the_accuracy(checkpoint: Path, cli: CLI) -> None:
+    common = ["evaluate", "--checkpoint", checkpoint, "--episodes", "3", "--query", "3", "--json"]
+    new, seen = (json.loads(cli(*common, "--split", split).out)["novelty"] for split in ("test", "train"))
+    assert new["weights"] == seen["weights"] == 15 and 0 < new["training_to_training"] < 180
+    # weights for classes that the space was made of lie nearer to the training weights than those for new ones
+    assert seen["generated_to_training"] < new["generated_to_training"]
+
+
+def test_halves_fit_on_one_half_of_the_classes_and_measure_on_the_other(checkpoint: Path, cli: CLI) -> None:
+    common = ["evaluate", "--checkpoint", checkpoint, "--split", "val", "--way", "3", "--episodes", "9", "--query", "3"]
+    result = cli(*common, "--halves", "--json", "--controls", "prototype")
+    assert result.code == 0, result.err
+    document = json.loads(result.out)
+    assert document["halves"] is True and document["classes"] == 8 and document["episodes"] == 9
+    failed = cli(*common[:6], "5", *common[7:], "--halves")
+    assert failed.code == 3 and "5-way" in failed.err  # four classes a half
+
+
 def test_fail_under_is_a_gate(checkpoint: Path, cli: CLI) -> None:
     common = ["evaluate", "--checkpoint", checkpoint, "--episodes", "5", "--query", "3"]
     assert cli(*common, "--fail-under", "1").code == 0
@@ -109,6 +137,7 @@ def test_evaluate_all_classes_of_another_folder(checkpoint: Path, cli: CLI, tmp_
 def test_inspect(checkpoint: Path, cli: CLI) -> None:
     shown = cli("inspect", checkpoint)
     assert shown.code == 0 and "kind: model" in shown.out
+    assert "1-shot metadiff: " in shown.out and "licence: " in shown.out and "glyphs: 12 base classes" in shown.out
     document: dict[str, Any] = json.loads(cli("inspect", checkpoint, "--json").out)
     assert document["schema"] == "metadiff.inspect/1" and document["kind"] == "model"
 

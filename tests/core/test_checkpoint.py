@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 
 from metadiff_cli.core.checkpoint import load_checkpoint, read_header, save_checkpoint
+from metadiff_cli.core.model import load_encoder, load_model, save_model
 from metadiff_cli.errors import CheckpointError
 
 TENSORS = {
@@ -68,3 +69,20 @@ def test_other_files_are_checkpoint_errors(tmp_path: Path, content: bytes) -> No
 def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a folder"):
         read_header(tmp_path)
+
+
+def test_a_half_precision_encoder_takes_half_the_space_and_gives_the_same_features(
+    small_run: Path, tmp_path: Path
+) -> None:
+    device = torch.device("cpu")
+    model = load_model(small_run / "checkpoint.safetensors", device)
+    images = load_encoder(small_run / "encoder.safetensors", device, mirror=False, half=True)
+    save_model(tmp_path / "half.safetensors", images, model.learner, model.header)
+    again = load_model(tmp_path / "half.safetensors", device)
+    pixels = torch.randint(0, 256, (3, 28, 28, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again.images.encode(pixels), images.encode(pixels))
+    assert torch.allclose(images.encode(pixels), model.images.encode(pixels), atol=1e-2)
+    saved = {
+        n: t for n, t in load_checkpoint(tmp_path / "half.safetensors").tensors.items() if n.startswith("encoder.")
+    }
+    assert all(t.dtype == torch.float16 for t in saved.values() if t.dim() > 1)
