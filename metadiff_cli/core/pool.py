@@ -23,7 +23,7 @@ class PoolGuidance:
     """Constants of the guidance; `sharpness` is a factor on the calibrated logit scale of the task."""
 
     sharpness: float = 1.0  # s_r, of the responsibilities
-    smoothing: float = 3.0  # a, Dirichlet smoothing of the class proportions, in images a class
+    smoothing: float = 15.0  # a, Dirichlet smoothing of the class proportions, in images a class
     weight: float = 0.3  # omega, of one unlabelled image beside a labelled one
 
 
