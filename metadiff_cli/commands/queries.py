@@ -1,51 +1,87 @@
-"""Query images from folders, files, globs and standard input, with the path that the output shows."""
+"""Query images from folders, files, globs, listings and standard input, each with the path that the output shows."""
 
 import glob
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from metadiff_cli.data.folders import Scan, is_image, walk_images
+from metadiff_cli.data.listing import class_name, is_listing, read_listing
 from metadiff_cli.errors import DataError
 
 
 @dataclass(frozen=True)
-class Queries:
-    """`paths` are the images in the order of the output; `missing` what was asked for and is not there."""
+class Query:
+    """One image: `path` is shown as it was given, joined with the relative path; `label` where it is known."""
 
-    paths: list[Path]
-    missing: list[Path]
+    path: str
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What is to be predicted, in the order of the output; `skipped` counts files that are no images.
+
+    What does not exist stays in its place and is found missing when it is read; `unreadable` are folders.
+    """
+
+    items: tuple[Query, ...]
+    unreadable: tuple[tuple[str, str], ...]
     skipped: int
 
+    def paths(self) -> list[Path]:
+        """As the file system takes them."""
+        return [Path(item.path) for item in self.items]
 
-def find_queries(given: Iterable[str]) -> Queries:
-    """Expand folders (nested, sorted), globs and `-` (one path a line on stdin). Raises DataError for nothing."""
-    scan, paths, missing = Scan(), [], []
-    for text in given:
-        for path in _stdin_paths() if text == "-" else _expand(text):
-            if path.is_dir():
-                paths += list(walk_images(path, scan))
-            elif not path.exists():
-                missing.append(path)
-            elif is_image(path):
-                paths.append(path)
-            else:
-                scan.skipped += 1
-    unique = list(dict.fromkeys(paths))
-    if not unique and not missing:
+
+def find_queries(given: Iterable[str], *, null: bool = False) -> Queries:
+    """Expand folders (nested, sorted), globs, listings and `-` (a path a line on stdin, or NUL-separated with `null`).
+
+    The label is the first folder's name below a folder that was given, or the listing's. Raises DataError for nothing.
+    """
+    unreadable: list[tuple[Path, str]] = []
+    scan = Scan(unreadable=unreadable)
+    found = [item for text in given for path in _expand(text, null) for item in _items(path, scan)]
+    unique = {Path(item.path): item for item in reversed(found)}  # of two mentions the first one stays
+    items = tuple(item for item in found if unique[Path(item.path)] is item)
+    if not items and not unreadable:
         raise DataError(
-            "no query images were found", hint="give --query a folder, files, a glob, or - for paths on stdin"
+            "no query images were found",
+            hint="give --query a folder, files, a glob, a CSV file with a column 'path', or - for paths on stdin",
         )
-    return Queries(unique, missing, scan.skipped)
+    return Queries(items, tuple((str(path), reason) for path, reason in unreadable), scan.skipped)
 
 
-def _expand(text: str) -> list[Path]:
+def _items(text: str, scan: Scan) -> Iterator[Query]:
+    path = Path(text)
+    if path.is_dir():
+        for image in walk_images(path, scan):
+            inside = image.relative_to(path)
+            label = class_name(inside.parts[0]) if len(inside.parts) > 1 else None
+            yield Query(os.path.join(text, inside), label)
+    elif is_listing(path):
+        yield from (Query(row.path, row.label) for row in read_listing(text))
+    elif not path.exists() or (is_image(path) and path.is_file()):
+        yield Query(text)
+    else:
+        scan.skipped += 1
+
+
+def _expand(text: str, null: bool) -> list[str]:
     """The path itself where it exists, else what it matches as a glob, else itself (it will be reported missing)."""
-    if Path(text).exists() or not glob.has_magic(text):
-        return [Path(text)]
-    return [Path(match) for match in sorted(glob.glob(text, recursive=True))] or [Path(text)]
+    if text == "-":
+        return _stdin_paths(null)
+    if os.path.exists(text) or not glob.has_magic(text):
+        return [text]
+    return sorted(glob.glob(text, recursive=True)) or [text]
 
 
-def _stdin_paths() -> list[Path]:
-    return [Path(line) for line in sys.stdin.read().splitlines() if line.strip()]
+def _stdin_paths(null: bool) -> list[str]:
+    """Names of files need not be valid text, so bytes are read where there are any."""
+    raw = getattr(sys.stdin, "buffer", None)
+    text = os.fsdecode(raw.read()) if raw is not None else sys.stdin.read()
+    if null:
+        return [path for path in text.split("\0") if path]
+    return [line for line in (line.removesuffix("\r") for line in text.split("\n")) if line.strip()]

@@ -57,19 +57,33 @@ def load_encoder(path: Path, device: torch.device, *, mirror: bool, half: bool =
 
 def save_model(path: Path, images: ImageEncoder, learner: Learner, header: dict[str, Any]) -> None:
     """Write a full model; `header` says whose denoiser it is, the base classes, configuration and metrics."""
-    tensors = _encoder_tensors(images)
-    tensors |= {f"space.{n}": t for n, t in learner.space.tensors().items()}
-    tensors |= {f"denoiser.{n}": t for n, t in learner.denoiser.state_dict().items()}
+    tensors = model_tensors(images, learner)
     if learner.targets is not None:
         tensors["targets"] = learner.targets
-    save_checkpoint(path, "model", tensors, {**header, **_image_header(images), "tuning": asdict(learner.tuning)})
+    save_checkpoint(path, "model", tensors, {**header, **model_header(images, learner)})
 
 
 def load_model(path: Path, device: torch.device) -> Model:
     """Read a full model. Raises CheckpointError for anything else."""
-    checkpoint = load_checkpoint(path, "model")
+    return model_of(load_checkpoint(path, "model"), device)
+
+
+def model_tensors(images: ImageEncoder, learner: Learner) -> dict[str, Tensor]:
+    """What adaptation and prediction need of a model, by name."""
+    tensors = _encoder_tensors(images)
+    tensors |= {f"space.{n}": t for n, t in learner.space.tensors().items()}
+    return tensors | {f"denoiser.{n}": t for n, t in learner.denoiser.state_dict().items()}
+
+
+def model_header(images: ImageEncoder, learner: Learner) -> dict[str, Any]:
+    """What a header says of a model, besides which denoiser it has and where it comes from."""
+    return {**_image_header(images), "tuning": asdict(learner.tuning)}
+
+
+def model_of(checkpoint: Checkpoint, device: torch.device) -> Model:
+    """The model in a file that was read. Raises CheckpointError when tensors and header do not fit."""
     header = checkpoint.header
-    with _as_checkpoint_error(path):
+    with checkpoint_errors(Path(checkpoint.path)):
         images = _image_encoder(checkpoint, device, bool(header["image"]["mirror"]))
         space = TaskSpace.from_tensors(checkpoint.part("space")).to(device)
         denoiser = _denoiser(checkpoint, images.feature_size).to(device)
@@ -79,28 +93,6 @@ def load_model(path: Path, device: torch.device) -> Model:
             space, denoiser, learned, tuning_from(header["tuning"]), None if targets is None else targets.to(device)
         )
         return Model(images, learner, header)
-
-
-def save_classifier(path: Path, classifier: SavedClassifier) -> None:
-    """Write an adapted classifier with everything that prediction needs."""
-    task = classifier.task
-    tensors = _encoder_tensors(classifier.images)
-    tensors |= {f"space.{n}": t for n, t in task.space.tensors().items()}
-    tensors["weights"] = task.weights
-    header = {"classes": list(classifier.classes), "scale": task.scale, "guidance": task.single_guidance()}
-    save_checkpoint(path, "classifier", tensors, {**header, **_image_header(classifier.images)})
-
-
-def load_classifier(path: Path, device: torch.device) -> SavedClassifier:
-    """Read an adapted classifier. Raises CheckpointError for anything else."""
-    checkpoint = load_checkpoint(path, "classifier")
-    header = checkpoint.header
-    with _as_checkpoint_error(path):
-        images = _image_encoder(checkpoint, device, bool(header["image"]["mirror"]))
-        space = TaskSpace.from_tensors(checkpoint.part("space")).to(device)
-        weights = checkpoint.tensors["weights"].to(device)
-        task = TaskClassifier(space, weights, float(header["guidance"]), float(header["scale"]))
-        return SavedClassifier(images, task, tuple(header["classes"]))
 
 
 def tuning_from(values: dict[str, Any]) -> Tuning:
@@ -117,7 +109,7 @@ def _denoiser(checkpoint: Checkpoint, size: int) -> nn.Module:
 
 
 def _image_encoder(checkpoint: Checkpoint, device: torch.device, mirror: bool) -> ImageEncoder:
-    with _as_checkpoint_error(Path(checkpoint.path)):
+    with checkpoint_errors(Path(checkpoint.path)):
         name, image = checkpoint.header["encoder"], checkpoint.header["image"]
         encoder = build_encoder(name)
         encoder.load_state_dict(checkpoint.part("encoder"))
@@ -137,7 +129,7 @@ def _image_header(images: ImageEncoder) -> dict[str, Any]:
     return {"encoder": images.name, "image": image}
 
 
-class _as_checkpoint_error:
+class checkpoint_errors:
     """A header that lacks a field, or tensors that do not fit it, is a damaged checkpoint, not our crash."""
 
     def __init__(self, path: Path) -> None:

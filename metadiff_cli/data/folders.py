@@ -41,9 +41,10 @@ class Dataset:
 
 @dataclass
 class Scan:
-    """Counts of a walk through folders."""
+    """Of a walk through folders: files that are no images, and folders that cannot be listed (None: they raise)."""
 
     skipped: int = 0
+    unreadable: list[tuple[Path, str]] | None = None
 
 
 def open_dataset(root: Path, *, layout: str = "auto", seed: int = 0) -> Dataset:
@@ -122,12 +123,19 @@ def walk_images(folder: Path, scan: Scan) -> Iterator[Path]:
 
 
 def _walk(folder: Path, scan: Scan, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    with _readable(folder):
-        status = folder.stat()
+    try:
+        with _readable(folder):
+            status = folder.stat()
+        entries = _entries(folder)
+    except DataError as error:
+        if scan.unreadable is None:
+            raise
+        scan.unreadable.append((folder, error.message.removeprefix(f"{folder} ")))
+        return
     identity = (status.st_dev, status.st_ino)
     if identity in above:
         return  # a symbolic link that leads back up
-    for path in _entries(folder):
+    for path in entries:
         if path.is_dir():
             yield from _walk(path, scan, (*above, identity))
         elif is_image(path) and not _is_special(path):

@@ -1,9 +1,11 @@
 """One image file -> the right RGB: every common mode and format, orientation applied, hostile files refused."""
 
+import importlib
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,8 +14,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from metadiff_cli.errors import DataError
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF")  # no others: EPS would start a program
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"}
+)
+# no others: EPS would start a program
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "HEIF")
+HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})  # ISO 23008-12
 MAX_PIXELS = 178_000_000  # RGB of that takes 534 MB; more is a decompression bomb, and Pillow refuses 179 million
 
 
@@ -29,7 +35,7 @@ def load_rgb(source: Path | BinaryIO, size: int | None = None) -> Image.Image:
     except DataError as error:
         raise DataError(f"{name}: {error.message}") from error
     except Exception as error:  # decoders raise whatever they like on broken files
-        raise DataError(f"{name}: {_reason(error)}") from error
+        raise DataError(f"{name}: {_missing_decoder(source, error) or _reason(error)}") from error
 
 
 def to_square(image: Image.Image, size: int) -> np.ndarray:
@@ -86,9 +92,35 @@ class _QuietPillow:
 _QUIET = _QuietPillow()
 
 
+@cache
 def _formats() -> list[str]:
-    Image.init()  # does nothing from the second time on
+    Image.init()
+    with suppress(ImportError):  # the extra [heic]
+        importlib.import_module("pillow_heif").register_heif_opener()
     return [name for name in FORMATS if name in Image.OPEN]  # AVIF came with Pillow 11.3
+
+
+def _missing_decoder(source: Path | BinaryIO, error: Exception) -> str | None:
+    """What to install for a photo of a phone that nothing here can decode; told by its first bytes, not its name."""
+    if not isinstance(error, UnidentifiedImageError):
+        return None
+    brand = _brand(source)
+    if brand in HEIF_BRANDS and "HEIF" not in _formats():
+        return "a HEIC photo, which needs the extra [heic]: pip install 'metadiff[heic]'"
+    if brand in (b"avif", b"avis") and "AVIF" not in _formats():
+        return "an AVIF image, which needs Pillow 11.3 or newer: pip install -U pillow"
+    return None
+
+
+def _brand(source: Path | BinaryIO) -> bytes:
+    """The brand of an ISO media file, or nothing."""
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            start = file.read(12)
+    else:
+        source.seek(0)
+        start = source.read(12)
+    return start[8:12] if start[4:8] == b"ftyp" else b""
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,86 @@
+"""Labelled images from a folder of class folders or from a CSV file with the columns `path` and `label`."""
+
+import csv
+import io
+import os
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+from metadiff_cli.data.folders import Split, scan_classes
+from metadiff_cli.errors import DataError
+
+LISTINGS = frozenset({".csv", ".tsv"})
+DELIMITERS = (",", ";", "\t")  # spreadsheets of some languages write semicolons
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a listing: the path as written, joined to the listing's folder, and the label, where there is one."""
+
+    path: str
+    label: str | None
+    line: int
+
+
+def is_listing(path: Path) -> bool:
+    """Whether a path names a file that lists images."""
+    return path.suffix.lower() in LISTINGS and path.is_file()
+
+
+def open_labelled(source: Path) -> Split:
+    """The classes of a folder, or of a listing in which every line has a label. Raises DataError."""
+    if not is_listing(source):
+        return normalised(scan_classes(source))
+    rows = read_listing(source)
+    for row in rows:
+        if row.label is None:
+            raise DataError(f"{source}, line {row.line}: no label", hint="fill the column 'label' of every line")
+    names = tuple(sorted({str(row.label) for row in rows}))
+    labels = tuple(names.index(str(row.label)) for row in rows)
+    return Split("support", names, tuple(row.path for row in rows), labels, str(source))
+
+
+def read_listing(file: str | Path) -> list[Row]:
+    """The lines of a CSV file with a header that names `path` and maybe `label`; paths are relative to its folder.
+
+    Raises DataError for a file that cannot be read, has no column `path`, or lists nothing.
+    """
+    try:
+        text = Path(file).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read ({error})", hint="save it as CSV in UTF-8") from error
+    first = text.partition("\n")[0]
+    delimiter = max(DELIMITERS, key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        header = [name.strip().lower() for name in next(reader, [])]
+        if "path" not in header:
+            raise DataError(f"{file} has no column 'path'", hint="begin it with the line path,label")
+        rows = [_row(os.path.dirname(file), header, cells, reader.line_num) for cells in reader if any(cells)]
+    except csv.Error as error:
+        raise DataError(f"{file}, line {reader.line_num}: {error}", hint="mend the line") from error
+    if not rows:
+        raise DataError(f"{file} lists no images", hint="add lines such as photos/1.jpg,daisy")
+    for row in rows:
+        if not os.path.basename(row.path):
+            raise DataError(f"{file}, line {row.line}: no path", hint="fill the column 'path' of every line")
+    return rows
+
+
+def _row(folder: str, header: list[str], cells: list[str], line: int) -> Row:
+    values = dict(zip(header, cells, strict=False))
+    return Row(os.path.join(folder, values.get("path", "")), class_name(values.get("label", "").strip()) or None, line)
+
+
+def class_name(text: str) -> str:
+    """One spelling of a name: macOS writes accents as characters of their own, most others do not."""
+    return unicodedata.normalize("NFC", text)
+
+
+def normalised(split: Split) -> Split:
+    """A split with class names in one spelling; classes whose names become the same are one class."""
+    names = [class_name(cls) for cls in split.classes]
+    classes = tuple(sorted(set(names)))
+    labels = tuple(classes.index(names[label]) for label in split.labels)
+    return Split(split.name, classes, split.paths, labels, split.root, split.pixels)
