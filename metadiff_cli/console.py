@@ -68,9 +68,9 @@ class Screen:
         self.out.print(table)
 
     @contextmanager
-    def progress(self, label: str) -> Iterator[Advance]:
+    def progress(self, label: str, *, shown: bool = True) -> Iterator[Advance]:
         """Yield `advance(done, total)`: a bar on a terminal, sparse lines elsewhere, nothing when quiet."""
-        if self.quiet:
+        if self.quiet or not shown:
             yield lambda done, total: None
         elif self.err.is_terminal:
             with self._bar() as bar:
@@ -94,7 +94,9 @@ class Screen:
 
     def _bar(self, *extra: TextColumn) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *extra)
-        return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.err, transient=True)
+        timing = (TimeElapsedColumn(), TimeRemainingColumn())
+        # Rich would send what is written to stdout meanwhile to the bar's console, which is stderr
+        return Progress(*columns, *timing, console=self.err, transient=True, redirect_stdout=False)
 
     def _sparse(self, label: str) -> "SparseLines":
         return SparseLines(self, label)

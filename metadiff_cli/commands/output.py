@@ -74,9 +74,10 @@ def decide(
 
 @dataclass
 class Errors:
-    """Images that could not be used, with the reason, in the order in which they were met."""
+    """Images that could not be used, with the reason, in the order they were met; the first `told` are known."""
 
     found: list[tuple[str, str]] = field(default_factory=list)
+    told: int = 0
 
     def add(self, path: str, reason: str) -> None:
         """Take one in."""
@@ -88,10 +89,11 @@ class Errors:
 
     def show(self, screen: Screen) -> None:
         """Name them, at the end, where they are seen."""
-        for path, reason in self.found[:SHOWN]:
+        new = self.found[self.told :]
+        for path, reason in new[:SHOWN]:
             screen.warn(f"{path}: {reason}")
-        if len(self.found) > SHOWN:
-            screen.warn(f"{len(self.found) - SHOWN} more images have errors")
+        if len(new) > SHOWN:
+            screen.warn(f"{len(new) - SHOWN} more images have errors")
 
 
 Tail = Callable[[], Document]
@@ -141,7 +143,7 @@ def _write_table(screen: Screen, head: Document, outcomes: Iterator[Outcome], ta
     if rows:
         title = f"{len(rows)} images, {len(head['classes'])} classes"
         if head["protocol"] == "transductive":
-            title += "; transductive: each prediction also depends on the other images"
+            title += "; transductive: predictions depend on one another"
         screen.table(title, ("image", "label", "confidence", "runners-up"), rows, left=2)
     return len(rows)
 

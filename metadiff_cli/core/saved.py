@@ -22,6 +22,7 @@ from metadiff_cli.core.model import (
     model_tensors,
 )
 from metadiff_cli.core.support import Pool, SupportSet
+from metadiff_cli.data.listing import class_name
 
 DIGEST = 32  # bytes
 
@@ -53,7 +54,8 @@ def save_classifier(path: Path, classifier: SavedClassifier, origin: Origin) -> 
         "guidance": classifier.task.single_guidance(),
         "denoiser": origin.model.header["denoiser"],
         "support": [
-            f"{classifier.classes[c]}/{Path(p).name}" for c, p in zip(support.labels, support.paths, strict=True)
+            f"{classifier.classes[c]}/{class_name(Path(p).name)}"
+            for c, p in zip(support.labels, support.paths, strict=True)
         ],
         **model_header(classifier.images, learner),
     }

@@ -74,8 +74,8 @@ def _row(folder: str, header: list[str], cells: list[str], line: int) -> Row:
 
 
 def class_name(text: str) -> str:
-    """One spelling of a name: macOS writes accents as characters of their own, most others do not."""
-    return unicodedata.normalize("NFC", text)
+    """One valid spelling of a name: macOS writes accents as characters of their own, most others do not."""
+    return unicodedata.normalize("NFC", os.fsencode(text).decode("utf-8", "replace"))
 
 
 def normalised(split: Split) -> Split:

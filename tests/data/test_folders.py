@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from metadiff_cli.data.folders import (
     Dataset,
+    Scan,
     Split,
     all_classes,
     open_dataset,
@@ -17,6 +18,7 @@ from metadiff_cli.data.folders import (
     scan_classes,
     scan_images,
     split_by_class,
+    walk_images,
 )
 from metadiff_cli.errors import DataError, MetaDiffError
 
@@ -197,3 +199,21 @@ def test_all_classes_keeps_pixels_beside_their_labels() -> None:
     union = all_classes(Dataset("d", "r", {"train": part("train", "z", 9), "val": part("val", "a", 5)}))
     assert union.classes == ("a", "z") and union.labels == (1, 0)
     assert union.pixels is not None and union.pixels[:, 0, 0, 0].tolist() == [9, 5]
+
+
+def test_a_folder_that_cannot_be_listed_is_told_or_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a/1.png", "secret/2.png", "z/3.png")
+    real = Path.iterdir
+
+    def iterdir(self: Path) -> object:
+        if self.name == "secret":
+            raise PermissionError(13, "Permission denied")
+        return real(self)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(DataError, match="secret cannot be read"):
+        list(walk_images(tmp_path, Scan()))
+    unreadable: list[tuple[Path, str]] = []
+    found = [p.name for p in walk_images(tmp_path, Scan(unreadable=unreadable))]
+    assert found == ["1.png", "3.png"]
+    assert unreadable == [(tmp_path / "secret", "cannot be read (Permission denied)")]

@@ -33,6 +33,8 @@ def corner(image: Image.Image) -> tuple[int, ...]:
 def test_every_suffix_is_read(tmp_path: Path, suffix: str) -> None:
     if suffix == ".avif" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
+    if suffix in (".heic", ".heif"):
+        pytest.importorskip("pillow_heif", reason="HEIC needs the extra [heic]").register_heif_opener()
     path = saved(Image.new("RGB", (20, 10), (200, 100, 50)), tmp_path / f"a{suffix}")
     image = load_rgb(path)
     assert (image.mode, image.size) == ("RGB", (20, 10))
@@ -245,3 +247,34 @@ def test_the_limit_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(images, "MAX_PIXELS", 10)
     with pytest.raises(DataError, match="4 x 4 pixels"):
         load_rgb(saved(Image.new("RGB", (4, 4)), tmp_path / "a.png"))
+
+
+HEIC_HEAD = b"\x00\x00\x00\x1cftypheic\x00\x00\x00\x00mif1heic"
+
+
+@pytest.mark.parametrize("name", ["IMG_1.HEIC", "really-a-heic.jpg"])
+def test_without_the_extra_heic_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(images, "_formats", lambda: ["PNG", "JPEG"])
+    path = tmp_path / name
+    path.write_bytes(HEIC_HEAD + bytes(100))
+    with pytest.raises(DataError, match=r"HEIC.*pip install 'metadiff\[heic\]'"):
+        load_rgb(path)
+
+
+def test_an_old_pillow_is_told_apart_from_a_broken_avif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_formats", lambda: ["PNG"])
+    path = tmp_path / "a.avif"
+    path.write_bytes(b"\x00\x00\x00\x20ftypavif" + bytes(100))
+    with pytest.raises(DataError, match=r"Pillow 11\.3"):
+        load_rgb(path)
+
+
+def test_a_broken_heic_is_damaged_where_the_extra_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_formats", lambda: ["PNG", "HEIF"])
+    monkeypatch.setitem(Image.OPEN, "HEIF", (lambda fp, name: None, lambda start: False))
+    path = tmp_path / "a.heic"
+    path.write_bytes(HEIC_HEAD + bytes(100))
+    with pytest.raises(DataError, match="not an image, or damaged"):
+        load_rgb(path)

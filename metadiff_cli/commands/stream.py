@@ -1,0 +1,94 @@
+"""From query images to outcomes, one after the other, and what is learned on the way: errors, twins, the score."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from metadiff_cli.commands.classifiers import NAMED, Ready, encode_queries
+from metadiff_cli.commands.output import Errors, Outcome, decide
+from metadiff_cli.commands.queries import Queries
+from metadiff_cli.commands.scoring import Score
+from metadiff_cli.config import Config
+from metadiff_cli.console import Screen
+from metadiff_cli.core.adaptation import Prediction, predict_images
+from metadiff_cli.data.sorting import Sorter
+
+
+class Stream:
+    """The stream from images to outcomes, and what is learned on the way: errors, twins, the score."""
+
+    def __init__(
+        self, config: Config, ready: Ready, queries: Queries, screen: Screen, top_k: int,
+        reject_below: float | None, labelled: bool, bar: bool,
+    ) -> None:  # fmt: skip
+        self.config, self.ready, self.queries, self.screen = config, ready, queries, screen
+        self.top_k, self.reject_below, self.bar = top_k, reject_below, bar
+        self.classes = ready.classifier.classes
+        self.score = Score(self.classes) if labelled else None
+        broken = ready.origin.support.broken  # they were named when the support was read
+        self.errors = Errors([*broken, *queries.unreadable], told=len(broken))
+        self.twins = 0
+        self.sorted_new = self.sorted_old = 0
+        self.sorting: str | None = None
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """In the order of the queries."""
+        for item, prediction in zip(self.queries.items, self._predictions(), strict=True):
+            truth = item.label if self.score is not None else None
+            outcome = decide(prediction, self.classes, self.top_k, self.reject_below, truth)
+            self._note(outcome)
+            yield outcome
+
+    def _predictions(self) -> Iterator[Prediction]:
+        classifier, encoded = self.ready.classifier, self.ready.encoded
+        stream = encoded or encode_queries(
+            self.config, classifier.images, self.queries, "predicting", self.screen, shown=self.bar
+        )
+        return predict_images(classifier, stream, self.ready.origin.support.known())
+
+    def _note(self, outcome: Outcome) -> None:
+        if not outcome.good:
+            self.errors.add(outcome.path, outcome.reason)
+        elif self.score is not None:
+            self.score.add(outcome)
+        self.twins += outcome.twin is not None
+        if outcome.twin is not None and self.twins <= NAMED:
+            self.screen.warn(f"query {outcome.path} is also in the support ({outcome.twin})")
+
+    def sorted(self, outcomes: Iterator[Outcome], root: Path, move: bool) -> Iterator[Outcome]:
+        """The same outcomes, each image brought to its class's folder. What cannot be brought there is an error."""
+        sorter = Sorter(root, self.classes, move=move)
+        self.sorting = f"{'moved' if move else 'copied'} into {root}"
+        for outcome in outcomes:
+            if outcome.good:
+                try:
+                    placed = sorter.place(Path(outcome.path), outcome.label)
+                except OSError as error:
+                    self.errors.add(outcome.path, f"cannot be sorted into {root} ({error.strerror})")
+                else:
+                    self.sorted_new += placed.new
+                    self.sorted_old += not placed.new
+                    outcome = replace(outcome, placed=str(placed.path))
+            yield outcome
+
+    def tail(self) -> dict[str, Any]:
+        """What the JSON document says after the predictions."""
+        scored = {} if self.score is None else {"labelled": self.score.document()}
+        return {**scored, "errors": self.errors.document()}
+
+    def finish(self, *, matrix: bool) -> None:
+        """Say on stderr what happened, and show the score."""
+        screen = self.screen
+        if self.score is not None:
+            self.score.show(screen, matrix=matrix)
+        if self.twins > NAMED:
+            screen.warn(f"{self.twins} query images are also in the support")
+        if self.queries.skipped:
+            screen.note(f"{self.queries.skipped} query files are no images and were left out")
+        if self.sorting is not None:
+            there = f", {self.sorted_old} were there already" if self.sorted_old else ""
+            screen.note(f"{self.sorted_new} images {self.sorting}{there}")
+        if self.ready.dependence:
+            screen.note(self.ready.dependence)
+        self.errors.show(screen)

@@ -1,0 +1,75 @@
+"""CSV files of paths and labels."""
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from metadiff_cli.data.listing import class_name, is_listing, open_labelled, read_listing
+from metadiff_cli.errors import DataError
+
+
+def written(folder: Path, text: str, name: str = "list.csv") -> Path:
+    file = folder / name
+    file.write_bytes(text.encode())
+    return file
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'path,label\nx/1.jpg,cat\n"y, 2.jpg",dog\n',
+        '\ufeffPath;Label\r\nx/1.jpg;cat\r\n"y, 2.jpg";dog\r\n\r\n',
+        "label\tpath\ncat\tx/1.jpg\ndog\ty, 2.jpg\n",
+    ],
+    ids=["plain", "from a spreadsheet", "tabs, other order"],
+)
+def test_paths_are_relative_to_the_file(tmp_path: Path, text: str) -> None:
+    split = open_labelled(written(tmp_path, text))
+    assert split.classes == ("cat", "dog") and split.labels == (0, 1)
+    assert split.paths == (str(tmp_path / "x" / "1.jpg"), str(tmp_path / "y, 2.jpg"))
+
+
+def test_absolute_paths_stay_and_labels_may_be_missing(tmp_path: Path) -> None:
+    rows = read_listing(written(tmp_path, "path\n/photos/1.jpg\n2.jpg\n"))
+    assert [(row.path, row.label) for row in rows] == [("/photos/1.jpg", None), (str(tmp_path / "2.jpg"), None)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no column 'path'"),
+        ("file,label\n1.jpg,cat\n", "no column 'path'"),
+        ("path,label\n", "lists no images"),
+        ("path,label\n1.jpg,cat\n2.jpg,\n", "line 3: no label"),
+        ("path,label\n,cat\n", "line 2: no path"),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_line(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(DataError, match=words) as caught:
+        open_labelled(written(tmp_path, text))
+    assert "list.csv" in caught.value.message and caught.value.hint
+
+
+def test_other_encodings_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_bytes("path,label\nä.jpg,für\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"list\.csv cannot be read"):
+        read_listing(tmp_path / "list.csv")
+
+
+def test_a_folder_is_no_listing(tmp_path: Path) -> None:
+    (tmp_path / "photos.csv").mkdir()
+    assert not is_listing(tmp_path / "photos.csv") and is_listing(written(tmp_path, "path\n", "a.CSV"))
+
+
+def test_one_name_in_two_spellings_is_one_class(tmp_path: Path) -> None:
+    for form in ("NFC", "NFD"):
+        folder = tmp_path / unicodedata.normalize(form, "café")
+        folder.mkdir(exist_ok=True)
+        (folder / f"{form}.png").touch()
+    split = open_labelled(tmp_path)
+    assert split.classes == (unicodedata.normalize("NFC", "café"),) and split.labels == (0, 0)
+
+
+def test_a_name_that_is_no_text_becomes_text() -> None:
+    assert class_name("caf\udce9") == "caf\ufffd"
