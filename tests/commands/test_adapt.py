@@ -3,13 +3,22 @@
 import csv
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import COLOURS, Result, paint
+
+from metadiff_cli.app import run
+from metadiff_cli.core.adaptation import encode_images
+from metadiff_cli.core.checkpoint import load_checkpoint, save_checkpoint
+from metadiff_cli.core.model import load_model
 
 CLI = Callable[..., Result]
 
@@ -160,3 +169,207 @@ def test_two_classes_with_one_image_each(cli: CLI, tmp_path: Path, checkpoint: P
         paint(tmp_path / "support" / name / "1.png", COLOURS[name], seed=1)
     paint(tmp_path / "query" / "q.png", COLOURS["red"], seed=2)
     assert len(adapt_json(cli, tmp_path, checkpoint)["predictions"]) == 1
+
+
+def run_adapt(cli: CLI, *arguments: str | Path) -> dict[str, Any]:
+    """`adapt --json`, which must succeed."""
+    result = cli("adapt", "--json", *arguments)
+    assert result.code == 0, result.err
+    document: dict[str, Any] = json.loads(result.out)
+    return document
+
+
+def class_folders(photos: Path) -> Path:
+    """The query images, two of each colour, in nested folders of their class."""
+    for c, (name, colour) in enumerate(COLOURS.items()):
+        for i in range(2):
+            paint(photos / "labelled" / name / "deep" / f"{i}.png", colour, seed=2000 + 10 * c + i)
+    return photos / "labelled"
+
+
+def close(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """The same labels in the same order, and confidences that differ by rounding at most."""
+    pairs = list(zip(first["predictions"], second["predictions"], strict=True))
+    return all(a["path"] == b["path"] and a["label"] == b["label"] for a, b in pairs) and all(
+        a["confidence"] == pytest.approx(b["confidence"], abs=1e-4) for a, b in pairs
+    )
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_saved_classifier_grows_as_if_all_had_been_given_at_once(
+    cli: CLI, photos: Path, checkpoint: Path, pooled: bool
+) -> None:
+    """A class comes as a whole, another one in two parts; the pool stays, without what is labelled by now."""
+    query = photos / "query"
+    extra = ["--unlabeled", query] if pooled else []
+    at_once = run_adapt(cli, "-S", photos / "support", "-Q", query, "-c", checkpoint, *extra)
+    for name in ("later/grey", "later/blue"):
+        (photos / name).mkdir(parents=True)
+    (photos / "support" / "grey").rename(photos / "later" / "grey")
+    (photos / "support" / "blue" / "1.png").rename(photos / "later" / "blue" / "1.png")
+    first, second = photos / "1.safetensors", photos / "2.safetensors"
+    run_adapt(cli, "-S", photos / "support", "-Q", query, "-c", checkpoint, "--save", first, *extra)
+    grown = run_adapt(cli, "--classifier", first, "-S", photos / "later", "-Q", query, "--save", second)
+    assert grown["support"] == at_once["support"] and grown["classes"] == at_once["classes"]
+    assert close(grown, at_once) and grown["protocol"] == at_once["protocol"]
+    assert close(run_adapt(cli, "--classifier", second, "-Q", query), at_once)
+
+
+def test_one_more_class_is_enough_to_add(cli: CLI, photos: Path, checkpoint: Path) -> None:
+    file = photos / "c.safetensors"
+    run_adapt(cli, "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint, "--save", file)
+    paint(photos / "more" / "white" / "1.png", (250, 250, 250), seed=1)
+    shutil.copytree(photos / "support" / "red", photos / "more" / "red")  # known by their pixels, and counted once
+    document = run_adapt(cli, "--classifier", file, "-S", photos / "more", "-Q", photos / "query")
+    assert document["support"] == {"blue": 3, "green": 2, "grey": 4, "red": 1, "white": 1}
+
+
+def test_a_saved_classifier_tells_no_places(cli: CLI, photos: Path, checkpoint: Path) -> None:
+    file = photos / "c.safetensors"
+    run_adapt(cli, "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint, "--save", file)
+    assert str(photos).encode() not in file.read_bytes()
+
+
+def test_a_damaged_classifier_is_refused(cli: CLI, photos: Path, checkpoint: Path) -> None:
+    file = photos / "c.safetensors"
+    run_adapt(cli, "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint, "--save", file)
+    whole = load_checkpoint(file)
+    tensors = {**whole.tensors, "support.labels": whole.tensors["support.labels"] * 0}
+    save_checkpoint(file, "classifier", tensors, whole.header)
+    result = cli("adapt", "--classifier", file, "-Q", photos / "query")
+    assert result.code == 4 and "c.safetensors" in result.err and "labels" in result.err
+
+
+def test_labelled_queries_are_scored(cli: CLI, photos: Path, checkpoint: Path) -> None:
+    folder = class_folders(photos)
+    paint(folder / "stranger" / "1.png", (255, 255, 0), seed=5)
+    common = ["adapt", "-S", photos / "support", "-Q", folder, "-c", checkpoint, "--labelled"]
+    document = json.loads(cli(*common, "--json").out)
+    score, predictions = document["labelled"], document["predictions"]
+    correct = sum(p["label"] == p["truth"] for p in predictions)
+    assert {p["truth"] for p in predictions} == {*COLOURS, "stranger"}
+    assert (score["images"], score["correct"], score["accuracy"]) == (8, correct, round(100 * correct / 8, 4))
+    assert score["other_classes"]["classes"] == ["stranger"] and sum(map(sum, score["confusion"]["matrix"])) == 9
+    table = cli(*common)
+    assert "confusion matrix" in table.out and "of 8 images" in table.err and "stranger" in table.err
+
+
+def test_labelled_without_labels_is_refused(cli: CLI, photos: Path, checkpoint: Path) -> None:
+    result = cli("adapt", "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint, "--labelled")
+    assert result.code == 3 and "class folders" in result.err
+
+
+def test_support_and_query_as_listings(cli: CLI, photos: Path, checkpoint: Path) -> None:
+    folder = class_folders(photos)
+    for name, root in (("s.csv", photos / "support"), ("q.csv", folder)):
+        lines = [f"{p.relative_to(photos)},{p.relative_to(root).parts[0]}" for p in sorted(root.rglob("*.png"))]
+        (photos / name).write_text("\n".join(["path,label", *lines]))
+    plain = run_adapt(cli, "-S", photos / "support", "-Q", folder, "-c", checkpoint, "--labelled")
+    listed = run_adapt(cli, "-S", photos / "s.csv", "-Q", photos / "q.csv", "-c", checkpoint, "--labelled")
+    assert listed["support"] == plain["support"] and listed["labelled"] == plain["labelled"] and close(listed, plain)
+
+
+def test_sort_into_copies_by_label_and_rejects_apart(cli: CLI, photos: Path, checkpoint: Path) -> None:
+    out = photos / "out"
+    common = ["-S", photos / "support", "-Q", photos / "query", "-c", checkpoint, "--sort-into", out]
+    document = run_adapt(cli, *common)
+    for p in document["predictions"]:
+        assert Path(p["sorted_to"]) == out / p["label"] / Path(p["path"]).name
+        assert Path(p["sorted_to"]).read_bytes() == Path(p["path"]).read_bytes()
+    again = cli("adapt", *common)
+    assert again.code == 0 and "0 images copied" in again.err and "4 were there already" in again.err
+    run_adapt(cli, *common, "--reject-below", "1", "--move")
+    assert len(list((out / "_rejected").iterdir())) == 4 and not list((photos / "query").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("extra", "word"), [(["--move"], "--sort-into"), (["--sort-into", "support/red"], "inside the support")]
+)
+def test_sorting_that_makes_no_sense_is_refused(
+    cli: CLI, photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, extra: list[str], word: str
+) -> None:
+    monkeypatch.chdir(photos)
+    result = cli("adapt", "-S", "support", "-Q", "query", "-c", checkpoint, *extra)
+    assert result.code == 2 and word in result.err and "try:" in result.err
+
+
+def test_strict_turns_any_error_into_exit_code_3(cli: CLI, photos: Path, checkpoint: Path) -> None:
+    (photos / "query" / "broken.png").write_bytes(b"no image")
+    common = ["adapt", "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint, "--format", "csv"]
+    lenient, strict = cli(*common), cli(*common, "--strict")
+    assert (lenient.code, strict.code) == (0, 3) and strict.out == lenient.out
+    assert lenient.err.rstrip().splitlines()[-1].startswith("warning: ") and "broken.png" in lenient.err
+
+
+def test_a_picture_that_is_twice_in_the_support(cli: CLI, photos: Path, checkpoint: Path) -> None:
+    shutil.copy(photos / "support" / "blue" / "0.png", photos / "support" / "blue" / "copy.png")
+    common = ["adapt", "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint, "--json"]
+    result = cli(*common)
+    assert json.loads(result.out)["support"]["blue"] == 3 and "copy.png is the same picture" in result.err
+    shutil.copy(photos / "support" / "blue" / "0.png", photos / "support" / "red" / "copy.png")
+    torn = cli(*common)
+    assert torn.code == 3 and "two classes" in torn.err and "red/copy.png" in torn.err
+
+
+def test_the_support_is_checked(cli: CLI, photos: Path, checkpoint: Path) -> None:
+    (photos / "support" / "green" / "1.png").unlink()
+    result = cli("adapt", "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint, "--json")
+    check = json.loads(result.out)["support_check"]
+    assert check["images"] == 7 and 0 <= check["accuracy"] <= 100  # red and green have one image each
+    assert f"estimated accuracy {check['accuracy']:.0f} %" in result.err
+    for name in ("blue", "grey"):
+        for path in sorted((photos / "support" / name).iterdir())[1:]:
+            path.unlink()
+    assert adapt_json(cli, photos, checkpoint)["support_check"] is None
+
+
+def test_transductive_with_nothing_to_read_is_a_plain_failure(cli: CLI, photos: Path, checkpoint: Path) -> None:
+    bad = photos / "bad.png"
+    bad.write_bytes(b"no image")
+    result = cli("adapt", "-S", photos / "support", "-Q", bad, "-c", checkpoint, "--json", "--transductive")
+    assert result.code == 3 and json.loads(result.out)["protocol"] == "inductive"
+
+
+def test_a_bar_on_stderr_takes_nothing_from_stdout(
+    photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rich's bars redirect stdout unless they are told not to."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out, err = io.StringIO(), Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    arguments = ["adapt", "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint, "--format", "csv",
+                 "--batch-size", "1"]  # fmt: skip
+    assert run([str(a) for a in arguments]) == 0
+    assert len(out.getvalue().splitlines()) == 5 and "predicting" in err.getvalue()
+
+
+def test_rows_come_while_later_images_wait(photos: Path, checkpoint: Path) -> None:
+    """A batch in memory at a time: the stream of 40 images has not been decoded to its end when the first rows come."""
+    model = load_model(checkpoint, torch.device("cpu"))
+    paths = [str(photos / "query" / "red.png")] * 40
+    seen = []
+    stream = encode_images(paths, model.images, 2, workers=1, progress=lambda done, total: seen.append(done))
+    first = next(stream)
+    assert len(first) == 2 and seen == [1, 2]
+    assert sum(len(part) for part in stream) == 38
+
+
+def test_names_that_are_no_text(photos: Path, checkpoint: Path) -> None:
+    """A real process: its stdout escapes what has no encoding, which JSON reads back to the same name."""
+    odd = os.fsencode(photos / "query") + b"/caf\xe9.png"
+    try:
+        os.rename(photos / "query" / "red.png", odd)
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    command = [sys.executable, "-m", "metadiff_cli", "adapt", "-S", photos / "support", "-Q", photos / "query",
+               "-c", checkpoint, "--json", "--sort-into", photos / "out"]  # fmt: skip
+    done = subprocess.run([str(c) for c in command], capture_output=True, env={**os.environ, "PYTHONUTF8": "1"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.decode("utf-8"))["predictions"]
+    assert odd in [os.fsencode(p["path"]) for p in found]
