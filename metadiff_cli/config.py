@@ -17,6 +17,7 @@ from metadiff_cli.errors import ConfigError
 NO_CONFIG_KEYS = {"METADIFF_DATA_DIR", "METADIFF_CACHE_DIR", "METADIFF_DEBUG"}
 MAX_FILE = 64 * 1024  # bytes of a preset or configuration file; ours have about one kilobyte
 
+Layer = tuple[str, dict[str, Any]]  # where values come from, and the values
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -224,15 +225,46 @@ def resolve(
     `settings` are `--set` arguments such as "pretrain.epochs=3"; `flags` are dotted keys whose value None means not
     given. Raises one ConfigError that lists every problem.
     """
-    layers = [read_preset(preset)] if preset else []
-    layers += [read_yaml(file)] if file else []
-    layers.append(environment_layer(os.environ if environ is None else environ))
-    layers += [_dotted(*_split_setting(text)) for text in settings]
-    layers += [_dotted(key, value) for key, value in (flags or {}).items() if value is not None]
+    given = layers(preset, file, settings, environ)
+    given += [("flag", _dotted(key, value)) for key, value in (flags or {}).items() if value is not None]
+    return check(merge_layers(given))
+
+
+def layers(
+    preset: str | None = None,
+    file: Path | None = None,
+    settings: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+) -> list[Layer]:
+    """Where values come from and the values, in rising precedence."""
+    found: list[Layer] = [(f"preset {preset}", read_preset(preset))] if preset else []
+    found += [(f"--config {file}", read_yaml(file))] if file else []
+    found += environment_layers(os.environ if environ is None else environ)
+    return found + [("--set", _dotted(*_split_setting(text))) for text in settings]
+
+
+def merge_layers(given: Sequence[Layer]) -> dict[str, Any]:
+    """All layers laid over each other, later ones on top."""
     merged: dict[str, Any] = {}
-    for layer in layers:
+    for _, layer in given:
         _merge(merged, layer)
-    return check(merged)
+    return merged
+
+
+def origins(given: Sequence[Layer]) -> dict[str, str]:
+    """For every dotted key, the layer that its value comes from, or "default"."""
+    found = dict.fromkeys(_keys(Config().model_dump()), "default")
+    for name, layer in given:
+        found |= {key: name for key in _keys(layer) if key in found}
+    return found
+
+
+def _keys(values: Mapping[str, Any], before: str = "") -> list[str]:
+    return [
+        key
+        for name, value in values.items()
+        for key in (_keys(value, f"{before}{name}.") if isinstance(value, dict) else [f"{before}{name}"])
+    ]
 
 
 def check(values: dict[str, Any]) -> Config:
@@ -244,13 +276,13 @@ def check(values: dict[str, Any]) -> Config:
         raise ConfigError("; ".join(lines), hint="`metadiff presets show NAME` prints every key") from error
 
 
-def environment_layer(environ: Mapping[str, str]) -> dict[str, Any]:
+def environment_layers(environ: Mapping[str, str]) -> list[Layer]:
     """METADIFF_PRETRAIN__EPOCHS=3 is pretrain.epochs; names of a single part, as METADIFF_SEED, are top-level keys."""
-    layer: dict[str, Any] = {}
-    for name, text in sorted(environ.items()):
-        if name.startswith("METADIFF_") and name not in NO_CONFIG_KEYS:
-            _merge(layer, _dotted(name.removeprefix("METADIFF_").lower().replace("__", "."), _parse(text)))
-    return layer
+    return [
+        (f"${name}", _dotted(name.removeprefix("METADIFF_").lower().replace("__", "."), _parse(text)))
+        for name, text in sorted(environ.items())
+        if name.startswith("METADIFF_") and name not in NO_CONFIG_KEYS
+    ]
 
 
 def to_yaml(config: Config) -> str:
