@@ -7,7 +7,8 @@ from metadiff_cli.data.known import KNOWN
 from metadiff_cli.errors import ConfigError
 
 SPLITS = ("train", "val", "test", "all")
-CONTROLS = ("prototype", "analytic", "untrained")  # those of commands/learning.py, which loads torch
+# those of commands/learning.py, which loads torch
+CONTROLS = ("prototype", "analytic", "untrained", "posterior", "inductive", "soft-kmeans", "label-propagation")
 CACHE_KINDS = ("images", "features", "encoders")
 
 

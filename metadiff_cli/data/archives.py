@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -67,7 +68,7 @@ def _zip_members(archive: Path, file: zipfile.ZipFile) -> Iterator[Member]:
         if kind not in (0, 0o10, 0o4):
             raise _refused(archive, info.filename, "is a link or a device")
         if not info.is_dir():
-            yield Member(_safe(archive, info.filename), info.file_size, lambda info=info: file.open(info))  # type: ignore[misc]
+            yield Member(_safe(archive, info.filename), info.file_size, partial(file.open, info))
 
 
 def _tar_members(archive: Path, tar: tarfile.TarFile) -> Iterator[Member]:
@@ -77,7 +78,13 @@ def _tar_members(archive: Path, tar: tarfile.TarFile) -> Iterator[Member]:
             continue
         if not info.isreg():
             raise _refused(archive, info.name, "is a link or a device")
-        yield Member(_safe(archive, info.name), info.size, lambda info=info: tar.extractfile(info))  # type: ignore[misc]
+        yield Member(_safe(archive, info.name), info.size, partial(_from_tar, tar, info))
+
+
+def _from_tar(tar: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
+    file = tar.extractfile(info)
+    assert file is not None, "only regular files get here"
+    return file
 
 
 def _safe(archive: Path, name: str) -> PurePosixPath:

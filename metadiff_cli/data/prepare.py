@@ -32,16 +32,17 @@ def prepare(
     if place.is_dir() and any(place.iterdir()):
         return _already_there(known, place)
     if not archives and not known.download:
+        command = f"metadiff data prepare {known.name} --root {root} --from-archive FILE"
         raise DataError(
             f"{known.name} cannot be downloaded: it has to be asked for at {known.home} ({known.licence})",
-            hint=f"metadiff data prepare {known.name} --from-archive FILE, with {known.archives}",
+            hint=f"{command}, where FILE holds {known.archives}",
         )
     with _new_folder(place) as work:
         if archives:
             for archive in archives:
                 unpack(archive, work, progress)
         else:
-            _download(known, work)
+            _download(known, work, root)
         _rename(_find(known, work), place)
     return open_dataset(place, layout=known.name)
 
@@ -105,7 +106,7 @@ def _candidates(folder: Path, deeper: int) -> Iterator[Path]:
         yield from _candidates(inside[0], deeper - 1)
 
 
-def _download(known: Known, work: Path) -> None:
+def _download(known: Known, work: Path, root: Path) -> None:
     """Through torchvision, which checks the files' MD5. Raises DataError that says how to go on by hand."""
     urls, fetch = DOWNLOADS[known.name]
     try:
@@ -113,9 +114,10 @@ def _download(known: Known, work: Path) -> None:
             fetch(work)
     except (OSError, RuntimeError, EOFError, ValueError) as error:  # URLError is an OSError, a wrong MD5 a RuntimeError
         files = " ".join(f"--from-archive {url.rsplit('/', 1)[1]}" for url in urls())
+        command = f"metadiff data prepare {known.name} --root {root}"
         raise DataError(
             f"{known.name} could not be downloaded ({_reason(error)})",
-            hint=f"get {' and '.join(urls())} with a browser, then: metadiff data prepare {known.name} {files}",
+            hint=f"get {' and '.join(urls())} with a browser, then: {command} {files}",
         ) from error
     for archive in [*work.rglob("*.zip"), *work.rglob("*.tar.gz")]:
         archive.unlink()
