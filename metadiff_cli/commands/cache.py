@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -93,7 +94,7 @@ def clear(
         screen.note(f"nothing of {', '.join(chosen)} in {root}")
         return
     total = in_units(sum(entry.size for entry in found))
-    if not yes and not _agreed(f"Remove {total} of {', '.join(chosen)} from {root}?"):
+    if not yes and not _agreed(f"Remove {total} of {', '.join(chosen)} from {root}?", screen):
         raise ConfigError("nothing was removed", hint="answer y, or give --yes")
     failed = [entry for entry in found if not _remove(entry)]
     screen.note(f"removed {total} from {root}")
@@ -143,9 +144,7 @@ def _remove(entry: Entry) -> bool:
     return True
 
 
-def _agreed(question: str) -> bool:
-    """A person's yes. Off a terminal nobody can answer, and end of input is a no."""
-    try:
-        return typer.confirm(question, err=True)
-    except typer.Abort:
-        return False
+def _agreed(question: str, screen: Screen) -> bool:
+    """A person's yes; no answer, as where nobody is there to give one, is a no."""
+    screen.ask(f"{question} [y/N]")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")

@@ -54,11 +54,13 @@ def _opened(archive: Path) -> Iterator[list[Member]]:
         else:
             with tarfile.open(archive) as tar:
                 yield list(_tar_members(archive, tar))
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise DataError(f"{archive} is no archive, or is damaged ({error})", hint="download it again") from error
+    except DataError:
+        raise
     except OSError as error:
-        reason = error.strerror or str(error)  # gzip and lzma report damage as OSError without a system's reason
+        reason = error.strerror or str(error)  # gzip reports damage as OSError without a system's reason
         raise DataError(f"{archive} cannot be unpacked ({reason})", hint="check the file and the disk") from error
+    except Exception as error:  # zlib, lzma, struct: damage shows itself in many ways
+        raise DataError(f"{archive} is no archive, or is damaged ({error})", hint="download it again") from error
 
 
 def _zip_members(archive: Path, file: zipfile.ZipFile) -> Iterator[Member]:
