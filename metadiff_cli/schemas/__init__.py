@@ -1,1 +1,1 @@
-"""The JSON schemas of the documents that the commands print: NAME-VERSION.json for `"schema": "metadiff.NAME/VERSION"`."""
+"""JSON schemas of what the commands print: NAME-VERSION.json for `"schema": "metadiff.NAME/VERSION"`."""
