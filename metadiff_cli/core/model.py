@@ -73,6 +73,8 @@ def load_model(path: Path, device: torch.device) -> Model:
     with _as_checkpoint_error(path):
         images = _image_encoder(checkpoint, device, bool(header["image"]["mirror"]))
         space = TaskSpace.from_tensors(checkpoint.part("space")).to(device)
+        if len(space.mean) != images.feature_size:
+            raise ValueError("its task space is of another encoder")
         denoiser = _denoiser(checkpoint, images.feature_size).to(device)
         learned = header["denoiser"]["kind"] != "analytic"
         targets = checkpoint.tensors.get("targets")
