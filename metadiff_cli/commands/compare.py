@@ -7,7 +7,7 @@ from typing import Any
 from metadiff_cli.errors import ConfigError, GateError
 
 MAX_FILE = 16 * 1024 * 1024  # bytes; a result has a few kilobytes
-SAME = ("way", "shot", "query", "split", "protocol", "imbalance")  # two results compare where these agree
+SAME = ("way", "shot", "query", "split", "protocol", "imbalance", "halves")  # two results compare where these agree
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -34,7 +34,11 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def check_comparable(old: dict[str, Any], path: Path, asked: dict[str, Any]) -> None:
     """Raise ConfigError when what is `asked` for is another measurement than the old one."""
-    differ = [f"{key} {old.get(key)} there, {asked[key]} here" for key in SAME if old.get(key) != asked[key]]
+    differ = [
+        f"{key} {old.get(key)} there, {asked[key]} here"
+        for key in SAME
+        if (old.get(key) or None) != (asked[key] or None)
+    ]
     if differ:
         raise ConfigError(f"{path} measured something else: {'; '.join(differ)}", hint="evaluate with the same options")
 

@@ -88,7 +88,7 @@ def evaluate(
     old = compare.read_result(compare_to) if compare_to else None
     if old is not None and compare_to is not None:
         compare.check_comparable(old, compare_to, {
-            "way": way, "shot": shot, "query": query, "split": split, "imbalance": imbalance,
+            "way": way, "shot": shot, "query": query, "split": split, "imbalance": imbalance, "halves": halves,
             "protocol": "transductive" if transductive else "inductive",
         })  # fmt: skip
     runtime = options.model_config(

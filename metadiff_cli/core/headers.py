@@ -43,15 +43,16 @@ def check_denoiser(settings: Any, tensors: Mapping[str, Tensor], build: Callable
 
 
 def check_tuning(values: Any) -> None:
-    """Only truth values and moderate numbers at any depth, and calibrations whose tables have the shape they say."""
+    """Only truth values and moderate numbers at any depth; scales that exp() can take."""
     for name, value in values.items():
         if not all(isinstance(leaf, bool) or _is_number(leaf) for leaf in _leaves(value)):
             raise ValueError(f"its tuning has {name} {value!r:.80}")
     for name in ("calibration", "prototype_calibration"):
-        ways, shots, table = (values[name][key] for key in ("ways", "shots", "log_scales"))
-        whole = len(ways) == len(table) > 0 and all(len(row) == len(shots) > 0 for row in table)
-        if not whole or min(*ways, *shots) < 1 or any(abs(log) > LARGEST_LOG for row in table for log in row):
-            raise ValueError(f"its tuning has {name} {values[name]!r:.80}")
+        calibration = values[name]
+        if min(*calibration["ways"], *calibration["shots"]) < 1:
+            raise ValueError(f"its tuning has {name} {calibration!r:.80}")
+        if any(abs(log) > LARGEST_LOG for log in _leaves(calibration["log_scales"])):
+            raise ValueError(f"its tuning has a logit scale out of all bounds: {calibration!r:.80}")
 
 
 def _leaves(value: Any) -> Iterator[Any]:

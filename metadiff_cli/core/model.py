@@ -72,9 +72,7 @@ def load_model(path: Path, device: torch.device) -> Model:
     header = checkpoint.header
     with _as_checkpoint_error(path):
         images = _image_encoder(checkpoint, device, bool(header["image"]["mirror"]))
-        space = TaskSpace.from_tensors(checkpoint.part("space")).to(device)
-        if len(space.mean) != images.feature_size:
-            raise ValueError("its task space is of another encoder")
+        space = _space(checkpoint, images)
         denoiser = _denoiser(checkpoint, images.feature_size).to(device)
         learned = header["denoiser"]["kind"] != "analytic"
         targets = checkpoint.tensors.get("targets")
@@ -100,7 +98,7 @@ def load_classifier(path: Path, device: torch.device) -> SavedClassifier:
     header = checkpoint.header
     with _as_checkpoint_error(path):
         images = _image_encoder(checkpoint, device, bool(header["image"]["mirror"]))
-        space = TaskSpace.from_tensors(checkpoint.part("space")).to(device)
+        space = _space(checkpoint, images)
         weights = checkpoint.tensors["weights"].to(device)
         if weights.shape[1:] != (len(header["classes"]), images.feature_size):
             raise ValueError(f"weights of shape {tuple(weights.shape)}")
@@ -113,6 +111,13 @@ def tuning_from(values: dict[str, Any]) -> Tuning:
     check_tuning(values)
     calibrations = {key: Calibration.from_dict(values[key]) for key in ("calibration", "prototype_calibration")}
     return Tuning(**{**values, **calibrations, "pool": PoolGuidance(**values["pool"])})
+
+
+def _space(checkpoint: Checkpoint, images: ImageEncoder) -> TaskSpace:
+    space = TaskSpace.from_tensors(checkpoint.part("space")).to(images.device)
+    if len(space.mean) != images.feature_size:
+        raise ValueError("its task space is of another encoder")
+    return space
 
 
 def _denoiser(checkpoint: Checkpoint, size: int) -> nn.Module:

@@ -15,7 +15,7 @@ from metadiff_cli.errors import ConfigError, GateError
 CLI = Callable[..., Result]
 RESULT: dict[str, Any] = {
     "schema": "metadiff.evaluate/1", "way": 5, "shot": 1, "query": 15, "split": "test", "protocol": "inductive",
-    "imbalance": None, "methods": {"metadiff": {"accuracy": 80.0, "ci95": 0.5}},
+    "imbalance": None, "halves": False, "methods": {"metadiff": {"accuracy": 80.0, "ci95": 0.5}},
 }  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def test_a_drop_is_one_when_the_intervals_lie_apart(accuracy: float, ci95: float
         gate(new)
 
 
-@pytest.mark.parametrize("key", ["way", "shot", "query", "split", "protocol", "imbalance"])
+@pytest.mark.parametrize("key", ["way", "shot", "query", "split", "protocol", "imbalance", "halves"])
 def test_other_measurements_do_not_compare(key: str) -> None:
     check_comparable(RESULT, Path("old.json"), RESULT)
     with pytest.raises(ConfigError, match=key):

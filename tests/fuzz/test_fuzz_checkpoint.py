@@ -145,7 +145,7 @@ HEADERS: dict[str, dict[tuple[Any, ...], Any]] = {
     "a denoiser beyond the limits": {("denoiser", "width"): 10**9},
     "endless depth": {("denoiser", "depth"): 10**9},
     "a huge image": {("image", "size"): 10**6},
-    "a scale that overflows": {("tuning", "calibration", "base"): 1e5},
+    "a scale that overflows": {("tuning", "calibration", "log_scales"): [[1e5]]},
     "no number": {("tuning", "guidance"): "1"},
     "not finite": {("image", "mean"): [float("nan")] * 3},
     "no deviation": {("image", "std"): [0, 1, 1]},
