@@ -11,7 +11,18 @@ from typing import Annotated
 import typer
 
 from metadiff_cli import __version__
-from metadiff_cli.commands import adapt, evaluate, inspect, metatrain, presets, pretrain
+from metadiff_cli.commands import (
+    adapt,
+    cache,
+    config,
+    data,
+    doctor,
+    evaluate,
+    inspect,
+    metatrain,
+    presets,
+    pretrain,
+)
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import MetaDiffError
 
@@ -29,7 +40,11 @@ app.command("metatrain")(metatrain.metatrain)
 app.command("adapt")(adapt.adapt)
 app.command("evaluate")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
+app.command("doctor")(doctor.doctor)
 app.add_typer(presets.app, name="presets")
+app.add_typer(data.app, name="data")
+app.add_typer(config.app, name="config")
+app.add_typer(cache.app, name="cache")
 
 
 def _version(asked: bool) -> None:

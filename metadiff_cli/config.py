@@ -5,22 +5,38 @@ Later layers win: defaults < preset < `--config FILE` < METADIFF_* variables < `
 
 import difflib
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from metadiff_cli.errors import ConfigError
 
 NO_CONFIG_KEYS = {"METADIFF_DATA_DIR", "METADIFF_CACHE_DIR", "METADIFF_DEBUG"}
 MAX_FILE = 64 * 1024  # bytes of a preset or configuration file; ours have about one kilobyte
 
+MAX_DEPTH, MAX_ALIASES = 16, 16  # of YAML: aliases of aliases grow exponentially where they are written out
+MAX_GLYPHS = 8_000_000_000  # bytes of drawn images
+MAX_SHOWN = 80  # characters of a wrong value in a message
+
+Layer = tuple[str, dict[str, Any]]  # where values come from, and the values
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Range = Annotated[tuple[int, int], Field(description="lowest and highest, both included")]
+Side = Annotated[int, Field(ge=16, le=1024)]  # pixels of an image
+Count = Annotated[int, Field(ge=1, le=100_000_000)]
+Few = Annotated[int, Field(ge=1, le=100_000)]  # what memory grows with: presets and checkpoints come from strangers too
+
+
+def _ordered(bounds: tuple[int, int]) -> tuple[int, int]:
+    if bounds[0] > bounds[1]:
+        raise ValueError("the lowest comes first")
+    return bounds
+
+
+Range = Annotated[tuple[Few, Few], AfterValidator(_ordered), Field(description="lowest and highest, both included")]
 
 
 class Section(BaseModel):
@@ -32,10 +48,10 @@ class Section(BaseModel):
 class GlyphsConfig(Section):
     """Size of the generated data set."""
 
-    train: Count = 256
-    val: Count = 64
-    test: Count = 64
-    images_per_class: Count = 20
+    train: Few = 256
+    val: Few = 64
+    test: Few = 64
+    images_per_class: Few = 20
 
 
 class DataConfig(Section):
@@ -43,8 +59,15 @@ class DataConfig(Section):
 
     name: str = "folder"
     layout: str = "auto"
-    size: Annotated[int, Field(ge=16, le=1024)] = 84
+    size: Side = 84
     glyphs: GlyphsConfig = GlyphsConfig()
+
+    @model_validator(mode="after")
+    def _glyphs_fit_into_memory(self) -> "DataConfig":
+        g = self.glyphs
+        if (g.train + g.val + g.test) * g.images_per_class * self.size**2 * 3 > MAX_GLYPHS:
+            raise ValueError(f"`glyphs` of this size take more than {MAX_GLYPHS / 1e9:.0f} GB")
+        return self
 
 
 class AugmentConfig(Section):
@@ -61,7 +84,7 @@ class PretrainConfig(Section):
     """Training of the encoder by cross-entropy over the base classes."""
 
     epochs: Count = 30
-    batch: Annotated[int, Field(ge=2)] = 64
+    batch: Annotated[int, Field(ge=2, le=100_000)] = 64
     lr: Positive = 0.05
     momentum: Share = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
@@ -70,7 +93,9 @@ class PretrainConfig(Section):
     rotation_weight: Annotated[float, Field(ge=0)] = 0.0  # of the 4-way rotation head's loss; 0 leaves the head out
     cosine_head: Positive | None = None  # logit scale of a cosine head; None: a linear head
     rotated_classes: bool = False  # each base class turned by 90, 180, 270 degrees counts as a further class
-    stages: tuple[tuple[Positive, int], ...] = ()  # (share of the epochs, image size); empty: full size
+    stages: tuple[
+        tuple[Positive, Annotated[int, Field(ge=16, le=1024)]], ...
+    ] = ()  # (share of the epochs, image size); empty: full size
     augment: AugmentConfig = AugmentConfig()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
@@ -100,7 +125,7 @@ class DenoiserConfig(Section):
     """Which denoiser is trained, and its size."""
 
     kind: Literal["analytic", "unet", "paper"] = "unet"
-    width: Count = 256
+    width: Annotated[int, Field(ge=1, le=16_384)] = 256
     depth: Annotated[int, Field(ge=1, le=6)] = 2
     dropout: Share = 0.1
 
@@ -109,14 +134,14 @@ class MetatrainConfig(Section):
     """Training of the denoiser on episodes of base classes."""
 
     steps: Count = 1000
-    batch: Count = 32  # tasks
+    batch: Few = 32  # tasks
     lr: Positive = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     ema: Share = 0.99
     kappa: Annotated[float, Field(ge=0)] = 1.0  # weight of the cross-entropy of held-out images
     ways: Range = (5, 10)
     shots: Range = (1, 5)
-    query: Count = 5
+    query: Few = 5
     validate_every: Count = 200  # steps
     validation_episodes: Count = 600
 
@@ -124,8 +149,8 @@ class MetatrainConfig(Section):
 class SamplerConfig(Section):
     """How weights are drawn: DDIM steps, samples, noise temperature."""
 
-    steps: Count = 10
-    samples: Count = 1
+    steps: Few = 10
+    samples: Few = 1
     temperature: Annotated[float, Field(ge=0)] = 0.0
     guidance: Literal["auto"] | Positive = "auto"
     method: Literal["ddim", "ddpm"] = "ddim"
@@ -134,9 +159,9 @@ class SamplerConfig(Section):
 class EvaluationConfig(Section):
     """Episodes of selection and of the final table."""
 
-    way: Annotated[int, Field(ge=2)] = 5
-    shot: Count = 1
-    query: Count = 15
+    way: Annotated[int, Field(ge=2, le=100_000)] = 5
+    shot: Few = 1
+    query: Few = 15
     episodes: Count = 1000
     card_shots: tuple[Count, ...] = ()  # further shots whose results the model card shows
 
@@ -153,9 +178,9 @@ class RuntimeConfig(Section):
     """The machine: never part of what identifies a result."""
 
     device: str = "auto"
-    threads: Count | None = None
-    num_workers: Count | None = None
-    batch_size: Count = 256  # images of one forward pass of the frozen encoder
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
+    num_workers: Annotated[int, Field(ge=1, le=1024)] | None = None
+    batch_size: Few = 256  # images of one forward pass of the frozen encoder
 
 
 class Config(Section):
@@ -200,16 +225,42 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping from a YAML file, safely loaded. Raises ConfigError."""
+    """A mapping from a YAML file, safely loaded within limits. Raises ConfigError."""
     try:
-        if path.stat().st_size > MAX_FILE:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE + 1)  # a device or pipe has no size to look at before
+        if len(raw) > MAX_FILE:
             raise ConfigError(f"{path} is larger than {MAX_FILE // 1024} KiB", hint="give a configuration file")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        values = load_yaml(raw.decode("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML ({error})", hint="mend or replace the file") from error
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"{path} holds no `key: value` lines", hint="`metadiff presets show NAME` prints an example")
     return values or {}
+
+
+def load_yaml(text: str) -> Any:
+    """YAML, safely loaded. Raises YAMLError or ValueError for more than a configuration needs: see the limits above."""
+    depth, aliases, anchors = 0, 0, []
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # events come one by one, before anything is built
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            anchors.append(event.anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+            anchors.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            aliases += 1
+            if event.anchor in anchors:
+                raise ValueError(f"alias *{event.anchor} stands inside of what it stands for")
+        if depth > MAX_DEPTH or aliases > MAX_ALIASES:
+            raise ValueError(f"more than {MAX_DEPTH} levels or {MAX_ALIASES} aliases")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # PyYAML's constructors trip over values such as `!!int ''`
+        raise ValueError(f"a value is not what its tag says: {error}") from error
 
 
 def resolve(
@@ -224,15 +275,46 @@ def resolve(
     `settings` are `--set` arguments such as "pretrain.epochs=3"; `flags` are dotted keys whose value None means not
     given. Raises one ConfigError that lists every problem.
     """
-    layers = [read_preset(preset)] if preset else []
-    layers += [read_yaml(file)] if file else []
-    layers.append(environment_layer(os.environ if environ is None else environ))
-    layers += [_dotted(*_split_setting(text)) for text in settings]
-    layers += [_dotted(key, value) for key, value in (flags or {}).items() if value is not None]
+    given = layers(preset, file, settings, environ)
+    given += [("flag", _dotted(key, value)) for key, value in (flags or {}).items() if value is not None]
+    return check(merge_layers(given))
+
+
+def layers(
+    preset: str | None = None,
+    file: Path | None = None,
+    settings: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+) -> list[Layer]:
+    """Where values come from and the values, in rising precedence."""
+    found: list[Layer] = [(f"preset {preset}", read_preset(preset))] if preset else []
+    found += [(f"--config {file}", read_yaml(file))] if file else []
+    found += environment_layers(os.environ if environ is None else environ)
+    return found + [("--set", _dotted(*_split_setting(text))) for text in settings]
+
+
+def merge_layers(given: Sequence[Layer]) -> dict[str, Any]:
+    """All layers laid over each other, later ones on top."""
     merged: dict[str, Any] = {}
-    for layer in layers:
+    for _, layer in given:
         _merge(merged, layer)
-    return check(merged)
+    return merged
+
+
+def origins(given: Sequence[Layer]) -> dict[str, str]:
+    """For every dotted key, the layer that its value comes from, or "default"."""
+    found = dict.fromkeys(_keys(Config().model_dump()), "default")
+    for name, layer in given:
+        found |= {key: name for key in _keys(layer) if key in found}
+    return found
+
+
+def _keys(values: Mapping[str, Any], before: str = "") -> list[str]:
+    return [
+        key
+        for name, value in values.items()
+        for key in (_keys(value, f"{before}{name}.") if isinstance(value, dict) else [f"{before}{name}"])
+    ]
 
 
 def check(values: dict[str, Any]) -> Config:
@@ -244,13 +326,13 @@ def check(values: dict[str, Any]) -> Config:
         raise ConfigError("; ".join(lines), hint="`metadiff presets show NAME` prints every key") from error
 
 
-def environment_layer(environ: Mapping[str, str]) -> dict[str, Any]:
+def environment_layers(environ: Mapping[str, str]) -> list[Layer]:
     """METADIFF_PRETRAIN__EPOCHS=3 is pretrain.epochs; names of a single part, as METADIFF_SEED, are top-level keys."""
-    layer: dict[str, Any] = {}
-    for name, text in sorted(environ.items()):
-        if name.startswith("METADIFF_") and name not in NO_CONFIG_KEYS:
-            _merge(layer, _dotted(name.removeprefix("METADIFF_").lower().replace("__", "."), _parse(text)))
-    return layer
+    return [
+        (f"${name}", _dotted(name.removeprefix("METADIFF_").lower().replace("__", "."), _parse(text)))
+        for name, text in sorted(environ.items())
+        if name.startswith("METADIFF_") and name not in NO_CONFIG_KEYS
+    ]
 
 
 def to_yaml(config: Config) -> str:
@@ -267,13 +349,16 @@ def _split_setting(text: str) -> tuple[str, Any]:
 
 
 def _parse(text: str) -> Any:
+    """A value as YAML reads it; what is no YAML is taken as text, and then refused where text has no place."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return load_yaml(text)
+    except (yaml.YAMLError, ValueError):
         return text
 
 
 def _dotted(key: str, value: Any) -> dict[str, Any]:
+    if key.count(".") > MAX_DEPTH:
+        raise ConfigError(f"unknown key '{key[:MAX_SHOWN]}'", hint="`metadiff presets show NAME` prints every key")
     for part in reversed(key.split(".")):
         value = {part: value}
     result: dict[str, Any] = value
@@ -293,7 +378,17 @@ def _explain(problem: Any) -> str:
     key = ".".join(place)
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{key}'" + _suggest(place[-1], _keys_beside(place), before=", ", after="")
-    return f"{key or 'configuration'}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r:.80})"
+    return f"{key or 'configuration'}: {problem['msg'].removeprefix('Value error, ')} (got {_shown(problem['input'])})"
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value, without writing out all of one that is large."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = MAX_SHOWN
+    try:
+        return short.repr(value)[:MAX_SHOWN]
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a very long number"
 
 
 def _keys_beside(place: Sequence[str]) -> list[str]:

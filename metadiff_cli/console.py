@@ -43,6 +43,10 @@ class Screen:
         """Something that a person should know even when it does not stop the run."""
         self.err.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
 
+    def ask(self, question: str) -> None:
+        """A question that the person answers on the same line; shown even when quiet."""
+        self.err.print(escape(question), end=" ", soft_wrap=True)
+
     def error(self, message: str, hint: str | None) -> None:
         """What went wrong, and the next step."""
         self.err.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)

@@ -1,5 +1,6 @@
 """Configuration: precedence, suggestions, every preset."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -56,11 +57,12 @@ def test_every_preset_is_valid_and_begins_with_its_command(name: str) -> None:
     config = resolve(name, environ={})
     first = (preset_folder() / f"{name}.yaml").read_text().splitlines()[0]
     assert first.startswith(f"# metadiff metatrain --preset {name}")
-    assert config.name == name and config.summary and config.kind in ("demo", "benchmark")
+    assert config.name == name and config.summary and config.kind in ("demo", "benchmark", "own")
     assert config.kind == "demo" or config.expect
-    way, shot = name.split("-")[1].removesuffix("s").split("w")
-    assert (config.evaluation.way, config.evaluation.shot) == (int(way), int(shot))
-    assert config.encoder == ("resnet12" if name.endswith("resnet12") else "conv4")
+    episodes = re.search(r"-(\d+)w(\d+)s", name)
+    if episodes:
+        assert (config.evaluation.way, config.evaluation.shot) == tuple(map(int, episodes.groups()))
+        assert config.encoder == ("resnet12" if name.endswith("resnet12") else "conv4")
     assert check(__import__("yaml").safe_load(to_yaml(config))) == config
 
 

@@ -13,7 +13,8 @@ from metadiff_cli import __version__
 from metadiff_cli.config import preset_names, read_preset
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["pretrain", "metatrain", "adapt", "evaluate", "inspect", "presets"]
+COMMANDS = ["pretrain", "metatrain", "adapt", "evaluate", "inspect", "presets", "data", "config", "cache", "doctor"]
+SUBCOMMANDS = ["list", "show", "copy", "prepare", "verify", "clear"]
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,7 @@ def test_presets_come_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> N
 def test_the_wheel_holds_splits_types_and_no_images(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "metadiff_cli/py.typed" in names and "metadiff_cli/data/splits/omniglot.json" in names
+    assert "metadiff_cli/schemas/evaluate-1.json" in names
     assert not [n for n in names if n.endswith((".png", ".webp", ".jpg", ".npz")) or n.startswith("tests")]
 
 
@@ -83,15 +85,11 @@ def test_presets_list_show_copy(tmp_path: Path) -> None:
 def test_commands_in_the_readme_exist() -> None:
     """Every `metadiff ...` line of the README names real commands and real options."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = re.findall(
-        r"^(?:\$ )?(?:.*\.venv/bin/)?metadiff ((?:pretrain|metatrain|adapt|evaluate|inspect|presets).*)$", text, re.M
-    )
+    lines = re.findall(rf"^(?:\$ )?(?:.*\.venv/bin/)?metadiff ((?:{'|'.join(COMMANDS)}).*)$", text, re.M)
     assert len(lines) >= 4
     for line in lines:
         words = line.split()
-        known = invoke(
-            *[w for w in words[:2] if not w.startswith("-") and w in (*COMMANDS, "list", "show", "copy")], "--help"
-        )
+        known = invoke(*[w for w in words[:2] if not w.startswith("-") and w in (*COMMANDS, *SUBCOMMANDS)], "--help")
         assert known.code == 0, line
         for option in re.findall(r"(?<!\S)--[a-z-]+", line):
             assert option in known.out, f"{option} in: {line}"

@@ -5,24 +5,31 @@ from typing import Annotated, Any
 
 import typer
 
-from metadiff_cli.commands import options
+from metadiff_cli.commands import compare, completions, options
 from metadiff_cli.config import Config, check
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError, GateError
 
-SPLIT_NAMES = ("train", "val", "test", "all")
+SPLIT_NAMES = completions.SPLITS
 
 
 def evaluate(
     checkpoint: options.CheckpointFile = None,
     data: options.Data = None,
-    split: Annotated[str, typer.Option("--split", help="train, val, test or all.")] = "test",
+    split: Annotated[
+        str, typer.Option("--split", help="train, val, test or all.", autocompletion=completions.splits)
+    ] = "test",
     way: Annotated[int, typer.Option("--way", min=2, help="Classes of an episode.")] = 5,
     shot: Annotated[int, typer.Option("--shot", min=1, help="Support images of a class.")] = 1,
     query: Annotated[int, typer.Option("--query", min=1, help="Query images of a class.")] = 15,
     episodes: Annotated[int, typer.Option("--episodes", min=1, help="Number of episodes.")] = 1000,
     controls: Annotated[
-        str, typer.Option("--controls", help="Comma-separated names, see the README; empty for none.")
+        str,
+        typer.Option(
+            "--controls",
+            help="Comma-separated names, see the README; empty for none.",
+            autocompletion=completions.controls,
+        ),
     ] = "prototype,analytic,untrained",
     transductive: Annotated[
         bool, typer.Option("--transductive", help="Let the queries of an episode guide its weights together.")
@@ -40,6 +47,12 @@ def evaluate(
     fail_under: Annotated[
         float | None,
         typer.Option("--fail-under", min=0, max=100, help="Leave with 5 when MetaDiff is below (percent)."),
+    ] = None,
+    compare_to: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare", help="An earlier --json result; leave with 5 when accuracy dropped beyond both intervals."
+        ),
     ] = None,
     steps: options.Steps = None,
     samples: options.Samples = None,
@@ -72,6 +85,12 @@ def evaluate(
     from metadiff_cli.core.model import load_model
 
     names = parse_controls(controls)
+    old = compare.read_result(compare_to) if compare_to else None
+    if old is not None and compare_to is not None:
+        compare.check_comparable(old, compare_to, {
+            "way": way, "shot": shot, "query": query, "split": split, "imbalance": imbalance, "halves": halves,
+            "protocol": "transductive" if transductive else "inductive",
+        })  # fmt: skip
     runtime = options.model_config(
         config, settings, options.runtime_flags(seed, device, threads, num_workers, batch_size),
         options.sampler_flags(steps, samples, temperature, guidance),
@@ -82,12 +101,18 @@ def evaluate(
     bank = feature_bank(model.images, source, split, runtime, screen)
     protocol = Protocol(way, shot, query, episodes, runtime.seed, transductive, imbalance)
     document = measure(model, bank, split, protocol, sampling_of(runtime), names, screen, halves=halves)
+    if old is not None and compare_to is not None:
+        document["compared"] = compare.compare(document, old, compare_to)
     if as_json:
         screen.json(document)
     else:
         show_result(document, screen)
+        if old is not None:
+            screen.text(compare.describe(document))
         screen.detail(f"{document['episodes_per_second']} episodes per second")
     _gate(document, fail_under)
+    if old is not None:
+        compare.gate(document)
 
 
 def find_source(trained: Config, runtime: Config, data: Path | None, screen: Screen) -> Any:

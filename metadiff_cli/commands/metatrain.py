@@ -31,6 +31,7 @@ def metatrain(
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
+    dry_run: options.DryRun = False,
     config: options.ConfigFile = None,
     settings: options.Settings = None,
     seed: options.Seed = None,
@@ -58,6 +59,10 @@ def metatrain(
     file = Path(encoder) if encoder and (encoder.endswith(".safetensors") or Path(encoder).exists()) else None
     flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
     resolved = resolve(preset, config, settings or (), {**flags, "encoder": None if file else encoder})
+    if dry_run:
+        from metadiff_cli.commands.plan import show_plan
+
+        return show_plan("metatrain", resolved, data, screen, as_json=as_json, encoder=file)
     from metadiff_cli.commands.learning import show_result
     from metadiff_cli.commands.workspace import CHECKPOINT, open_run, open_source
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from metadiff_cli.commands import completions
 from metadiff_cli.config import Config, resolve
 from metadiff_cli.errors import CheckpointError, ConfigError
 
@@ -16,7 +17,13 @@ COMMON = "Common"
 PLACES = "Places"
 
 Preset = Annotated[
-    str | None, typer.Option("--preset", "-p", help="Named settings; `metadiff presets list` shows all.")
+    str | None,
+    typer.Option(
+        "--preset", "-p", help="Named settings; `metadiff presets list` shows all.", autocompletion=completions.presets
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the plan, with data, steps and an estimate of the time, and leave.")
 ]
 Data = Annotated[Path | None, typer.Option("--data", help="Folder of the data set.", rich_help_panel=PLACES)]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run directory to write.", rich_help_panel=PLACES)]

@@ -5,18 +5,26 @@ from typing import Annotated
 
 import typer
 
-from metadiff_cli.commands import options
+from metadiff_cli.commands import completions, options
 from metadiff_cli.config import preset_folder, preset_names, read_preset
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError
 from metadiff_cli.paths import write_text
 
+Name = Annotated[str, typer.Argument(help="Name of the preset.", autocompletion=completions.presets)]
 app = typer.Typer(help="List, show and copy the presets.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_presets(as_json: options.AsJson = False) -> None:
-    """Show every preset with what it is for."""
+    """Show every preset with what it is for.
+
+    Examples:
+
+      metadiff presets list
+
+      metadiff presets list --json
+    """
     screen = Screen()
     rows = []
     for name in preset_names():
@@ -31,20 +39,34 @@ def list_presets(as_json: options.AsJson = False) -> None:
 
 
 @app.command("show")
-def show(name: Annotated[str, typer.Argument(help="Name of the preset.")]) -> None:
-    """Print a preset's file."""
+def show(name: Name) -> None:
+    """Print a preset's file, comments included.
+
+    Examples:
+
+      metadiff presets show glyphs-5w1s
+
+      metadiff presets show mini-5w5s | less
+    """
     read_preset(name)
     Screen().text((preset_folder() / f"{name}.yaml").read_text(encoding="utf-8").rstrip("\n"))
 
 
 @app.command("copy")
 def copy(
-    name: Annotated[str, typer.Argument(help="Name of the preset.")],
+    name: Name,
     to: Annotated[Path, typer.Argument(help="File to write, for --config.")],
 ) -> None:
-    """Copy a preset to a file of your own, to change it there."""
+    """Copy a preset to a file of your own, to change it there; give it with --config instead of --preset.
+
+    Examples:
+
+      metadiff presets copy folder my.yaml
+
+      metadiff presets copy mini-5w5s experiments/mini.yaml
+    """
     read_preset(name)
     if to.exists():
         raise ConfigError(f"{to} exists already", hint="give another name")
     write_text(to, (preset_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
-    Screen().note(f"written: {to}")
+    Screen().note(f"written: {to}; use it with `metadiff metatrain --config {to}`")

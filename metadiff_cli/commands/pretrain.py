@@ -22,6 +22,7 @@ def pretrain(
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
+    dry_run: options.DryRun = False,
     config: options.ConfigFile = None,
     settings: options.Settings = None,
     seed: options.Seed = None,
@@ -44,6 +45,10 @@ def pretrain(
     screen = Screen(quiet=quiet, verbose=verbose)
     flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
     resolved = resolve(preset, config, settings or (), {**flags, "encoder": encoder, "pretrain.epochs": epochs})
+    if dry_run:
+        from metadiff_cli.commands.plan import show_plan
+
+        return show_plan("pretrain", resolved, data, screen, as_json=as_json)
     from metadiff_cli.commands.workspace import ENCODER, open_run, open_source
 
     run = open_run(out or Path("runs") / f"{resolved.name}-encoder", "pretrain", overwrite=overwrite, resume=resume)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from metadiff_cli import __version__
+from metadiff_cli.core.layout import check_layout, parse_json
 from metadiff_cli.errors import CheckpointError
 from metadiff_cli.paths import atomic
 
@@ -77,14 +78,11 @@ def read_header(path: Path) -> dict[str, Any]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise CheckpointError(f"checkpoint {path} {what}", hint="give the .safetensors file of a run")
-    _refuse_foreign(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or truncated ({error})", hint="copy it again, or make it again with `metatrain`"
-        ) from error
+        _refuse_foreign(path)
+        metadata = check_layout(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})", hint="check its permissions") from error
     return _checked_header(path, metadata.get(KEY))
 
 
@@ -94,15 +92,15 @@ def _checked_header(path: Path, text: str | None) -> dict[str, Any]:
             f"{path} is a safetensors file without a metadiff header",
             hint="give a file that `metadiff pretrain` or `metadiff metatrain` wrote",
         )
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a damaged header", hint="copy or make it again") from error
-    if not isinstance(header, dict) or header.get("kind") not in KINDS:
+    header = parse_json(path, text)
+    if not isinstance(header.get("kind"), str) or header["kind"] not in KINDS:
         raise CheckpointError(f"{path} has a header of an unknown kind", hint="a newer metadiff may read it")
+    classes = header.get("classes", [])
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(f"{path} has a damaged header (its classes are no names)", hint="copy or make it again")
     if header.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} has checkpoint format {header.get('format')}, and metadiff {__version__} reads {FORMAT}",
+            f"{path} has checkpoint format {header.get('format')!r:.40}, and metadiff {__version__} reads {FORMAT}",
             hint="install the metadiff that wrote it, or make the checkpoint again",
         )
     return header

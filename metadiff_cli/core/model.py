@@ -12,6 +12,7 @@ from metadiff_cli.core.classifier import Calibration
 from metadiff_cli.core.denoiser import build_denoiser
 from metadiff_cli.core.encoders import build_encoder
 from metadiff_cli.core.features import ImageEncoder
+from metadiff_cli.core.headers import check_denoiser, check_image, check_tuning
 from metadiff_cli.core.inference import Learner, TaskClassifier, Tuning
 from metadiff_cli.core.pool import PoolGuidance
 from metadiff_cli.core.task_space import TaskSpace
@@ -85,7 +86,7 @@ def model_of(checkpoint: Checkpoint, device: torch.device) -> Model:
     header = checkpoint.header
     with checkpoint_errors(Path(checkpoint.path)):
         images = _image_encoder(checkpoint, device, bool(header["image"]["mirror"]))
-        space = TaskSpace.from_tensors(checkpoint.part("space")).to(device)
+        space = _space(checkpoint, images)
         denoiser = _denoiser(checkpoint, images.feature_size).to(device)
         learned = header["denoiser"]["kind"] != "analytic"
         targets = checkpoint.tensors.get("targets")
@@ -97,13 +98,26 @@ def model_of(checkpoint: Checkpoint, device: torch.device) -> Model:
 
 def tuning_from(values: dict[str, Any]) -> Tuning:
     """Tuning from a checkpoint's header."""
+    check_tuning(values)
     calibrations = {key: Calibration.from_dict(values[key]) for key in ("calibration", "prototype_calibration")}
     return Tuning(**{**values, **calibrations, "pool": PoolGuidance(**values["pool"])})
 
 
+def _space(checkpoint: Checkpoint, images: ImageEncoder) -> TaskSpace:
+    space = TaskSpace.from_tensors(checkpoint.part("space")).to(images.device)
+    if len(space.mean) != images.feature_size:
+        raise ValueError("its task space is of another encoder")
+    return space
+
+
 def _denoiser(checkpoint: Checkpoint, size: int) -> nn.Module:
     settings = checkpoint.header["denoiser"]
-    denoiser = build_denoiser(settings["kind"], size, settings["width"], settings["depth"], settings["dropout"])
+
+    def build() -> nn.Module:
+        return build_denoiser(settings["kind"], size, settings["width"], settings["depth"], settings["dropout"])
+
+    check_denoiser(settings, checkpoint.part("denoiser"), build)
+    denoiser = build()
     denoiser.load_state_dict(checkpoint.part("denoiser"))
     return denoiser.eval()
 
@@ -111,6 +125,7 @@ def _denoiser(checkpoint: Checkpoint, size: int) -> nn.Module:
 def _image_encoder(checkpoint: Checkpoint, device: torch.device, mirror: bool) -> ImageEncoder:
     with checkpoint_errors(Path(checkpoint.path)):
         name, image = checkpoint.header["encoder"], checkpoint.header["image"]
+        check_image(image)
         encoder = build_encoder(name)
         encoder.load_state_dict(checkpoint.part("encoder"))
         encoder.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]

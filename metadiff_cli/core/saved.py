@@ -69,6 +69,8 @@ def load_classifier(path: Path, device: torch.device) -> tuple[SavedClassifier, 
     header = checkpoint.header
     with checkpoint_errors(path):
         weights = checkpoint.tensors["weights"].to(device)
+        if weights.shape[1:] != (1, len(header["classes"]), model.images.feature_size):
+            raise ValueError(f"weights of shape {tuple(weights.shape)}")
         task = TaskClassifier(model.learner.space, weights, float(header["guidance"]), float(header["scale"]))
         classifier = SavedClassifier(model.images, task, tuple(header["classes"]))
         return classifier, Origin(model, _support(checkpoint, device), _pool(checkpoint, device))

@@ -46,7 +46,11 @@ class TaskSpace:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "TaskSpace":
-        """From what `tensors` gave."""
+        """From what `tensors` gave. Raises ValueError when the shapes do not belong together."""
+        size = len(tensors["mean"])
+        square, line = [(size, size)] * 2, [(size,)] * 2
+        if [tuple(tensors[name].shape) for name in ("basis", "inverse", "mean", "precision")] != square + line:
+            raise ValueError("the tensors of its task space do not fit each other")
         return cls(tensors["mean"], tensors["basis"], tensors["inverse"], tensors["precision"])
 
 

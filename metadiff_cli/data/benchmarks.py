@@ -26,6 +26,7 @@ from metadiff_cli.data.folders import (
 )
 from metadiff_cli.errors import DataError
 
+MAX_BATCH = 500_000_000  # bytes; the larger part of CIFAR-100 has 156 million
 CIFAR_FOLDER, OMNIGLOT_FOLDER = "cifar-100-python", "omniglot-py"
 
 
@@ -234,8 +235,12 @@ def _cifar_split(data: Cifar, split: str, names: list[str], root: Path) -> Split
     return Split(split, tuple(classes), tuple(paths), labels, str(root), data.images[rows])
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Only what a dictionary of numpy arrays needs: a pickle can otherwise run any code."""
+class _PlainUnpickler(pickle._Unpickler):
+    """Only what a dictionary of numpy arrays needs: a pickle can otherwise run any code.
+
+    Built on the unpickler in Python, not the one in C, which makes a table as long as the largest number that a file
+    gives to an object, and with a dozen bytes can be asked for gigabytes.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}:
@@ -245,18 +250,30 @@ class _PlainUnpickler(pickle.Unpickler):
         if (module, name) == ("numpy", "dtype"):
             return _dtype
         if (module, name) == ("_codecs", "encode"):
-            return codecs.encode
+            return _encode
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no image batch needs")
 
 
 def _dtype(kind: Any, align: Any = False, copy: Any = False) -> Any:
     """`np.dtype`, for which old pickles have 0 and 1 where newer versions of numpy insist on booleans."""
-    return np.dtype(kind, align=bool(align), copy=bool(copy))
+    made = np.dtype(kind, align=bool(align), copy=bool(copy))
+    if made.kind not in "biuf":
+        raise pickle.UnpicklingError(f"it asks for values of type {made}, which no image batch needs")
+    return made
+
+
+def _encode(text: Any, encoding: Any = "") -> bytes:
+    """`codecs.encode` as numpy's pickles use it; other codecs compress, and may do worse."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r:.40}, which no image batch needs")
+    return codecs.encode(text, "latin1")
 
 
 def load_pickle(path: Path) -> dict[str, Any]:
     """A CIFAR batch, by a restricted unpickler. Raises DataError for anything else."""
     try:
+        if path.stat().st_size > MAX_BATCH:
+            raise ValueError(f"more than {MAX_BATCH // 1_000_000} MB")
         data = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise DataError(

@@ -11,11 +11,12 @@ import os
 import shutil
 import stat
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from filelock import FileLock
@@ -30,6 +31,8 @@ VERSION = 1  # of the decoding: part of every key
 WINDOW = 8  # images under way per worker: bounds the memory, keeps the order
 
 Progress = Callable[[int, int], None]
+Item = TypeVar("Item")
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,11 @@ def decode_split(
     return found if place == folder else replace(found, notes=(note,))
 
 
+def decoded_already(split: Split, size: int, folder: Path) -> DecodedSplit | None:
+    """What `decode_split` would take from `folder` without decoding, None when it would have to decode."""
+    return _lookup(split, size, folder, _signature(split, size))
+
+
 def decode_images(
     paths: Sequence[Path], size: int, *, workers: int | None = None
 ) -> Iterator[tuple[Path, np.ndarray | str]]:
@@ -95,16 +103,20 @@ def decode_images(
         except DataError as error:
             return error.message.removeprefix(f"{path}: ")
 
+    return zip(paths, in_order(paths, decode, workers), strict=True)
+
+
+def in_order(items: Sequence[Item], work: Callable[[Item], Done], workers: int | None = None) -> Iterator[Done]:
+    """`work` done on each item by several threads, in the order of the items, a few of them under way at a time."""
     workers = workers or os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
-        pending: list[tuple[Path, Future[np.ndarray | str]]] = []
-        for path in paths:
-            pending.append((path, pool.submit(decode, path)))
+        pending: deque[Future[Done]] = deque()
+        for item in items:
+            pending.append(pool.submit(work, item))
             if len(pending) >= workers * WINDOW:
-                first, future = pending.pop(0)
-                yield first, future.result()
-        for first, future in pending:
-            yield first, future.result()
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def channel_statistics(images: np.ndarray, limit: int = 4096) -> tuple[list[float], list[float]]:

@@ -1,6 +1,7 @@
 """Folders of images -> splits of classes: which files belong to which class of which split. No pixels are read here."""
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from metadiff_cli.errors import ConfigError, DataError
 
 SPLITS = ("train", "val", "test")
 IGNORED = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
+MAX_DEPTH, MAX_WAYS = 64, 64  # of folders in folders, and of links that lead to one of them
 FEWEST_TO_SPLIT = 6  # classes: two for each split
 
 
@@ -119,10 +121,12 @@ def from_folders(folders: dict[str, Path], *, name: str, root: Path, scan: Scan)
 
 def walk_images(folder: Path, scan: Scan) -> Iterator[Path]:
     """Images below a folder in sorted order; links are followed, but into no folder twice on one way down."""
-    yield from _walk(folder, scan, ())
+    yield from _walk(folder, scan, (), Counter())
 
 
-def _walk(folder: Path, scan: Scan, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+def _walk(
+    folder: Path, scan: Scan, above: tuple[tuple[int, int], ...], ways: Counter[tuple[int, int]]
+) -> Iterator[Path]:
     try:
         with _readable(folder):
             status = folder.stat()
@@ -135,9 +139,10 @@ def _walk(folder: Path, scan: Scan, above: tuple[tuple[int, int], ...]) -> Itera
     identity = (status.st_dev, status.st_ino)
     if identity in above:
         return  # a symbolic link that leads back up
+    _check_walk(folder, len(above), ways, identity)
     for path in entries:
-        if path.is_dir():
-            yield from _walk(path, scan, (*above, identity))
+        if _is_dir(path):
+            yield from _walk(path, scan, (*above, identity), ways)
         elif is_image(path) and not _is_special(path):
             yield path
         else:
@@ -146,7 +151,21 @@ def _walk(folder: Path, scan: Scan, above: tuple[tuple[int, int], ...]) -> Itera
 
 def subfolders(root: Path) -> list[Path]:
     """Visible folders directly below `root`, sorted by name."""
-    return [path for path in _entries(root) if path.is_dir()]
+    return [path for path in _entries(root) if _is_dir(path)]
+
+
+def _check_walk(folder: Path, depth: int, ways: Counter[tuple[int, int]], identity: tuple[int, int]) -> None:
+    """Links between folders multiply the ways through them: a few dozen would keep a walk busy for ever."""
+    ways[identity] += 1
+    if ways[identity] > MAX_WAYS:
+        raise DataError(f"{folder} is reached in more than {MAX_WAYS} ways", hint="remove the links that lead there")
+    if depth >= MAX_DEPTH:
+        raise DataError(f"{folder} is more than {MAX_DEPTH} folders deep", hint="move the images further up")
+
+
+def _is_dir(path: Path) -> bool:
+    with _readable(path):
+        return path.is_dir()
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -169,7 +188,8 @@ def _has_loose_images(root: Path) -> bool:
 
 def _is_special(path: Path) -> bool:
     """A pipe, socket or device: reading one could wait for ever. A dangling link is none: it is reported as broken."""
-    return path.exists() and not path.is_file()
+    with _readable(path):
+        return path.exists() and not path.is_file()
 
 
 def is_image(path: Path) -> bool:

@@ -22,6 +22,8 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "H
 HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})  # ISO 23008-12
 MAX_PIXELS = 178_000_000  # RGB of that takes 534 MB; more is a decompression bomb, and Pillow refuses 179 million
 
+MAX_DEEP = 64_000_000  # of images with more than 8 bits, which pass through 8 bytes a pixel
+
 
 def load_rgb(source: Path | BinaryIO, size: int | None = None) -> Image.Image:
     """The first frame of an image file in RGB, upright, transparent parts on white.
@@ -157,6 +159,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _from_deep(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and float greyscale to 8 bit; Pillow's own conversion would clip at 255."""
+    if image.width * image.height > MAX_DEEP:
+        raise DataError(
+            f"{image.width} x {image.height} pixels of {image.mode}, more than {MAX_DEEP // 1_000_000} million"
+        )
     values = np.asarray(image).astype(np.float64)
     finite = np.where(np.isfinite(values), values, 0.0)
     top = _white(image.mode, float(finite.max(initial=0.0)))

@@ -1,0 +1,1 @@
+"""JSON schemas of what the commands print: NAME-VERSION.json for `"schema": "metadiff.NAME/VERSION"`."""

@@ -1,0 +1,23 @@
+"""Coverage-guided fuzzing with atheris: `python tests/fuzz/run.py TARGET [libFuzzer options]`; see README.md."""
+
+import sys
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["metadiff_cli", "yaml"]):
+    import yaml  # noqa: F401
+    from targets import TARGETS
+
+
+def main() -> None:
+    """Never returns: libFuzzer ends the process. What it finds is added to the corpus only where one is given."""
+    target, options = sys.argv[1], sys.argv[2:]
+    given = any(not option.startswith("-") for option in options)
+    folder = Path(__file__).parent / "corpus" / target
+    atheris.Setup([sys.argv[0], *options, *([] if given else [str(folder)])], TARGETS[target])
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What is fuzzed: each target takes bytes from anywhere and ends, or raises MetaDiffError. Anything else is a bug."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from metadiff_cli.config import check, resolve
+from metadiff_cli.errors import MetaDiffError
+
+
+def small_model(path: Path) -> Path:
+    """A real checkpoint, untrained: conv4 at 16 x 16 and a small denoiser."""
+    import torch
+
+    from metadiff_cli.core.denoiser import UNetDenoiser
+    from metadiff_cli.core.encoders import build_encoder
+    from metadiff_cli.core.features import ImageEncoder
+    from metadiff_cli.core.inference import Learner, Tuning
+    from metadiff_cli.core.model import save_model
+    from metadiff_cli.core.task_space import identity_space
+
+    encoder = build_encoder("conv4")
+    images = ImageEncoder(encoder, "conv4", 16, (0.5,) * 3, (0.2,) * 3, True, torch.device("cpu"))
+    learner = Learner(
+        identity_space(torch.randn(4, images.feature_size) for _ in range(3)),
+        UNetDenoiser(images.feature_size, 8, 1), True, Tuning(),
+    )  # fmt: skip
+    settings = {"kind": "unet", "width": 8, "depth": 1, "dropout": 0.1}
+    header = {"classes": ["a", "ß", "日本"], "denoiser": settings, "config": {"seed": 0}, "metrics": {"x": 1.5}}
+    save_model(path, images, learner, header)
+    return path
+
+
+def read_any(path: Path) -> None:
+    """Read a checkpoint as the commands do: the file, then what its kind says it holds."""
+    import torch
+
+    from metadiff_cli.core.checkpoint import load_checkpoint
+    from metadiff_cli.core.model import load_classifier, load_encoder, load_model
+
+    checkpoint, device = load_checkpoint(path), torch.device("cpu")
+    json.dumps(checkpoint.header)
+    if checkpoint.kind == "model":
+        load_model(path, device)
+        check(checkpoint.header.get("config"))  # type: ignore[arg-type]
+    elif checkpoint.kind == "encoder":
+        load_encoder(path, device, mirror=True)
+    elif checkpoint.kind == "classifier":
+        load_classifier(path, device)
+
+
+def checkpoint(data: bytes) -> None:
+    """Bytes of a checkpoint file."""
+    _with_file(data, read_any)
+
+
+def config(data: bytes) -> None:
+    """Bytes of a configuration file, laid over a preset; and the same text as a value and as a variable."""
+    _with_file(data, lambda path: resolve("glyphs-5w1s", path, environ={}))
+    text = data.decode("utf-8", errors="replace")
+    _allowed(lambda: resolve(settings=[text], environ={}))
+    _allowed(lambda: resolve(settings=[f"seed={text}"], environ={"METADIFF_PRETRAIN__EPOCHS": text}))
+
+
+def _with_file(data: bytes, read: Callable[[Path], object]) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(data)
+        file.flush()
+        _allowed(lambda: read(Path(file.name)))
+
+
+def _allowed(work: Callable[[], object]) -> None:
+    try:
+        work()
+    except MetaDiffError as error:
+        assert error.message and error.hint, "an error says what is wrong and what to do"
+
+
+TARGETS = {"checkpoint": checkpoint, "config": config}
