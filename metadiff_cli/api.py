@@ -37,6 +37,14 @@ class NotFittedError(MetaDiffError, ValueError, AttributeError):
     """Prediction before `fit` or `load`; the same bases as scikit-learn's error of this name."""
 
 
+class InputError(DataError, ValueError):
+    """Images or labels that cannot be used; scikit-learn's conventions want a ValueError."""
+
+
+class ParameterError(ConfigError, ValueError):
+    """A parameter of the class that is unknown or cannot be used."""
+
+
 class FewShotClassifier:
     """Learn classes from a few images each, with a trained checkpoint and no training.
 
@@ -94,15 +102,15 @@ class FewShotClassifier:
         return classifier
 
     def fit(self, X: Images, y: Sequence[Any] | np.ndarray) -> Self:
-        """Adapt to n labelled images X with labels y (n,). Labels may be text, integers or booleans.
+        """Adapt to n labelled images X with labels y (n,). Labels may be text, whole numbers or booleans.
 
-        Raises DataError for fewer than two classes, labels that do not fit the images, and images that cannot be read.
+        Raises InputError for fewer than two classes, labels that do not fit the images, and images that cannot be read.
         """
         sampling = self._sampling()
         classes, labels = _classes_of(y)
         items = _items(X)
         if len(items) != len(labels):
-            raise DataError(f"{len(items)} images but {len(labels)} labels", hint="give one label per image")
+            raise InputError(f"{len(items)} images but {len(labels)} labels", hint="give one label per image")
         model = self._model()
         features = _encode(items, model.images, self.batch_size)
         names = tuple(str(label) for label in classes)
@@ -114,7 +122,7 @@ class FewShotClassifier:
     def predict_proba(self, X: Images) -> np.ndarray:
         """Probabilities (n, N) float64 of n images, columns in the order of `classes_`.
 
-        Raises DataError for an image that cannot be read, NotFittedError before `fit`.
+        Raises InputError for an image that cannot be read, NotFittedError before `fit`.
         """
         ready = self._fitted()
         items = _items(X)
@@ -136,9 +144,9 @@ class FewShotClassifier:
         """Share of the images X whose predicted label is the one in y (n,)."""
         predicted, wanted = self.predict(X), np.asarray(y)
         if predicted.shape != wanted.shape:
-            raise DataError(f"{len(predicted)} images but labels of shape {wanted.shape}", hint="give one per image")
+            raise InputError(f"{len(predicted)} images but labels of shape {wanted.shape}", hint="give one per image")
         if (predicted.dtype.kind == "U") != (wanted.dtype.kind in "UO"):
-            raise DataError(
+            raise InputError(
                 f"labels of type {wanted.dtype} for classes of type {predicted.dtype}",
                 hint="after load the classes are text: give str labels",
             )
@@ -164,11 +172,11 @@ class FewShotClassifier:
         return {name: getattr(self, name) for name in self._parameter_names()}
 
     def set_params(self, **parameters: Any) -> Self:
-        """Change parameters; takes effect at the next `fit`. Raises ConfigError, a ValueError, for an unknown one."""
+        """Change parameters; takes effect at the next `fit`. Raises ParameterError for an unknown one."""
         known = self._parameter_names()
         for name in parameters:
             if name not in known:
-                raise _ParameterError(f"unknown parameter '{name}'", hint=f"choose from {', '.join(known)}")
+                raise ParameterError(f"unknown parameter '{name}'", hint=f"choose from {', '.join(known)}")
         for name, value in parameters.items():
             setattr(self, name, value)
         return self
@@ -202,16 +210,16 @@ class FewShotClassifier:
         return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
 
     def _sampling(self) -> Sampling:
-        """The sampler's settings. Raises ConfigError for values that cannot be used."""
+        """The sampler's settings. Raises ParameterError for values that cannot be used."""
         guidance = None if self.guidance == "auto" else self.guidance
         if guidance is not None and not (isinstance(guidance, int | float) and guidance > 0):
-            raise _ParameterError(f"guidance is {guidance!r}", hint='give "auto" or a number above 0')
+            raise ParameterError(f"guidance is {guidance!r}", hint='give "auto" or a number above 0')
         for name, fewest in (("steps", 1), ("samples", 1), ("temperature", 0), ("random_state", 0), ("batch_size", 1)):
             value = getattr(self, name)
             if not isinstance(value, (int, float, np.number) if name == "temperature" else (int, np.integer)):
-                raise _ParameterError(f"{name} is {value!r}", hint="give a number")
+                raise ParameterError(f"{name} is {value!r}", hint="give a number")
             if value < fewest:
-                raise _ParameterError(f"{name} is {value}", hint=f"give at least {fewest}")
+                raise ParameterError(f"{name} is {value}", hint=f"give at least {fewest}")
         return Sampling(self.steps, self.samples, self.temperature, guidance)
 
     def _model(self) -> Model:
@@ -229,31 +237,28 @@ class FewShotClassifier:
         return self.classifier_
 
 
-class _ParameterError(ConfigError, ValueError):
-    """A parameter that cannot be used; scikit-learn expects a ValueError."""
-
-
 def _classes_of(y: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sorted classes (N,), and of each label (n,) its number among them."""
     given = np.asarray(y)
     if given.ndim != 1:
-        raise DataError(f"labels of shape {given.shape}", hint="give one label per image, shape (n,)")
+        raise InputError(f"labels of shape {given.shape}", hint="give one label per image, shape (n,)")
     if given.dtype.kind == "O" and all(isinstance(label, str) for label in given):
         given = given.astype(np.str_)
-    if given.dtype.kind not in "Uiub":
-        raise DataError(f"labels of type {given.dtype}", hint="give text, integers or booleans")
+    whole = given.dtype.kind == "f" and bool(np.all(given % 1 == 0))
+    if given.dtype.kind not in "Uiub" and not whole:
+        raise InputError(f"labels of type {given.dtype}", hint="give text, whole numbers or booleans")
     classes, labels = np.unique(given, return_inverse=True)
     if len(classes) < FEWEST_CLASSES:
-        raise DataError(f"the labels hold {len(classes)} class", hint="give images of two classes or more")
+        raise InputError(f"the labels hold {len(classes)} class", hint="give images of two classes or more")
     return classes, labels
 
 
 def _items(X: Images) -> list[ImageLike]:
-    """The single images. Raises DataError for one path or image where a sequence is meant."""
+    """The single images. Raises InputError for one path or image where a sequence is meant."""
     if isinstance(X, str | os.PathLike | Image.Image) or not hasattr(X, "__len__"):
-        raise DataError(f"a single {type(X).__name__} instead of a sequence", hint="put it into a list: [image]")
+        raise InputError(f"a single {type(X).__name__} instead of a sequence", hint="put it into a list: [image]")
     if isinstance(X, np.ndarray) and X.ndim not in (1, 4):
-        raise DataError(f"an array of shape {X.shape}", hint="give images as uint8 of shape (n, height, width, 3)")
+        raise InputError(f"an array of shape {X.shape}", hint="give images as uint8 of shape (n, height, width, 3)")
     return list(X)
 
 
@@ -277,7 +282,7 @@ def _pixels(items: Sequence[ImageLike], size: int) -> Iterator[np.ndarray]:
         if isinstance(item, str | os.PathLike):
             path, decoded = next(files)
             if isinstance(decoded, str):
-                raise DataError(f"image {i}, {path}: {decoded}", hint="replace it or leave it out")
+                raise InputError(f"image {i}, {path}: {decoded}", hint="replace it or leave it out")
             yield decoded
         else:
             yield to_square(_opened(item, i), size)
@@ -287,14 +292,14 @@ def _opened(item: Any, number: int) -> Image.Image:
     """RGB of a Pillow image or of an array."""
     if isinstance(item, np.ndarray):
         if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3 or 0 in item.shape:
-            raise DataError(
+            raise InputError(
                 f"image {number} is an array {item.dtype} of shape {item.shape}",
                 hint="give uint8 of shape (height, width, 3)",
             )
         return Image.fromarray(np.ascontiguousarray(item))
     if not isinstance(item, Image.Image):
-        raise DataError(f"image {number} is a {type(item).__name__}", hint="give a path, a Pillow image or an array")
+        raise InputError(f"image {number} is a {type(item).__name__}", hint="give a path, a Pillow image or an array")
     try:
         return upright_rgb(item)
     except OSError as error:  # a file that Pillow opened but cannot decode
-        raise DataError(f"image {number}: {error}", hint="replace it or leave it out") from error
+        raise InputError(f"image {number}: {error}", hint="replace it or leave it out") from error

@@ -28,7 +28,7 @@ SCREENS: dict[str, dict[str, Any]] = {
     "phone": {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True},
     "dark": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "dark"},
 }
-MANY = 2000
+MANY, PAGE = 2000, 120
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,15 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report.html"
 
 
+def visible(page: Any) -> int:
+    """Cards that are laid out."""
+    return int(page.evaluate("() => [...document.querySelectorAll('.card')].filter(c => c.offsetParent).length"))
+
+
 def shown(page: Any) -> int:
-    """Cards that can be seen, checked against the number that the page tells."""
-    count = int(page.evaluate("() => [...document.querySelectorAll('.card')].filter(c => c.offsetParent).length"))
+    """Cards that fit the filters, checked against the number that the page tells; a first part of them is laid out."""
+    count = int(page.locator(".card:not([hidden])").count())
+    assert min(count, PAGE) <= visible(page) <= count
     assert page.inner_text("#shown") == (f"{MANY} images" if count == MANY else f"{count} of {MANY} images")
     return count
 
@@ -118,6 +124,20 @@ def test_order(launch: Callable[..., Any], page_file: Path) -> None:
         assert page.evaluate(read) == sorted(given, reverse=True)
         page.select_option("#order", "given")
         assert page.evaluate(read) == given
+
+
+def test_cards_appear_as_they_are_scrolled_to(launch: Callable[..., Any], page_file: Path) -> None:
+    with launch(page_file) as page:
+        assert visible(page) < MANY / 2
+        for _ in range(3):
+            before = visible(page)
+            page.eval_on_selector("#more", "e => e.scrollIntoView()")
+            page.wait_for_function(f"document.querySelectorAll('.card.on').length > {before}")
+        page.select_option("#class", "-1")
+        assert visible(page) == 100 and not page.is_visible("#more")
+        page.emulate_media(media="print")
+        page.select_option("#class", "", force=True)
+        assert visible(page) == MANY
 
 
 def test_the_keyboard_suffices(launch: Callable[..., Any], page_file: Path) -> None:
