@@ -63,6 +63,7 @@ def adapt(
         Path | None,
         typer.Option("--save", help="Write the classifier, for --classifier.", rich_help_panel=options.PLACES),
     ] = None,
+    report: options.Report = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the file of --save.", rich_help_panel=options.PLACES)
     ] = False,
@@ -109,13 +110,15 @@ def adapt(
         screen.note(f"classifier written: {save}")
     # rows on a terminal are progress enough, and a bar would run into them
     bar = format in ("table", "json") or not screen.out.is_terminal
-    stream = Stream(resolved, ready, queries, screen, top_k, reject_below, labelled, bar)
+    stream = Stream(resolved, ready, queries, screen, top_k, reject_below, labelled, bar, keep=report is not None)
     outcomes = stream.outcomes()
     if sort_into is not None:
         outcomes = stream.sorted(outcomes, sort_into, move)
     head = {"schema": "metadiff.adapt/1", **ready.document(), "checkpoint": source, "seed": resolved.seed}
     labels = WRITERS[format](screen, head, outcomes, stream.tail)
     stream.finish(matrix=format == "table")
+    if report is not None:
+        stream.write_report(report, source)
     if not labels:
         raise DataError("nothing could be predicted", hint="see the reasons above; give images that can be read")
     if strict and stream.errors.found:

@@ -138,22 +138,30 @@ def encode_queries(
         yield from encode_images(paths, images, runtime.batch_size, workers=runtime.num_workers, progress=advance)
 
 
-def _tell(check: SupportCheck | None, screen: Screen) -> None:
-    """What leave-one-out says of the support, on stderr."""
+def check_sentences(check: SupportCheck | None) -> list[str]:
+    """What leave-one-out says of the support: the estimate first, then each image that looks mislabelled."""
     if check is None:
-        return
+        return []
     text = f"support: estimated accuracy {check.accuracy:.0f} % (leave-one-out, {check.images} images)"
     if check.confused:
         first, second, _ = check.confused[0]
         text += f", most confused: {first} / {second}; one more image each would help most"
-    screen.note(text)
-    for suspect in check.suspects[:NAMED]:
-        screen.warn(
-            f"{suspect.path} looks mislabelled: it is in '{suspect.label}' and looks like '{suspect.looks_like}' "
-            f"({suspect.confidence:.0%})"
-        )
-    if len(check.suspects) > NAMED:
-        screen.warn(f"{len(check.suspects)} support images look mislabelled; --json names all")
+    return [text] + [
+        f"{suspect.path} looks mislabelled: it is in '{suspect.label}' and looks like '{suspect.looks_like}' "
+        f"({suspect.confidence:.0%})"
+        for suspect in check.suspects
+    ]
+
+
+def _tell(check: SupportCheck | None, screen: Screen) -> None:
+    """The same on stderr; of many suspects the first few."""
+    sentences = check_sentences(check)
+    for text in sentences[:1]:
+        screen.note(text)
+    for text in sentences[1 : NAMED + 1]:
+        screen.warn(text)
+    if len(sentences) > NAMED + 1:
+        screen.warn(f"{len(sentences) - 1} support images look mislabelled; --json names all")
 
 
 def _check_document(check: SupportCheck) -> dict[str, Any]:

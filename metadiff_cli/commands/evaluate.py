@@ -44,6 +44,7 @@ def evaluate(
             help="Fit guidance and calibration on half of the split's classes, measure on the other half, and swap.",
         ),
     ] = False,
+    report: options.Report = None,
     fail_under: Annotated[
         float | None,
         typer.Option("--fail-under", min=0, max=100, help="Leave with 5 when MetaDiff is below (percent)."),
@@ -103,6 +104,11 @@ def evaluate(
     document = measure(model, bank, split, protocol, sampling_of(runtime), names, screen, halves=halves)
     if old is not None and compare_to is not None:
         document["compared"] = compare.compare(document, old, compare_to)
+    if report is not None:
+        from metadiff_cli.commands.evaluation_report import write_evaluation_report
+
+        write_evaluation_report(report, document)
+        screen.note(f"report written: {report}")
     if as_json:
         screen.json(document)
     else:

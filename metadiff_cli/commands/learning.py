@@ -121,6 +121,7 @@ def measure(
         "sampling": asdict(sampling),
         "denoiser": model.header["denoiser"]["kind"],
         "methods": _rounded(summarise(scores, AGAINST)),
+        "reliability": _rounded(scores["metadiff"].reliability()),
         "novelty": _novelty(model.learner, bank, protocol, sampling),
         "episodes_per_second": round(protocol.episodes / seconds, 1),
     }
@@ -153,13 +154,20 @@ def _novelty(learner: Learner, bank: FeatureBank, protocol: Protocol, sampling: 
     return found
 
 
-def show_result(document: dict[str, Any], screen: Screen) -> None:
-    """The table of a result document."""
-    title = (
+RESULT_COLUMNS = ("method", "accuracy %", "minus prototype", "minus analytic", "ECE %")
+
+
+def result_title(document: dict[str, Any]) -> str:
+    """One line on the episodes of a result document."""
+    return (
         f"{document['way']}-way {document['shot']}-shot, {document['query']} queries a class, "
         f"{document['split']} classes, {document['episodes']} episodes, {document['protocol']}"
     )
-    rows = [
+
+
+def result_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The cells of RESULT_COLUMNS for each method."""
+    return [
         (
             _label(name, document),
             f"{m['accuracy']:.2f} ± {m['ci95']:.2f}",
@@ -169,7 +177,11 @@ def show_result(document: dict[str, Any], screen: Screen) -> None:
         )
         for name, m in document["methods"].items()
     ]
-    screen.table(title, ("method", "accuracy %", "minus prototype", "minus analytic", "ECE %"), rows)
+
+
+def show_result(document: dict[str, Any], screen: Screen) -> None:
+    """The table of a result document."""
+    screen.table(result_title(document), RESULT_COLUMNS, result_rows(document))
 
 
 def _label(name: str, document: dict[str, Any]) -> str:
@@ -184,4 +196,6 @@ def _rounded(value: Any) -> Any:
     """Four decimals: beyond that the digits of a float32 computation mean nothing."""
     if isinstance(value, dict):
         return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_rounded(inner) for inner in value]
     return round(value, 4) if isinstance(value, float) else value

@@ -58,6 +58,10 @@ BatchSize = Annotated[
     int | None,
     typer.Option("--batch-size", min=1, help="Images of one forward pass of the encoder.", rich_help_panel=COMMON),
 ]
+Report = Annotated[
+    Path | None,
+    typer.Option("--report", help="Write a self-contained HTML page here, replacing it.", rich_help_panel=PLACES),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=COMMON)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Results and errors only.", rich_help_panel=COMMON)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More about what happens.", rich_help_panel=COMMON)]

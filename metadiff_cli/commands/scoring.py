@@ -53,6 +53,10 @@ class Score:
             "unlabelled": self.unlabelled,
         }
 
+    def counts(self) -> list[list[int]]:
+        """Images of each class of the support (rows) by label (columns), rejected ones and other classes left out."""
+        return [[self.pairs[truth, label] for label in self.classes] for truth in self.classes]
+
     def _rows(self) -> list[str]:
         seen = {truth for truth, _ in self.pairs}
         return [*(c for c in self.classes if c in seen), *sorted(seen - set(self.classes))]

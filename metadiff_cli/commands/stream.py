@@ -5,9 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from metadiff_cli.commands.classifiers import NAMED, Ready, encode_queries
+from metadiff_cli.commands.classifiers import NAMED, Ready, check_sentences, encode_queries
 from metadiff_cli.commands.output import Errors, Outcome, decide
 from metadiff_cli.commands.queries import Queries
+from metadiff_cli.commands.report import AdaptReport, Confusion, QueryImage, write_report
 from metadiff_cli.commands.scoring import Score
 from metadiff_cli.config import Config
 from metadiff_cli.console import Screen
@@ -20,8 +21,10 @@ class Stream:
 
     def __init__(
         self, config: Config, ready: Ready, queries: Queries, screen: Screen, top_k: int,
-        reject_below: float | None, labelled: bool, bar: bool,
+        reject_below: float | None, labelled: bool, bar: bool, keep: bool = False,
     ) -> None:  # fmt: skip
+        """`keep` holds on to every prediction, as a report needs; otherwise memory does not grow with the queries."""
+        self.kept: list[QueryImage] | None = [] if keep else None
         self.config, self.ready, self.queries, self.screen = config, ready, queries, screen
         self.top_k, self.reject_below, self.bar = top_k, reject_below, bar
         self.classes = ready.classifier.classes
@@ -38,6 +41,8 @@ class Stream:
             truth = item.label if self.score is not None else None
             outcome = decide(prediction, self.classes, self.top_k, self.reject_below, truth)
             self._note(outcome)
+            if self.kept is not None:
+                self.kept.append(_kept(prediction, outcome))
             yield outcome
 
     def _predictions(self) -> Iterator[Prediction]:
@@ -72,6 +77,29 @@ class Stream:
                     outcome = replace(outcome, placed=str(placed.path))
             yield outcome
 
+    def write_report(self, path: Path, checkpoint: str) -> None:
+        """The page of everything that was predicted."""
+        assert self.kept is not None
+        support = self.ready.origin.support
+        by_class: dict[str, list[str]] = {cls: [] for cls in self.classes}
+        for label, image in zip(support.labels, support.paths, strict=True):
+            by_class[self.classes[label]].append(image)
+        readable = {cls: [image for image in images if Path(image).is_file()] for cls, images in by_class.items()}
+        score = self.score
+        report = AdaptReport(
+            classes=self.classes,
+            support=readable if any(readable.values()) else {},
+            queries=self.kept,
+            facts={"checkpoint": Path(checkpoint).name, "seed": self.config.seed},
+            notes=[self.ready.dependence] if self.ready.dependence else [],
+            support_check=check_sentences(self.ready.check),
+            broken_support=support.broken,
+            confusion=None if score is None else Confusion(score.counts(), "the labelled query images"),
+        )
+        with self.screen.progress("drawing the report", shown=self.bar) as advance:
+            write_report(path, report, workers=self.config.runtime.num_workers, progress=advance)
+        self.screen.note(f"report written: {path}")
+
     def tail(self) -> dict[str, Any]:
         """What the JSON document says after the predictions."""
         scored = {} if self.score is None else {"labelled": self.score.document()}
@@ -92,3 +120,10 @@ class Stream:
         if self.ready.dependence:
             screen.note(self.ready.dependence)
         self.errors.show(screen)
+
+
+def _kept(prediction: Prediction, outcome: Outcome) -> QueryImage:
+    """A prediction as the report shows it."""
+    return QueryImage(
+        prediction.path, prediction.probabilities, prediction.reason, outcome.rejected, prediction.twin, outcome.truth
+    )

@@ -107,12 +107,21 @@ def fit_calibration(scales: Mapping[tuple[int, int], float]) -> Calibration:
     return Calibration(ways, shots, tuple(tuple(math.log(scales[way, shot]) for shot in shots) for way in ways))
 
 
+def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> list[dict[str, float]]:
+    """Mean confidence and accuracy, both in 0..1, and count of each bin of confidence (M,) that is not empty."""
+    bucket = (confidence * bins).long().clamp(0, bins - 1)
+    sums = torch.zeros(3, bins, dtype=torch.float64)
+    for row, values in zip(sums, (confidence, correct, torch.ones_like(confidence)), strict=True):
+        row.index_add_(0, bucket, values.double())
+    return [
+        {"confidence": float(p / n), "accuracy": float(hits / n), "count": int(n)} for p, hits, n in sums.T if n > 0
+    ]
+
+
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
     """Expected calibration error in percent, equal-width bins of confidence (M,) (Guo et al. 2017)."""
-    bucket = (confidence * bins).long().clamp(0, bins - 1)
-    gap = torch.zeros(bins, dtype=torch.float64)
-    gap.index_add_(0, bucket, (confidence - correct.to(confidence)).double())
-    return float(100 * gap.abs().sum() / max(len(confidence), 1))
+    gaps = (b["count"] * abs(b["confidence"] - b["accuracy"]) for b in reliability(confidence, correct, bins))
+    return 100 * sum(gaps) / max(len(confidence), 1)
 
 
 def leave_one_out_guidance(

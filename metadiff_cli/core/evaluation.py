@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metadiff_cli.core.classifier import calibration_error, cosine_logits
+from metadiff_cli.core.classifier import calibration_error, cosine_logits, reliability
 from metadiff_cli.core.episodes import Episodes, check_episodes, episode_batches
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.inference import (
@@ -58,6 +58,10 @@ class Scores:
         self.accuracy.append(correct.double().mean(dim=1).cpu())
         self.confidence.append(confidence.flatten().cpu())
         self.correct.append(correct.flatten().cpu())
+
+    def reliability(self) -> list[dict[str, float]]:
+        """Bins of the reliability diagram; see classifier.reliability."""
+        return reliability(torch.cat(self.confidence), torch.cat(self.correct))
 
     def joined(self, other: "Scores") -> "Scores":
         """The episodes of both."""

@@ -81,7 +81,7 @@ def left_out_cosines(space: TaskSpace, support: SupportSet, guidance: float) -> 
 
 
 def _cosines(z: Tensor, own: Tensor, labels: Tensor, count: Tensor) -> Tensor:
-    """Cosines (n, N) of z (n, D) to the weight `own` (n, D) of its class, and to those of each other class, averaged."""
+    """Cosines (n, N) of z (n, D) to the weight `own` (n, D) of its class, and to those of each other class (mean)."""
     z, own = F.normalize(z, dim=1), F.normalize(own, dim=1)
     others = torch.zeros(len(count), z.shape[1], device=z.device).index_add_(0, labels, own) / count
     return (z @ others.T).scatter(1, labels.unsqueeze(1), (z * own).sum(dim=1, keepdim=True))

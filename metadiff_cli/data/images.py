@@ -33,7 +33,7 @@ def load_rgb(source: Path | BinaryIO, size: int | None = None) -> Image.Image:
     name = str(source) if isinstance(source, Path) else str(getattr(source, "name", "image"))
     try:
         with _QUIET(), Image.open(source, formats=_formats()) as image:
-            return _upright_rgb(image, size)
+            return upright_rgb(image, size)
     except DataError as error:
         raise DataError(f"{name}: {error.message}") from error
     except Exception as error:  # decoders raise whatever they like on broken files
@@ -137,7 +137,8 @@ def _reason(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _upright_rgb(image: Image.Image, size: int | None) -> Image.Image:
+def upright_rgb(image: Image.Image, size: int | None = None) -> Image.Image:
+    """RGB of an opened image, as from `load_rgb`. Raises DataError for too many pixels; decoders raise their own."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise DataError(f"{width} x {height} pixels, more than {MAX_PIXELS // 1_000_000} million")

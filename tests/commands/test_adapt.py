@@ -373,3 +373,15 @@ def test_names_that_are_no_text(photos: Path, checkpoint: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.decode("utf-8"))["predictions"]
     assert odd in [os.fsencode(p["path"]) for p in found]
+
+
+def test_the_report_is_a_page_that_loads_nothing(photos: Path, checkpoint: Path, cli: CLI) -> None:
+    page = photos / "report.html"
+    result = cli(
+        "adapt", "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint, "--report", page, "--json"
+    )
+    assert result.code == 0 and f"report written: {page}" in result.err
+    text = page.read_text(encoding="utf-8")
+    assert "Content-Security-Policy" in text and "http://" not in text and "https://" not in text
+    assert text.count("data:image/") == 10 + 4  # every support and query image once
+    assert all(p["path"].rsplit("/")[-1] in text for p in json.loads(result.out)["predictions"])

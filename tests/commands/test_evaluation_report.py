@@ -1,0 +1,124 @@
+"""The page of `evaluate --report`, and the small plots in it."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from conftest import Result
+from hypothesis import given
+from hypothesis import strategies as st
+from test_report import HOSTILE, Page
+
+from metadiff_cli.commands.evaluation_report import write_evaluation_report
+from metadiff_cli.commands.plots import WIDTH, Axis, Bin, Interval, curve, intervals, reliability
+
+NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1)
+NUMBERS = st.floats(-1e6, 1e6, allow_nan=False)
+
+
+@pytest.fixture(scope="module")
+def document(small_run: Path) -> dict[str, Any]:
+    """The result of a real run."""
+    loaded: dict[str, Any] = json.loads((small_run / "result.json").read_text())
+    return loaded
+
+
+def places(svg: str) -> list[float]:
+    """All coordinates of an SVG along x."""
+    root = ElementTree.fromstring(svg)
+    alone = [float(e.attrib[k]) for e in root.iter() for k in ("x", "cx", "x1", "x2") if k in e.attrib]
+    paired = [float(p.split(",")[0]) for e in root.iter() for p in e.attrib.get("points", "").split()]
+    return alone + paired
+
+
+def test_a_real_run_gives_its_numbers_and_curves(small_run: Path, document: dict[str, Any], tmp_path: Path) -> None:
+    with (small_run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    write_evaluation_report(tmp_path / "e.html", document, rows)
+    page = Page(tmp_path / "e.html")
+    own = document["methods"]["metadiff"]
+    assert f"{own['accuracy']:.2f} ± {own['ci95']:.2f}" in page.text
+    for name in document["methods"]:
+        assert name in page.text
+    for words in ("Difference to prototype", "Difference to analytic", "Training loss", "Gain over the analytic"):
+        assert words in page.text
+    assert len(page.all("svg")) == 5 and "Reliability" not in page.text
+
+
+def test_the_diagram_is_drawn_where_there_are_bins(document: dict[str, Any], tmp_path: Path) -> None:
+    bins = [{"confidence": 0.1 * i, "accuracy": 0.09 * i, "count": i} for i in range(10)]
+    write_evaluation_report(tmp_path / "e.html", {**document, "reliability": bins})
+    page = Page(tmp_path / "e.html")
+    assert "Reliability" in page.text and len(page.all("rect", "column")) == 9  # the empty bin is left out
+
+
+def test_the_only_method_and_hostile_names(document: dict[str, Any], tmp_path: Path) -> None:
+    alone = {name: value for name, value in document["methods"]["metadiff"].items() if not name.startswith("paired")}
+    write_evaluation_report(tmp_path / "e.html", {**document, "methods": {"metadiff": alone}})
+    assert len(Page(tmp_path / "e.html").all("svg")) == 1
+    methods = {"metadiff": alone, HOSTILE: alone}
+    write_evaluation_report(tmp_path / "e.html", {**document, "methods": methods, "split": HOSTILE}, [{HOSTILE: 1}] * 2)
+    page = Page(tmp_path / "e.html")
+    assert not page.all("img") and not page.all("script") and HOSTILE.split("\u202e")[0] in page.source.replace(
+        "&lt;", "<").replace("&gt;", ">").replace("&#34;", '"').replace("&#39;", "'").replace("&amp;", "&")  # fmt: skip
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=20))
+def test_axes_hold_their_values_and_end_on_ticks(values: list[float]) -> None:
+    axis = Axis.around(values, 10, 200)
+    assert all(10 - 1e-6 <= axis.at(v) <= 200 + 1e-6 for v in values)
+    ticks = axis.ticks()
+    assert 2 <= len(ticks) <= 9 and ticks == sorted(ticks)
+    assert all(axis.low - 1e-6 <= t <= axis.high + 1e-6 for t in ticks)
+
+
+@given(st.lists(st.tuples(NAMES, st.floats(0, 100), st.floats(0, 20)), min_size=1, max_size=8), st.booleans())
+def test_intervals_stay_inside(rows: list[tuple[str, float, float]], zero: bool) -> None:
+    svg = intervals([Interval(*row) for row in rows], "accuracy", zero=zero)
+    assert all(-1e-6 <= place <= WIDTH + 1e-6 for place in places(svg))
+    assert svg.count("<circle") + svg.count("off the scale") == len(rows)
+
+
+def test_a_method_far_below_does_not_hide_the_intervals() -> None:
+    rows = [Interval("metadiff", 62.0, 0.4, True), Interval("prototype", 61.0, 0.4), Interval("untrained", 20.0, 1.0)]
+    root = ElementTree.fromstring(intervals(rows, "accuracy"))
+    (own,) = [e for e in root.iter("line") if e.attrib["class"] == "range own"]
+    assert float(own.attrib["x2"]) - float(own.attrib["x1"]) > 20
+    assert "20.00 ± 1.00" in [e.text for e in root.iter("text")]
+
+
+@given(st.lists(st.tuples(NUMBERS, st.floats(0, 1e3)), min_size=2, max_size=20))
+def test_curves_stay_inside_and_bands_are_drawn(values: list[tuple[float, float]]) -> None:
+    svg = curve([(i, y, half) for i, (y, half) in enumerate(values)], "step", "loss", zero=True)
+    assert all(-1e-6 <= place <= WIDTH + 1e-6 for place in places(svg))
+    assert ("polygon" in svg) == any(half > 0 for _, half in values)
+
+
+def test_perfect_calibration_lies_on_the_diagonal() -> None:
+    root = ElementTree.fromstring(reliability([Bin(p, p, 5) for p in (0.2, 0.5, 0.9)], "reliability"))
+    (diagonal,) = [e for e in root.iter("line") if e.attrib["class"] == "zero"]
+    x1, y1, x2, y2 = (float(diagonal.attrib[k]) for k in ("x1", "y1", "x2", "y2"))
+    for dot in root.iter("circle"):
+        x, y = float(dot.attrib["cx"]), float(dot.attrib["cy"])
+        assert y == pytest.approx(y1 + (x - x1) / (x2 - x1) * (y2 - y1), abs=0.02)
+
+
+def test_cells_that_are_no_numbers_leave_gaps(document: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"step": "1", "loss": "nan", "gain": ""}, {"step": "2", "loss": "1.5", "gain": "0.1"},
+            {"step": "3", "loss": "1.2", "gain": ""}]  # fmt: skip
+    write_evaluation_report(tmp_path / "e.html", document, rows)
+    text = Page(tmp_path / "e.html").text
+    assert "Training loss" in text and "Gain over the analytic" not in text  # one value is no curve
+
+
+def test_table_and_page_show_the_same(cli: Callable[..., Result], checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["evaluate", "--checkpoint", checkpoint, "--episodes", "10", "--query", "5"]
+    table, document = cli(*arguments).out, json.loads(cli(*arguments, "--json").out)
+    write_evaluation_report(tmp_path / "e.html", document)
+    own = document["methods"]["metadiff"]
+    cell = f"{own['accuracy']:.2f} ± {own['ci95']:.2f}"
+    assert cell in table and cell in Page(tmp_path / "e.html").text
