@@ -134,9 +134,9 @@ class FewShotClassifier:
         if not items:
             return np.empty((0, len(self.classes_)))
         z, _ = _encode(items, ready.images, self.batch_size)
-        p = ready.probabilities(z).double()
-        probabilities: np.ndarray = (p / p.sum(dim=1, keepdim=True)).cpu().numpy()  # to the precision of float64
-        return probabilities
+        p: np.ndarray = ready.probabilities(z).cpu().numpy().astype(np.float64)
+        rows: np.ndarray = p / p.sum(axis=1, keepdims=True)  # to the precision of float64
+        return rows
 
     def predict(self, X: Images) -> np.ndarray:
         """The most probable label (n,) of each image; raises as `predict_proba` does."""

@@ -77,16 +77,17 @@ def _accuracy(document: Mapping[str, Any]) -> Figure:
 def _differences(document: Mapping[str, Any]) -> list[Figure]:
     """The paired differences to each control that the document has."""
     figures = []
-    for other in ("prototype", "analytic"):
+    methods = _by_accuracy(document["methods"].items())
+    for key in dict.fromkeys(key for _, m in methods for key in m if key.startswith("paired_to_")):
         rows = [
-            Interval(name, m[f"paired_to_{other}"]["difference"], m[f"paired_to_{other}"]["ci95"], name == "metadiff")
-            for name, m in _by_accuracy(document["methods"].items())
-            if m.get(f"paired_to_{other}") is not None
+            Interval(name, m[key]["difference"], m[key]["ci95"], name == "metadiff")
+            for name, m in methods
+            if m.get(key) is not None
         ]
         if rows:
             svg = intervals(rows, "percentage points", zero=True)
             about = "Paired over the same episodes, with its 95 % interval."
-            figures.append(Figure(f"Difference to {other}", Markup(svg), about))
+            figures.append(Figure(f"Difference to {key.removeprefix('paired_to_')}", Markup(svg), about))
     return figures
 
 
