@@ -183,10 +183,11 @@ def test_bad_images_and_labels_are_named(photos: Path, fitted: FewShotClassifier
         ([paths[0], photos / "bad.png"], r"image 1, .*bad.png"), (["absent.png"], "does not exist"),
         (paths[0], "put it into a list"), (pixels, "uint8"), (pixels[0].astype(np.uint8), "height, width, 3"),
         (pixels[..., 0].astype(np.uint8)[..., None], "height, width, 3"), ([3], "is a int"),
-        ([Image.open(cut)], "image 0"),
     ]:  # fmt: skip
         with pytest.raises(InputError, match=words):
             fitted.predict(images)  # type: ignore[arg-type]
+    with Image.open(cut) as broken, pytest.raises(InputError, match="image 0"):
+        fitted.predict([broken])
     for wrong, words in [(labels[:-1], "one label per image"), (["a"] * len(paths), "two classes"),
                          (np.linspace(0, 1, len(paths)), "type float64"), ([labels], "shape"),
                          ([None, *labels[1:]], "type object")]:  # fmt: skip
