@@ -81,9 +81,8 @@ def _adapted(
         pool = _joined(pool_from(encoded), pool)
     if given.unlabeled is not None:
         pool = _joined(_further(config, model, given.unlabeled, screen), pool)
-    sampling = sampling_of(config)
-    classifier = adapt_classifier(model, support, sampling, seed=config.seed, pool=pool)
-    check = check_support(model.learner, support, sampling.guidance)
+    classifier = adapt_classifier(model, support, sampling_of(config), seed=config.seed, pool=pool)
+    check = check_support(model.learner, support, classifier.task.single_guidance())
     _tell(check, screen)
     return Ready(classifier, Origin(model, support, pool), check, encoded, _dependence(pool, given.transductive))
 

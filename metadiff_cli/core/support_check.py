@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metadiff_cli.core.classifier import PROTOTYPE, blend, leave_one_out_guidance
+from metadiff_cli.core.classifier import PROTOTYPE, blend
 from metadiff_cli.core.inference import Learner
 from metadiff_cli.core.support import SupportSet
 from metadiff_cli.core.task_space import TaskSpace
@@ -45,15 +45,15 @@ class SupportCheck:
     suspects: tuple[Suspect, ...]
 
 
-def check_support(learner: Learner, support: SupportSet, guidance: float | None = None) -> SupportCheck | None:
-    """Leave-one-out over a support set, at the guidance of adaptation. None when every class has one image."""
+def check_support(learner: Learner, support: SupportSet, guidance: float) -> SupportCheck | None:
+    """Leave-one-out over a support set at the guidance scale that adaptation took. None for one image a class."""
     counts = torch.bincount(torch.from_numpy(support.labels), minlength=len(support.classes))
     labels = torch.from_numpy(support.labels)
     held_out = counts[labels] >= 2  # (n,)
     if not bool(held_out.any()):
         return None
     scale = learner.tuning.calibration.scale(len(support.classes), len(labels) / len(support.classes))
-    cosines = left_out_cosines(learner.space, support, _guidance(learner, support, scale, guidance)).cpu()
+    cosines = left_out_cosines(learner.space, support, guidance).cpu()
     probabilities = (scale * cosines).softmax(dim=1)
     predicted = probabilities.argmax(dim=1)
     right = predicted == labels
@@ -81,7 +81,7 @@ def left_out_cosines(space: TaskSpace, support: SupportSet, guidance: float) -> 
 
 
 def _cosines(z: Tensor, own: Tensor, labels: Tensor, count: Tensor) -> Tensor:
-    """Cosines (n, N) of z (n, D) to the weight `own` (n, D) of its class, and to those of each other class (mean)."""
+    """Cosines (n, N) of z (n, D) to the weight `own` (n, D) of its class, and the mean over each other class."""
     z, own = F.normalize(z, dim=1), F.normalize(own, dim=1)
     others = torch.zeros(len(count), z.shape[1], device=z.device).index_add_(0, labels, own) / count
     return (z @ others.T).scatter(1, labels.unsqueeze(1), (z * own).sum(dim=1, keepdim=True))
@@ -93,13 +93,6 @@ def _weights(space: TaskSpace, mean: Tensor, count: Tensor, guidance: float) -> 
         return space.to_feature(mean)
     evidence = count * guidance * space.precision
     return space.to_feature(evidence / (1 + evidence) * mean)
-
-
-def _guidance(learner: Learner, support: SupportSet, scale: float, given: float | None) -> float:
-    if given is not None:
-        return given
-    z, valid = support.padded()
-    return float(leave_one_out_guidance(z, learner.space, scale, valid, learner.tuning.guidance)[0])
 
 
 def _confused(support: SupportSet, predicted: Tensor, held_out: Tensor) -> tuple[tuple[str, str, int], ...]:
