@@ -53,13 +53,13 @@ def test_the_folder_preset_can_be_copied_and_used(cli: CLI, tmp_path: Path) -> N
 
 def test_completion_of_names() -> None:
     assert [name for name, _ in completions.presets("mini-5w1")] == ["mini-5w1s", "mini-5w1s-resnet12"]
-    assert len(list(completions.presets(""))) == len(preset_names()) and all(
-        what for _, what in completions.presets("")
-    )
+    every = dict(completions.presets(""))
+    assert list(every) == preset_names() and all(every.values())
     assert [name for name, _ in completions.data("c")] == ["cifar-fs", "cub"]
     assert completions.splits("t") == ["train", "test"] and completions.cache_kinds("f") == ["features"]
     assert completions.controls("pro") == ["prototype"]
-    assert completions.controls("prototype,") == ["prototype,analytic", "prototype,untrained"]
+    assert completions.controls("prototype,an") == ["prototype,analytic"]
+    assert "prototype,prototype" not in completions.controls("prototype,")
 
 
 def test_completion_knows_the_controls() -> None:
