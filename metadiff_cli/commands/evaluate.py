@@ -84,6 +84,7 @@ def evaluate(
     if split not in SPLIT_NAMES:
         raise ConfigError(f"unknown split '{split}'", hint=f"choose one of {', '.join(SPLIT_NAMES)}")
     from metadiff_cli.commands.learning import parse_controls, show_result
+    from metadiff_cli.core.checkpoint import read_header
     from metadiff_cli.core.evaluation import Protocol
 
     names = parse_controls(controls)
@@ -98,9 +99,10 @@ def evaluate(
         options.sampler_flags(steps, samples, temperature, guidance),
     )  # fmt: skip
     protocol = Protocol(way, shot, query, episodes, runtime.seed, transductive, imbalance)
-    document = measure_file(
-        options.checkpoint_path(checkpoint), names, runtime, data, split, protocol, screen, halves=halves
-    )
+    path = options.checkpoint_path(checkpoint)
+    if old is not None and read_header(path)["kind"] == "method":
+        raise ConfigError("--compare is for the accuracy of metadiff", hint="leave it out with a baseline's checkpoint")
+    document = measure_file(path, names, runtime, data, split, protocol, screen, halves=halves)
     if old is not None and compare_to is not None:
         document["compared"] = compare.compare(document, old, compare_to)
     if report is not None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metadiff_cli.commands import methods, options
+from metadiff_cli.commands import completions, methods, options
 from metadiff_cli.config import Config, resolve
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError
@@ -20,14 +20,17 @@ if TYPE_CHECKING:
     from metadiff_cli.core.inference import Learner
     from metadiff_cli.core.metatraining import MetaTrainer
 
-METHODS = ("metadiff", *methods.METHODS)
+METHODS = completions.METHODS
 
 
 def metatrain(
     preset: options.Preset = None,
     data: options.Data = None,
     encoder: options.EncoderOption = None,
-    method: Annotated[str, typer.Option("--method", help=f"What is trained: {', '.join(METHODS)}.")] = "metadiff",
+    method: Annotated[
+        str,
+        typer.Option("--method", help=f"What is trained: {', '.join(METHODS)}.", autocompletion=completions.methods),
+    ] = "metadiff",
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
@@ -62,6 +65,8 @@ def metatrain(
     file = Path(encoder) if encoder and (encoder.endswith(".safetensors") or Path(encoder).exists()) else None
     flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
     resolved = resolve(preset, config, settings or (), {**flags, "encoder": None if file else encoder})
+    if dry_run and method != "metadiff":
+        raise ConfigError("--dry-run plans the training of metadiff alone", hint="leave out --dry-run or --method")
     if dry_run:
         from metadiff_cli.commands.plan import show_plan
 

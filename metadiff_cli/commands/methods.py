@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from metadiff_cli.core.innertraining import InnerTrainer
     from metadiff_cli.core.trained import TrainedMethod
 
-METHODS = ("anil-frozen", "metasgd-frozen", "maml", "fomaml", "anil")
 FILE = ".safetensors"
 
 
