@@ -254,6 +254,8 @@ def _follow(trainer: "MetaTrainer", validate: Any, run: "Run", config: Config, s
     state = run.folder / STATE
     if state.is_file():
         kept = load_checkpoint(state, "state")
+        if "method" in kept.header:
+            raise ConfigError(f"{state} is the state of another method", hint="give another --out, or --overwrite")
         trainer.restore(kept.part, kept.header["plain"])
         screen.note(f"going on after step {trainer.step} of {config.metatrain.steps}")
     with screen.status("meta-training") as update:

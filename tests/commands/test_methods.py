@@ -3,10 +3,13 @@ not fit."""
 
 import json
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import SMALL, Result, invoke
+from jsonschema import Draft202012Validator
 
 from metadiff_cli.commands.completions import METHODS as ALL
 from metadiff_cli.core.checkpoint import read_header
@@ -28,6 +31,11 @@ def train(method: str, out: Path, encoder: Path, *more: str) -> Result:
                   *SMALL, *FEW, "--set", "evaluation.episodes=4", *more)  # fmt: skip
 
 
+def validate(document: dict[str, Any], name: str) -> None:
+    schema = json.loads((files("metadiff_cli.schemas") / f"{name}.json").read_text())
+    Draft202012Validator(schema).validate(document)
+
+
 @pytest.fixture(scope="module")
 def trained(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint of each baseline."""
@@ -40,12 +48,14 @@ def trained(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_baseline_is_saved_and_evaluated_under_its_name(method: str, trained: dict[str, Path], cli: CLI) -> None:
-    header = read_header(trained[method])
+    header = json.loads(cli("inspect", trained[method], "--json").out)
+    validate(header, "inspect-1")
     assert header["kind"] == "method" and header["method"]["name"] == method and header["method"]["way"] == 5
     final = json.loads((trained[method].parent / "result.json").read_text())
     again = cli("evaluate", "-c", trained[method], "--controls", "", "--episodes", "4", "--query", "5", "--json")
     assert again.code == 0, again.err
     document = json.loads(again.out)
+    validate(document, "evaluate-1")
     ours = {key: document["methods"][method][key] for key in ("accuracy", "ci95", "ece")}
     assert list(document["methods"]) == [method]
     assert ours == {key: final["methods"][method][key] for key in ours}
@@ -124,6 +134,12 @@ def test_what_does_not_fit_is_refused(trained: dict[str, Path], small_run: Path,
     assert taken.code == 4 and "no encoder" in taken.err
     unknown = cli("evaluate", "-c", trained["anil"], "--controls", "logistic")
     assert unknown.code == 2 and "logreg" in unknown.err
+    halves = cli("evaluate", "-c", trained["anil"], "--halves")
+    assert halves.code == 2 and "--halves" in halves.err
+    planned = cli("metatrain", "--preset", "glyphs-5w1s", "--method", "maml", "--dry-run")
+    assert planned.code == 2 and "--dry-run" in planned.err
+    compared = cli("evaluate", "-c", trained["anil"], "--query", "5", "--compare", small_run / "result.json")
+    assert compared.code == 2 and "--compare" in compared.err
 
 
 def test_a_damaged_baseline_is_named(trained: dict[str, Path], tmp_path: Path, cli: CLI) -> None:
