@@ -156,6 +156,49 @@ class SamplerConfig(Section):
     method: Literal["ddim", "ddpm"] = "ddim"
 
 
+class InnerLoop(Section):
+    """Training of a gradient-based baseline: inner loop on a task's support, outer loop over tasks (Adam).
+
+    Way and shot are those of `evaluation`, as these methods are trained for the episodes that they are measured on.
+    """
+
+    inner_steps: Few = 5
+    test_steps: Few = 10  # inner steps once it is trained
+    rate: Positive = 0.01  # of the inner loop; with `metasgd-frozen`, where the learned rates start
+    steps: Count = 60000
+    batch: Few = 4  # tasks
+    lr: Positive = 1e-3
+    query: Few = 15
+    validate_every: Count = 1000  # steps
+    validation_episodes: Count = 100
+
+
+class FrozenBaseline(InnerLoop):
+    """anil-frozen and metasgd-frozen: a head on features of unit length, so other rates and far cheaper steps."""
+
+    rate: Positive = 10.0
+    steps: Count = 2000
+    batch: Few = 32
+    validate_every: Count = 200
+    validation_episodes: Count = 600
+
+
+class ImageBaseline(InnerLoop):
+    """maml, fomaml and anil; the defaults are those of Finn et al. 2017 for mini-ImageNet 5-way 1-shot."""
+
+    statistics: Literal["queries", "support"] = "queries"  # of BatchNorm on a query: all queries of the task, or none
+    rotated_classes: bool = False  # each base class turned by 90, 180, 270 degrees counts as a further class
+
+
+class BaselinesConfig(Section):
+    """What MetaDiff is measured beside; the penalties, for features of unit length, were best on validation classes."""
+
+    logreg: Positive = 0.1  # penalty, 1 / C of scikit-learn
+    ridge: Positive = 0.3  # penalty
+    frozen: FrozenBaseline = FrozenBaseline()
+    images: ImageBaseline = ImageBaseline()
+
+
 class EvaluationConfig(Section):
     """Episodes of selection and of the final table."""
 
@@ -199,6 +242,7 @@ class Config(Section):
     denoiser: DenoiserConfig = DenoiserConfig()
     metatrain: MetatrainConfig = MetatrainConfig()
     sampler: SamplerConfig = SamplerConfig()
+    baselines: BaselinesConfig = BaselinesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     card: CardConfig = CardConfig()
     runtime: RuntimeConfig = RuntimeConfig()

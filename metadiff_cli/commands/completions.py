@@ -8,7 +8,11 @@ from metadiff_cli.errors import ConfigError
 
 SPLITS = ("train", "val", "test", "all")
 # those of commands/learning.py, which loads torch
-CONTROLS = ("prototype", "analytic", "untrained", "posterior", "inductive", "soft-kmeans", "label-propagation")
+CONTROLS = (
+    "prototype", "analytic", "untrained", "logreg", "ridge", "posterior", "inductive", "soft-kmeans",
+    "label-propagation",
+)  # fmt: skip
+METHODS = ("metadiff", "anil-frozen", "metasgd-frozen", "maml", "fomaml", "anil")
 CACHE_KINDS = ("images", "features", "encoders")
 
 
@@ -30,6 +34,11 @@ def data(incomplete: str) -> Iterator[tuple[str, str]]:
 def splits(incomplete: str) -> list[str]:
     """Names of splits."""
     return [name for name in SPLITS if name.startswith(incomplete)]
+
+
+def methods(incomplete: str) -> list[str]:
+    """Names of what `metatrain` trains."""
+    return [name for name in METHODS if name.startswith(incomplete)]
 
 
 def controls(incomplete: str) -> list[str]:

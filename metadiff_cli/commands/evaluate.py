@@ -27,7 +27,7 @@ def evaluate(
         str,
         typer.Option(
             "--controls",
-            help="Comma-separated names, see the README; empty for none.",
+            help="Comma-separated names or checkpoint files, see the README; empty for none.",
             autocompletion=completions.controls,
         ),
     ] = "prototype,analytic,untrained",
@@ -47,7 +47,7 @@ def evaluate(
     report: options.Report = None,
     fail_under: Annotated[
         float | None,
-        typer.Option("--fail-under", min=0, max=100, help="Leave with 5 when MetaDiff is below (percent)."),
+        typer.Option("--fail-under", min=0, max=100, help="Leave with 5 when the checkpoint is below (percent)."),
     ] = None,
     compare_to: Annotated[
         Path | None,
@@ -77,13 +77,15 @@ def evaluate(
       metadiff evaluate --checkpoint runs/mini/checkpoint.safetensors --data ./mini-imagenet --split val --shot 5
 
       metadiff evaluate --checkpoint runs/glyphs-5w1s/checkpoint.safetensors --fail-under 70 --json
+
+      metadiff evaluate -c runs/mini/checkpoint.safetensors --controls prototype,logreg,runs/maml/checkpoint.safetensors
     """
     screen = Screen(quiet=quiet, verbose=verbose)
     if split not in SPLIT_NAMES:
         raise ConfigError(f"unknown split '{split}'", hint=f"choose one of {', '.join(SPLIT_NAMES)}")
-    from metadiff_cli.commands.learning import feature_bank, measure, parse_controls, sampling_of, show_result
+    from metadiff_cli.commands.learning import parse_controls, show_result
+    from metadiff_cli.core.checkpoint import read_header
     from metadiff_cli.core.evaluation import Protocol
-    from metadiff_cli.core.model import load_model
 
     names = parse_controls(controls)
     old = compare.read_result(compare_to) if compare_to else None
@@ -96,12 +98,11 @@ def evaluate(
         config, settings, options.runtime_flags(seed, device, threads, num_workers, batch_size),
         options.sampler_flags(steps, samples, temperature, guidance),
     )  # fmt: skip
-    model = load_model(options.checkpoint_path(checkpoint), options.start(runtime))
-    trained = check(model.header["config"])
-    source = find_source(trained, runtime, data, screen)
-    bank = feature_bank(model.images, source, split, runtime, screen)
     protocol = Protocol(way, shot, query, episodes, runtime.seed, transductive, imbalance)
-    document = measure(model, bank, split, protocol, sampling_of(runtime), names, screen, halves=halves)
+    path = options.checkpoint_path(checkpoint)
+    if old is not None and read_header(path)["kind"] == "method":
+        raise ConfigError("--compare is for the accuracy of metadiff", hint="leave it out with a baseline's checkpoint")
+    document = measure_file(path, names, runtime, data, split, protocol, screen, halves=halves)
     if old is not None and compare_to is not None:
         document["compared"] = compare.compare(document, old, compare_to)
     if report is not None:
@@ -121,6 +122,34 @@ def evaluate(
         compare.gate(document)
 
 
+def measure_file(
+    path: Path, controls: list[str], runtime: Config, data: Path | None, split: str, protocol: Any, screen: Screen,
+    *, halves: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """The result document of a model or a baseline, beside its controls."""
+    from metadiff_cli.commands.learning import feature_bank, measure, sampling_of
+    from metadiff_cli.commands.methods import FILE, further, mark, measure_method
+    from metadiff_cli.core.checkpoint import read_header
+    from metadiff_cli.core.model import Model, load_model
+    from metadiff_cli.core.trained import load_method
+
+    device = options.start(runtime)
+    baseline = read_header(path)["kind"] == "method"
+    if halves and (baseline or any(name.endswith(FILE) for name in controls)):
+        raise ConfigError("--halves fits what belongs to a MetaDiff model", hint="leave it out with baselines' files")
+    model = (load_method if baseline else load_model)(path, device)
+    source = find_source(check(model.header["config"]), runtime, data, screen)
+    labels = source.split(split, model.images.size).labels
+    name = "metadiff" if isinstance(model, Model) else model.name
+    more, statistics = further(controls, name, runtime, source, split, labels, protocol, device, screen)
+    if isinstance(model, Model):
+        bank = feature_bank(model.images, source, split, runtime, screen)
+        document = measure(model, bank, split, protocol, sampling_of(runtime), controls, screen, more, halves=halves)
+    else:
+        document = measure_method(model, controls, runtime, source, split, protocol, screen, more)
+    return mark(document, statistics)
+
+
 def find_source(trained: Config, runtime: Config, data: Path | None, screen: Screen) -> Any:
     """The data set: drawn or found as in training, but a folder that is given and is another one is read as it lies."""
     from metadiff_cli.commands.workspace import open_source
@@ -138,7 +167,7 @@ def find_source(trained: Config, runtime: Config, data: Path | None, screen: Scr
 
 
 def _gate(document: dict[str, Any], fail_under: float | None) -> None:
-    accuracy = document["methods"]["metadiff"]["accuracy"]
+    accuracy = next(iter(document["methods"].values()))["accuracy"]  # the checkpoint's own comes first
     if fail_under is not None and accuracy < fail_under:
         raise GateError(
             f"accuracy {accuracy:.2f} % is below --fail-under {fail_under:g}", hint="the results above are complete"

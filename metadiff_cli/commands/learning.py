@@ -1,7 +1,7 @@
 """What `metatrain` and `evaluate` share: feature banks, methods by name, the result document and its table."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -31,7 +31,10 @@ from metadiff_cli.core.tuning import fit_tuning
 from metadiff_cli.errors import ConfigError
 from metadiff_cli.paths import cache_dir
 
-CONTROLS = ("prototype", "analytic", "untrained", "posterior", "inductive", "soft-kmeans", "label-propagation")
+CONTROLS = (
+    "prototype", "analytic", "untrained", "logreg", "ridge", "posterior", "inductive", "soft-kmeans",
+    "label-propagation",
+)  # fmt: skip
 POSTERIOR = Sampling(
     steps=100, samples=16, temperature=1.0
 )  # classifiers drawn from the posterior, probabilities averaged
@@ -56,18 +59,19 @@ def sampling_of(config: Config) -> Sampling:
 
 
 def parse_controls(text: str) -> list[str]:
-    """Names from a comma-separated list. Raises ConfigError for one that is not known."""
+    """Names and checkpoint files from a comma-separated list. Raises ConfigError for a name that is not known."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in CONTROLS:
-            raise ConfigError(f"unknown control '{name}'", hint=f"choose from {', '.join(CONTROLS)}")
+        if name not in CONTROLS and not name.endswith(".safetensors"):
+            known = ", ".join(CONTROLS)
+            raise ConfigError(f"unknown control '{name}'", hint=f"choose from {known}, or give a .safetensors file")
     return names
 
 
 def methods_of(
     model: Model, controls: Sequence[str], sampling: Sampling, protocol: Protocol, device: torch.device
 ) -> dict[str, Method]:
-    """MetaDiff and the controls, by name."""
+    """MetaDiff and those of the controls that are made of the model, by name; `methods.further` has the others."""
     learner = model.learner
     makers = {
         "prototype": lambda: prototype_method(learner),
@@ -78,7 +82,8 @@ def methods_of(
         "soft-kmeans": lambda: soft_kmeans_method(learner),
         "label-propagation": lambda: label_propagation_method(learner),
     }
-    return {"metadiff": method_of(learner, sampling, protocol), **{name: makers[name]() for name in controls}}
+    named = [name for name in controls if name in makers]
+    return {"metadiff": method_of(learner, sampling, protocol), **{name: makers[name]() for name in named}}
 
 
 def _untrained(model: Model, seed: int, device: torch.device) -> Learner:
@@ -98,13 +103,35 @@ def measure(
     sampling: Sampling,
     controls: Sequence[str],
     screen: Screen,
+    more: Mapping[str, Method] | None = None,
     *,
     halves: bool = False,
 ) -> dict[str, Any]:
-    """The `evaluate --json` document. With `halves`, what is fitted on classes is fitted on the other half of them."""
+    """The `evaluate --json` document of a model, its controls, and `more` methods.
+
+    With `halves`, what is fitted on classes is fitted on the other half of them.
+    """
+    document = result_document(
+        lambda progress: _scores(model, bank, protocol, sampling, controls, more or {}, progress, halves),
+        bank, split, protocol, screen,
+    )  # fmt: skip
+    return {
+        **document,
+        "halves": halves,
+        "sampling": asdict(sampling),
+        "denoiser": model.header["denoiser"]["kind"],
+        "novelty": _novelty(model.learner, bank, protocol, sampling),
+    }
+
+
+def result_document(
+    run: Callable[[Callable[[int], None]], Mapping[str, Scores]], bank: FeatureBank, split: str, protocol: Protocol,
+    screen: Screen,
+) -> dict[str, Any]:  # fmt: skip
+    """The part of the document that holds for any methods; `run` scores them and reports the episodes done."""
     started = time.perf_counter()
     with screen.progress("episodes") as advance:
-        scores = _scores(model, bank, protocol, sampling, controls, lambda n: advance(n, protocol.episodes), halves)
+        scores = run(lambda done: advance(done, protocol.episodes))
     seconds = time.perf_counter() - started
     return {
         "schema": "metadiff.evaluate/1",
@@ -115,33 +142,28 @@ def measure(
         "seed": protocol.seed,
         "split": split,
         "classes": len(bank.classes),
-        "halves": halves,
         "protocol": "transductive" if protocol.transductive else "inductive",
         "imbalance": protocol.imbalance,
-        "sampling": asdict(sampling),
-        "denoiser": model.header["denoiser"]["kind"],
         "methods": _rounded(summarise(scores, AGAINST)),
-        "reliability": _rounded(scores["metadiff"].reliability()),
-        "novelty": _novelty(model.learner, bank, protocol, sampling),
+        "reliability": _rounded(next(iter(scores.values())).reliability()),
         "episodes_per_second": round(protocol.episodes / seconds, 1),
     }
 
 
 def _scores(
     model: Model, bank: FeatureBank, protocol: Protocol, sampling: Sampling, controls: Sequence[str],
-    progress: Callable[[int], None], halves: bool,
+    more: Mapping[str, Method], progress: Callable[[int], None], halves: bool,
 ) -> dict[str, Scores]:  # fmt: skip
     device = model.images.device
     if not halves:
-        return run_through(
-            evaluate(bank, methods_of(model, controls, sampling, protocol, device), protocol, device), progress
-        )
+        methods = {**methods_of(model, controls, sampling, protocol, device), **more}
+        return run_through(evaluate(bank, methods, protocol, device), progress)
     parts = []
     for fitted, measured in ((0, 1), (1, 0)):
         part = replace(protocol, episodes=(protocol.episodes + fitted) // 2, seed=protocol.seed + fitted)
         tuning = fit_tuning(model.learner, every_other(bank, fitted), device, seed=protocol.seed)
         fresh = replace(model, learner=replace(model.learner, tuning=tuning))
-        methods = methods_of(fresh, controls, sampling, part, device)
+        methods = {**methods_of(fresh, controls, sampling, part, device), **more}
         parts.append(run_through(evaluate(every_other(bank, measured), methods, part, device), progress))
     return {name: parts[0][name].joined(parts[1][name]) for name in parts[0]}
 
@@ -185,6 +207,8 @@ def show_result(document: dict[str, Any], screen: Screen) -> None:
 
 
 def _label(name: str, document: dict[str, Any]) -> str:
+    if document["methods"][name].get("statistics") == "queries":
+        return f"{name} (statistics of all queries)"
     return f"metadiff ({document['denoiser']})" if name == "metadiff" else name
 
 

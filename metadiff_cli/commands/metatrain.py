@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metadiff_cli.commands import options
+from metadiff_cli.commands import completions, methods, options
 from metadiff_cli.config import Config, resolve
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError
@@ -20,14 +20,17 @@ if TYPE_CHECKING:
     from metadiff_cli.core.inference import Learner
     from metadiff_cli.core.metatraining import MetaTrainer
 
-METHODS = ("metadiff",)
+METHODS = completions.METHODS
 
 
 def metatrain(
     preset: options.Preset = None,
     data: options.Data = None,
     encoder: options.EncoderOption = None,
-    method: Annotated[str, typer.Option("--method", help="What is trained: metadiff.")] = "metadiff",
+    method: Annotated[
+        str,
+        typer.Option("--method", help=f"What is trained: {', '.join(METHODS)}.", autocompletion=completions.methods),
+    ] = "metadiff",
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
@@ -45,13 +48,16 @@ def metatrain(
 ) -> None:
     """Train the denoiser on episodes of base classes and end with a table beside the controls.
 
-    Without an encoder it takes the one of the same preset and data, or trains it first.
+    Without an encoder it takes the one of the same preset and data, or trains it first. With --method, one of the
+    gradient-based baselines is trained instead.
 
     Examples:
 
       metadiff metatrain --preset glyphs-5w1s
 
       metadiff metatrain --preset mini-5w5s --data ./mini-imagenet --out runs/mini
+
+      metadiff metatrain --preset glyphs-5w1s --method anil-frozen --out runs/anil-frozen
     """
     screen = Screen(quiet=quiet, verbose=verbose)
     if method not in METHODS:
@@ -59,6 +65,8 @@ def metatrain(
     file = Path(encoder) if encoder and (encoder.endswith(".safetensors") or Path(encoder).exists()) else None
     flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
     resolved = resolve(preset, config, settings or (), {**flags, "encoder": None if file else encoder})
+    if dry_run and method != "metadiff":
+        raise ConfigError("--dry-run plans the training of metadiff alone", hint="leave out --dry-run or --method")
     if dry_run:
         from metadiff_cli.commands.plan import show_plan
 
@@ -69,14 +77,18 @@ def metatrain(
     run = open_run(out or Path("runs") / resolved.name, "metatrain", overwrite=overwrite, resume=resume)
     run.save_config(resolved)
     source = open_source(resolved, data, screen)
-    result = train_model(resolved, source, run, file, screen)
+    if method == "metadiff":
+        result = train_model(resolved, source, run, file, screen)
+    else:
+        result = methods.train_method(method, resolved, source, run, file, screen)
     run.save_json("result.json", result)
     run.save_manifest(data=source.dataset.root, encoder=str(file) if file else None)
     if as_json:
         screen.json({**result, "checkpoint": str(run.folder / CHECKPOINT)})
         return
     show_result(result, screen)
-    screen.text(f"learned part: {_verdict(result['learned'])}")
+    if method == "metadiff":
+        screen.text(f"learned part: {_verdict(result['learned'])}")
     screen.text(f"checkpoint: {run.folder / CHECKPOINT}")
 
 
@@ -112,6 +124,20 @@ def train_model(config: Config, source: "Source", run: "Run", file: Path | None,
     metrics |= {key: result[key] for key in ("way", "shot", "query", "episodes", "seed")}
     save_model(run.folder / CHECKPOINT, images, learner, {**header, "metrics": metrics})
     return result
+
+
+def frozen_parts(
+    config: Config, source: "Source", run: "Run", file: Path | None, screen: Screen
+) -> tuple["ImageEncoder", "FeatureBank", "FeatureBank | None", "Learner"]:
+    """Encoder, features of base and validation classes, and the analytic learner: where a baseline starts."""
+    from metadiff_cli.commands.learning import feature_bank
+
+    images = _encoder(config, source, run, file, screen)
+    base = feature_bank(images, source, "train", config, screen)
+    val = feature_bank(images, source, "val", config, screen) if source.has("val") else None
+    analytic = config.model_copy(update={"denoiser": config.denoiser.model_copy(update={"kind": "analytic"})})
+    learner, _, _ = _learn(analytic, images, base, val, run, screen)
+    return images, base, val, learner
 
 
 def _encoder(config: Config, source: "Source", run: "Run", file: Path | None, screen: Screen) -> "ImageEncoder":
@@ -228,6 +254,8 @@ def _follow(trainer: "MetaTrainer", validate: Any, run: "Run", config: Config, s
     state = run.folder / STATE
     if state.is_file():
         kept = load_checkpoint(state, "state")
+        if "method" in kept.header:
+            raise ConfigError(f"{state} is the state of another method", hint="give another --out, or --overwrite")
         trainer.restore(kept.part, kept.header["plain"])
         screen.note(f"going on after step {trainer.step} of {config.metatrain.steps}")
     with screen.status("meta-training") as update:

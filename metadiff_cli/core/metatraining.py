@@ -202,9 +202,7 @@ class MetaTrainer:
         """Everything that the next step depends on, as tensors by name and plain values."""
         tensors = {f"denoiser.{n}": t for n, t in self.denoiser.state_dict().items()}
         tensors |= {f"ema.{n}": t for n, t in self.ema.average.items()} | {f"best.{n}": t for n, t in self.best.items()}
-        for name, parameter in self.denoiser.named_parameters():
-            for key, value in self.optimiser.state[parameter].items():
-                tensors[f"adam.{name}.{key}"] = value
+        tensors |= adam_tensors(self.denoiser, self.optimiser)
         plain = {"step": self.step, "updates": self.ema.updates, "best": self.best_gain, "history": self.history}
         return tensors, plain
 
@@ -213,8 +211,22 @@ class MetaTrainer:
         self.denoiser.load_state_dict(part("denoiser"))
         self.ema.average = {n: t.to(self.device) for n, t in part("ema").items()}
         self.ema.updates, self.best = int(plain["updates"]), part("best")
-        for name, parameter in self.denoiser.named_parameters():
-            values = {key: t.to(self.device) for key, t in part(f"adam.{name}").items()}
-            if values:
-                self.optimiser.state[parameter] = {**values, "step": values["step"].cpu()}
+        restore_adam(self.denoiser, self.optimiser, part)
         self.step, self.best_gain, self.history = int(plain["step"]), plain["best"], list(plain["history"])
+
+
+def adam_tensors(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The moments of Adam or AdamW for a module's parameters, named adam.<parameter>.<key>."""
+    return {
+        f"adam.{name}.{key}": value
+        for name, parameter in module.named_parameters()
+        for key, value in optimiser.state[parameter].items()
+    }
+
+
+def restore_adam(module: nn.Module, optimiser: torch.optim.Optimizer, part: Callable[[str], dict[str, Tensor]]) -> None:
+    """Put back what `adam_tensors` gave; `part(prefix)` gives the tensors below a prefix."""
+    for name, parameter in module.named_parameters():
+        values = {key: t.to(parameter.device) for key, t in part(f"adam.{name}").items()}
+        if values:
+            optimiser.state[parameter] = {**values, "step": values["step"].cpu()}

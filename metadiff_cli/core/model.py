@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metadiff_cli.core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from metadiff_cli.core.checkpoint import KINDS, Checkpoint, load_checkpoint, save_checkpoint
 from metadiff_cli.core.classifier import Calibration
 from metadiff_cli.core.denoiser import build_denoiser
-from metadiff_cli.core.encoders import build_encoder
+from metadiff_cli.core.encoders import Encoder, build_encoder
 from metadiff_cli.core.features import ImageEncoder
 from metadiff_cli.core.headers import check_denoiser, check_image, check_tuning
 from metadiff_cli.core.inference import Learner, TaskClassifier, Tuning
@@ -48,7 +48,9 @@ def load_encoder(path: Path, device: torch.device, *, mirror: bool, half: bool =
         raise CheckpointError(
             f"{path} is the state of an unfinished training", hint="give encoder.safetensors beside it"
         )
-    images = _image_encoder(checkpoint, device, mirror)
+    if not checkpoint.part("encoder"):
+        raise CheckpointError(f"{path} holds no encoder of its own", hint=f"give {KINDS['encoder']}")
+    images = image_encoder(checkpoint, device, mirror)
     if half:
         with torch.no_grad():
             for weights in images.encoder.parameters():
@@ -71,22 +73,22 @@ def load_model(path: Path, device: torch.device) -> Model:
 
 def model_tensors(images: ImageEncoder, learner: Learner) -> dict[str, Tensor]:
     """What adaptation and prediction need of a model, by name."""
-    tensors = _encoder_tensors(images)
+    tensors = encoder_tensors(images)
     tensors |= {f"space.{n}": t for n, t in learner.space.tensors().items()}
     return tensors | {f"denoiser.{n}": t for n, t in learner.denoiser.state_dict().items()}
 
 
 def model_header(images: ImageEncoder, learner: Learner) -> dict[str, Any]:
     """What a header says of a model, besides which denoiser it has and where it comes from."""
-    return {**_image_header(images), "tuning": asdict(learner.tuning)}
+    return {**image_header(images), "tuning": asdict(learner.tuning)}
 
 
 def model_of(checkpoint: Checkpoint, device: torch.device) -> Model:
     """The model in a file that was read. Raises CheckpointError when tensors and header do not fit."""
     header = checkpoint.header
     with checkpoint_errors(Path(checkpoint.path)):
-        images = _image_encoder(checkpoint, device, bool(header["image"]["mirror"]))
-        space = _space(checkpoint, images)
+        images = image_encoder(checkpoint, device, bool(header["image"]["mirror"]))
+        space = space_of(checkpoint, images)
         denoiser = _denoiser(checkpoint, images.feature_size).to(device)
         learned = header["denoiser"]["kind"] != "analytic"
         targets = checkpoint.tensors.get("targets")
@@ -103,7 +105,8 @@ def tuning_from(values: dict[str, Any]) -> Tuning:
     return Tuning(**{**values, **calibrations, "pool": PoolGuidance(**values["pool"])})
 
 
-def _space(checkpoint: Checkpoint, images: ImageEncoder) -> TaskSpace:
+def space_of(checkpoint: Checkpoint, images: ImageEncoder) -> TaskSpace:
+    """The task space in a file that was read."""
     space = TaskSpace.from_tensors(checkpoint.part("space")).to(images.device)
     if len(space.mean) != images.feature_size:
         raise ValueError("its task space is of another encoder")
@@ -122,24 +125,31 @@ def _denoiser(checkpoint: Checkpoint, size: int) -> nn.Module:
     return denoiser.eval()
 
 
-def _image_encoder(checkpoint: Checkpoint, device: torch.device, mirror: bool) -> ImageEncoder:
+def image_encoder(checkpoint: Checkpoint, device: torch.device, mirror: bool) -> ImageEncoder:
+    """The encoder in a file that was read."""
     with checkpoint_errors(Path(checkpoint.path)):
-        name, image = checkpoint.header["encoder"], checkpoint.header["image"]
-        check_image(image)
-        encoder = build_encoder(name)
+        encoder = build_encoder(checkpoint.header["encoder"])
         encoder.load_state_dict(checkpoint.part("encoder"))
         encoder.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        mean, std = tuple(map(float, image["mean"])), tuple(map(float, image["std"]))
-        return ImageEncoder(encoder, name, int(image["size"]), mean, std, mirror, device)
+        return described_encoder(checkpoint.header, encoder, device, mirror=mirror)
 
 
-def _encoder_tensors(images: ImageEncoder) -> dict[str, Tensor]:
+def described_encoder(header: dict[str, Any], encoder: Encoder, device: torch.device, *, mirror: bool) -> ImageEncoder:
+    """An encoder with what a header says about its images."""
+    image = header["image"]
+    check_image(image)
+    mean, std = tuple(map(float, image["mean"])), tuple(map(float, image["std"]))
+    return ImageEncoder(encoder, header["encoder"], int(image["size"]), mean, std, mirror, device)
+
+
+def encoder_tensors(images: ImageEncoder) -> dict[str, Tensor]:
     """The encoder's tensors by name; a matrix that fp16 holds exactly is stored so, in half the space."""
     tensors = {f"encoder.{n}": t for n, t in images.encoder.state_dict().items()}
     return {n: t.half() if t.dim() > 1 and torch.equal(t.half().float(), t) else t for n, t in tensors.items()}
 
 
-def _image_header(images: ImageEncoder) -> dict[str, Any]:
+def image_header(images: ImageEncoder) -> dict[str, Any]:
+    """What a header says of an encoder and its images."""
     image = {"size": images.size, "mean": list(images.mean), "std": list(images.std), "mirror": images.mirror}
     return {"encoder": images.name, "image": image}
 

@@ -1,0 +1,165 @@
+"""Meta-training of the gradient-based family: the outer loop over tasks of base classes, by Adam.
+
+A step's tasks follow from (seed, step) alone. `InnerTrainer.run` is a generator of records, as the other trainers'.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metadiff_cli.config import InnerLoop
+from metadiff_cli.core.episodes import Episodes, check_episodes, training_batch
+from metadiff_cli.core.features import FeatureBank
+from metadiff_cli.core.innerloop import InnerLearner
+from metadiff_cli.core.metatraining import adam_tensors, restore_adam
+from metadiff_cli.errors import MetaDiffError
+
+REPORT_EVERY = 20  # steps
+LARGEST_SLOPE = 10.0  # entries of the outer gradient are clipped there, as MAML's code does on mini-ImageNet
+
+
+@dataclass(frozen=True)
+class InnerStep:
+    """Means since the last validation: loss of the queries in nats, their accuracy in percent."""
+
+    step: int
+    steps: int
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class InnerValidation(InnerStep):
+    """`validation` is the accuracy on validation episodes in percent with its interval, None without them."""
+
+    validation: float | None
+    ci95: float | None
+    best: bool
+
+
+class InnerTrainer:
+    """The state of the training of one learner: its parameters, optimiser, and the best parameters so far."""
+
+    def __init__(
+        self, learner: InnerLearner, bank: FeatureBank, config: InnerLoop, *, shot: int, seed: int,
+        device: torch.device, quarters: int = 1,
+    ) -> None:  # fmt: skip
+        """`bank` has features, or pixels (n, S * S * 3) for a learner on images.
+
+        With `quarters` = 4 each class of images, turned by 90, 180 and 270 degrees, counts as three further classes.
+        Raises DataError when the base classes do not suffice.
+        """
+        self.bank, self.config, self.shot, self.seed, self.device = bank, config, shot, seed, device
+        own = bank.class_indices()
+        check_episodes(own, bank.classes, learner.way, shot, config.query)
+        # a row beyond the bank's end means the same image turned: row + q n by q quarters
+        self.indices = [rows + q * len(bank.labels) for q in range(quarters) for rows in own]
+        self.learner = learner.to(device)
+        self.optimiser = torch.optim.Adam(self.learner.parameters(), lr=config.lr)
+        self.step = 0
+        self.best: dict[str, Tensor] = {}
+        self.best_validation: float | None = None
+        self.history: list[dict[str, Any]] = []
+
+    def chosen(self) -> InnerLearner:
+        """The learner with the best parameters so far, in evaluation mode."""
+        chosen = copy.deepcopy(self.learner)
+        chosen.load_state_dict(self.best or self.learner.state_dict())
+        return chosen.eval()
+
+    def run(
+        self, validate: Callable[[InnerLearner], tuple[float, float] | None]
+    ) -> Iterator[InnerStep | InnerValidation]:
+        """Train the steps that are left; `validate` gives the accuracy of the learner and its interval."""
+        seen = torch.zeros(3, dtype=torch.float64)
+        while self.step < self.config.steps:
+            seen += self._train_step()
+            self.step += 1
+            loss, accuracy, count = seen.tolist()
+            now = InnerStep(self.step, self.config.steps, loss / count, 100 * accuracy / count)
+            if self.step % self.config.validate_every == 0 or self.step == self.config.steps:
+                yield self._validate(validate, now)
+                seen.zero_()
+            elif self.step % REPORT_EVERY == 0:
+                yield now
+
+    def _validate(
+        self, validate: Callable[[InnerLearner], tuple[float, float] | None], now: InnerStep
+    ) -> InnerValidation:
+        measured = validate(self.learner)
+        accuracy, ci95 = measured if measured else (None, None)
+        best = accuracy is None or self.best_validation is None or accuracy > self.best_validation
+        if best:
+            self.best_validation = accuracy
+            self.best = {name: t.detach().clone() for name, t in self.learner.state_dict().items()}
+        record = InnerValidation(**vars(now), validation=accuracy, ci95=ci95, best=best)
+        self.history.append(vars(record).copy())
+        return record
+
+    def _train_step(self) -> Tensor:
+        """One step of the outer optimiser; returns loss, accuracy in 0..1 and the number of steps, which is 1."""
+        way = self.learner.way
+        episodes = training_batch(
+            self.indices, (way, way), (self.shot, self.shot), self.config.query,
+            batch=self.config.batch, seed=self.seed, step=self.step,
+        )  # fmt: skip
+        self.learner.train()
+        self.optimiser.zero_grad(set_to_none=True)
+        loss, accuracy = 0.0, 0.0
+        for part in _parts(episodes, self.learner.at_once):
+            share = len(part.labels) / self.config.batch
+            part_loss, part_accuracy = self.loss(part)
+            (share * part_loss).backward()  # type: ignore[no-untyped-call]
+            loss, accuracy = loss + share * float(part_loss.detach()), accuracy + share * part_accuracy
+        if not math.isfinite(loss):
+            raise MetaDiffError(
+                f"the loss became {loss} at step {self.step + 1}; the state of the last validation is kept",
+                hint="try a lower rate or lr in --set baselines.images.rate=... or baselines.frozen.rate=...",
+            )
+        nn.utils.clip_grad_value_(self.learner.parameters(), LARGEST_SLOPE)
+        self.optimiser.step()
+        return torch.tensor([loss, accuracy, 1.0], dtype=torch.float64)
+
+    def loss(self, episodes: Episodes) -> tuple[Tensor, float]:
+        """Cross-entropy of the queries after adaptation to the support, and their accuracy in 0..1."""
+        labels = torch.from_numpy(episodes.labels).to(self.device)
+        logits = self.learner(self._fetch(episodes.support), self._fetch(episodes.query), self.config.inner_steps)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return loss, float((logits.detach().argmax(dim=-1) == labels).float().mean())
+
+    def _fetch(self, rows: np.ndarray) -> Tensor:
+        """Features or pixels (..., D) of rows (...), turned where the row says so."""
+        turns, rows = np.divmod(rows, len(self.bank.labels))
+        values = self.bank.features[rows]
+        for q in (1, 2, 3):
+            if (turned := turns == q).any():
+                side = math.isqrt(values.shape[-1] // 3)
+                squares = values[turned].reshape(-1, side, side, 3)
+                values[turned] = np.rot90(squares, q, axes=(1, 2)).reshape(len(squares), -1)
+        return torch.from_numpy(values).to(self.device)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that the next step depends on, as tensors by name and plain values."""
+        tensors = {f"learner.{n}": t for n, t in self.learner.state_dict().items()}
+        tensors |= {f"best.{n}": t for n, t in self.best.items()} | adam_tensors(self.learner, self.optimiser)
+        return tensors, {"step": self.step, "best": self.best_validation, "history": self.history}
+
+    def restore(self, part: Callable[[str], dict[str, Tensor]], plain: dict[str, Any]) -> None:
+        """Go on from a `state`; `part(prefix)` gives the tensors below a prefix."""
+        self.learner.load_state_dict(part("learner"))
+        self.best = part("best")
+        restore_adam(self.learner, self.optimiser, part)
+        self.step, self.best_validation, self.history = int(plain["step"]), plain["best"], list(plain["history"])
+
+
+def _parts(episodes: Episodes, size: int) -> Iterator[Episodes]:
+    """The tasks of a batch, `size` at a time."""
+    for i in range(0, len(episodes.labels), size):
+        yield Episodes(*(array[i : i + size] for array in vars(episodes).values()))

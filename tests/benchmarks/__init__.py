@@ -1,0 +1,1 @@
+"""Speed and memory beside what they should be measured against, both in one run: `python -m tests.benchmarks`."""

@@ -1,0 +1,184 @@
+"""Meta-training: tasks per second, and peak memory as inner steps grow, beside second-order ANIL and MAML."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from metadiff_cli.config import DenoiserConfig, FrozenBaseline, ImageBaseline, MetatrainConfig
+from metadiff_cli.core.diffusion import Schedule
+from metadiff_cli.core.encoders import build_encoder
+from metadiff_cli.core.inference import Learner, Sampling, Tuning, adapt_tasks
+from metadiff_cli.core.innerloop import FrozenLearner, build_image_learner
+from metadiff_cli.core.innertraining import InnerTrainer
+from metadiff_cli.core.metatraining import MetaTrainer
+from metadiff_cli.core.task_space import fit_task_space
+from tests.benchmarks.common import CPU, Ratio, Report, Sizes, feature_bank, pixel_bank, rates
+
+MAML_STEPS = 5
+KINDS = ("metadiff", "anil", "maml")
+
+
+def metadiff_trainer(sizes: Sizes, inner: int) -> MetaTrainer:
+    """MetaDiff with T = `inner` diffusion steps."""
+    bank = feature_bank(sizes)
+    space = fit_task_space([torch.from_numpy(bank.features[rows]) for rows in bank.class_indices()])
+    config = MetatrainConfig(
+        batch=sizes.batch, query=sizes.query, ways=(sizes.way, sizes.way), shots=(sizes.shot, sizes.shot)
+    )
+    trainer = MetaTrainer(bank, space, DenoiserConfig(), config, seed=0, device=CPU)
+    trainer.schedule = Schedule(inner)
+    trainer.abar = trainer.schedule.abar.float()
+    return trainer
+
+
+def anil_trainer(sizes: Sizes, inner: int) -> InnerTrainer:
+    """Second-order ANIL on the same features, the same tasks a step."""
+    config = FrozenBaseline(batch=sizes.batch, query=sizes.query, inner_steps=inner)
+    bank = feature_bank(sizes)
+    learner = FrozenLearner("anil-frozen", sizes.way, torch.zeros(sizes.features), config)
+    return InnerTrainer(learner, bank, config, shot=sizes.shot, seed=0, device=CPU)
+
+
+def maml_trainer(sizes: Sizes, inner: int) -> InnerTrainer:
+    """Second-order MAML on images of the configured size."""
+    config = ImageBaseline(batch=1, query=sizes.query, inner_steps=inner)
+    shape = (sizes.image, (0.5,) * 3, (0.25,) * 3)
+    learner = build_image_learner("maml", sizes.way, build_encoder(sizes.encoder), *shape, config)
+    return InnerTrainer(learner, pixel_bank(sizes), config, shot=sizes.shot, seed=0, device=CPU)
+
+
+def stepper(kind: str, sizes: Sizes, inner: int) -> Callable[[], int]:
+    """One training step of a kind; returns its number of tasks."""
+    if kind == "metadiff":
+        ours = metadiff_trainer(sizes, inner)
+
+        def step() -> int:
+            ours._train_step(1e-4)
+            ours.step += 1
+            return sizes.batch
+
+        return step
+    theirs = (anil_trainer if kind == "anil" else maml_trainer)(sizes, inner)
+
+    def other() -> int:
+        theirs._train_step()
+        theirs.step += 1
+        return theirs.config.batch
+
+    return other
+
+
+def adapters(sizes: Sizes, inner: int) -> dict[str, Callable[[], int]]:
+    """One adaptation of one task: ours with S = T = `inner` sampling steps, ANIL's with as many inner steps."""
+    ours, theirs = metadiff_trainer(sizes, inner), anil_trainer(sizes, inner)
+    learner = Learner(ours.space, ours.denoiser.eval(), True, Tuning(), schedule=ours.schedule)
+    z = torch.from_numpy(ours.bank.features[: sizes.way * sizes.shot]).view(1, sizes.way, sizes.shot, -1)
+    ranks = torch.arange(sizes.way).unsqueeze(0)
+
+    def sample() -> int:
+        adapt_tasks(learner, z, Sampling(steps=inner, guidance=1.0), ranks=ranks, seeds=[0])
+        return 1
+
+    @torch.no_grad()
+    def descend() -> int:
+        theirs.learner(z, z[:, :, 0], inner)
+        return 1
+
+    return {"metadiff adaptation": sample, "anil adaptation": descend}
+
+
+def training(sizes: Sizes) -> Report:
+    """Tasks per second of meta-training, and the time of one adaptation."""
+    rows, ratios = [], []
+    for inner in sizes.inner:
+        works = {kind: stepper(kind, sizes, inner) for kind in ("metadiff", "anil")} | adapters(sizes, inner)
+        found = rates(works, sizes)
+        ratio = found["metadiff"] / found["anil"]
+        times = (1000 / found[f"{kind} adaptation"] for kind in ("metadiff", "anil"))
+        rows.append((inner, round(found["metadiff"], 1), round(found["anil"], 1), round(ratio, 2),
+                     *(round(t, 2) for t in times)))  # fmt: skip
+        ratios.append(Ratio(f"metadiff / anil, {inner} inner steps", ratio, least=10 if inner == 100 else None))
+    found = rates({kind: stepper(kind, sizes, MAML_STEPS) for kind in ("metadiff", "maml")}, sizes)
+    ratios.append(Ratio(f"metadiff / maml on images, {MAML_STEPS} inner steps", found["metadiff"] / found["maml"], 100))
+    return Report(
+        "Meta-training, tasks per second",
+        ("inner steps", "metadiff", "anil", "ratio", "one adaptation, metadiff ms", "anil ms"),
+        rows,
+        ratios,
+        (
+            f"maml on {sizes.image} x {sizes.image} images with {MAML_STEPS} inner steps: {found['maml']:.2f} tasks/s",
+            "the frozen encoder's training is not in these numbers; the benchmark `pretraining` has its images/s",
+        ),
+    )
+
+
+def memory(sizes: Sizes) -> Report:
+    """Peak memory of training steps beyond imports and data, each number from a process of its own."""
+    series: dict[str, list[tuple[int, float]]] = {kind: [] for kind in KINDS}
+    for kind in KINDS:
+        for inner in sizes.memory_inner:
+            if _expected(series[kind], inner) > 1000 * sizes.memory_limit:
+                break
+            series[kind].append((inner, _peak_of(kind, inner, sizes)))
+    rows = [(inner, *(dict(series[kind]).get(inner, f"over {sizes.memory_limit:g} GB") for kind in KINDS))
+            for inner in sizes.memory_inner]  # fmt: skip
+    ratios = []
+    for kind in KINDS:
+        values = [megabytes for _, megabytes in series[kind]]
+        most = 1.05 if kind == "metadiff" else None
+        name = f"{kind}: largest / smallest, {series[kind][0][0]} to {series[kind][-1][0]} inner steps"
+        ratios.append(Ratio(name, max(values) / max(min(values), 1e-3), most=most))
+    return Report(
+        "Meta-training, peak memory in MB beyond imports and data", ("inner steps", *KINDS), rows, ratios,
+        (f"metadiff and anil: {sizes.batch} tasks a step; maml: one task at a time",), series,
+    )  # fmt: skip
+
+
+def _expected(points: list[tuple[int, float]], inner: int) -> float:
+    """MB at `inner` steps along the line through the last two measurements; 0 before there are two."""
+    if len(points) < 2:
+        return 0.0
+    (n0, m0), (n1, m1) = points[-2:]
+    return m1 + (m1 - m0) / (n1 - n0) * (inner - n1)
+
+
+def _peak_of(kind: str, inner: int, sizes: Sizes) -> float:
+    command = [sys.executable, "-m", "tests.benchmarks.learning", kind, str(inner), json.dumps(asdict(sizes))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"measuring {kind} with {inner} inner steps failed:\n{done.stderr}")
+    return float(done.stdout)
+
+
+def peak_megabytes() -> float:
+    """The largest resident size of this process so far.
+
+    Linux tells it per program; getrusage would include what the parent had when it started this one.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1000
+    except (OSError, StopIteration):
+        import resource
+
+        unit = 1e6 if sys.platform == "darwin" else 1e3
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def _child(kind: str, inner: int, values: dict[str, Any]) -> float:
+    """In the fresh process: imports and data, then training steps; the growth of the peak."""
+    sizes = Sizes(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    step = stepper(kind, sizes, inner)
+    before = peak_megabytes()
+    for _ in range(2):
+        step()
+    return round(peak_megabytes() - before, 1)
+
+
+if __name__ == "__main__":
+    print(_child(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])))
