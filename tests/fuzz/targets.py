@@ -56,11 +56,11 @@ def checkpoint(data: bytes) -> None:
 
 
 def config(data: bytes) -> None:
-    """Bytes of a configuration file, laid over a preset; and the same text as a value and as a variable."""
-    _with_file(data, lambda path: resolve("glyphs-5w1s", path, environ={}))
+    """Bytes of a configuration file, and the same text as a setting and as the value of a variable."""
+    _with_file(data, lambda path: resolve(file=path, environ={}))
     text = data.decode("utf-8", errors="replace")
     _allowed(lambda: resolve(settings=[text], environ={}))
-    _allowed(lambda: resolve(settings=[f"seed={text}"], environ={"METADIFF_PRETRAIN__EPOCHS": text}))
+    _allowed(lambda: resolve(environ={"METADIFF_PRETRAIN__EPOCHS": text}))
 
 
 def _with_file(data: bytes, read: Callable[[Path], object]) -> None:
