@@ -122,7 +122,9 @@ def test_the_confusion_table(photos: Path) -> None:
     assert "Confusion" not in page_of(photos, report(photos)).text
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.text(min_size=1, max_size=40))
 def test_text_never_becomes_markup(photos: Path, text: str) -> None:
     def filled(word: str) -> AdaptReport:
