@@ -75,6 +75,8 @@ class Stream:
                     self.sorted_new += placed.new
                     self.sorted_old += not placed.new
                     outcome = replace(outcome, placed=str(placed.path))
+                    if move and placed.new and self.kept is not None:  # the report draws the picture where it is now
+                        self.kept[-1] = replace(self.kept[-1], path=str(placed.path))
             yield outcome
 
     def write_report(self, path: Path, checkpoint: str) -> None:

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 from conftest import COLOURS, Result, paint
 
+from metadiff_cli.__main__ import main
 from metadiff_cli.app import run
 from metadiff_cli.core.adaptation import encode_images
 from metadiff_cli.core.checkpoint import load_checkpoint, save_checkpoint
@@ -360,18 +360,24 @@ def test_rows_come_while_later_images_wait(photos: Path, checkpoint: Path) -> No
     assert sum(len(part) for part in stream) == 38
 
 
-def test_names_that_are_no_text(photos: Path, checkpoint: Path) -> None:
-    """A real process: its stdout escapes what has no encoding, which JSON reads back to the same name."""
+def test_names_that_are_no_text(photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stdout escapes what has no encoding, which JSON reads back to the same name."""
     odd = os.fsencode(photos / "query") + b"/caf\xe9.png"
     try:
         os.rename(photos / "query" / "red.png", odd)
     except OSError:
         pytest.skip("this file system takes names in UTF-8 only")
-    command = [sys.executable, "-m", "metadiff_cli", "adapt", "-S", photos / "support", "-Q", photos / "query",
-               "-c", checkpoint, "--json", "--sort-into", photos / "out"]  # fmt: skip
-    done = subprocess.run([str(c) for c in command], capture_output=True, env={**os.environ, "PYTHONUTF8": "1"})
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.decode("utf-8"))["predictions"]
+    raw = io.BytesIO()
+    out = io.TextIOWrapper(raw, encoding="utf-8")
+    arguments = ["adapt", "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint, "--json",
+                 "--sort-into", photos / "out"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["metadiff", *(str(a) for a in arguments)])
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 0
+    out.flush()
+    found = json.loads(raw.getvalue().decode("utf-8"))["predictions"]
     assert odd in [os.fsencode(p["path"]) for p in found]
 
 
@@ -385,3 +391,11 @@ def test_the_report_is_a_page_that_loads_nothing(photos: Path, checkpoint: Path,
     assert "Content-Security-Policy" in text and "http://" not in text and "https://" not in text
     assert text.count("data:image/") == 10 + 4  # every support and query image once
     assert all(p["path"].rsplit("/")[-1] in text for p in json.loads(result.out)["predictions"])
+
+
+def test_the_report_finds_pictures_that_were_moved(photos: Path, checkpoint: Path, cli: CLI) -> None:
+    page, out = photos / "report.html", photos / "out"
+    result = cli("adapt", "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint, "--report", page,
+                 "--sort-into", out, "--move")  # fmt: skip
+    assert result.code == 0 and len(list(out.rglob("*.png"))) == 4
+    assert page.read_text(encoding="utf-8").count("data:image/") == 10 + 4

@@ -88,3 +88,17 @@ def test_a_plan_knows_the_encoder_that_is_kept(cli: CLI, small_run: Path) -> Non
     assert all(split["decoded"] for split in plan["data"]["splits"].values())
     shown = cli("metatrain", "--preset", "glyphs-5w1s", *SMALL, "--dry-run")
     assert shown.code == 0 and "in all, about" in shown.out and "nothing was written" in shown.out
+
+
+def test_all_that_adapt_can_say(cli: CLI, checkpoint: Path, photos: Path) -> None:
+    """Labels, rejected images, a picture that is in the support too, sorting, a pool, an error."""
+    support = photos / "support"
+    (support / "red" / "broken.png").write_bytes(b"x")
+    adapted = cli(
+        "adapt", "-S", support, "-Q", support, "-c", checkpoint, "--labelled", "--sort-into", photos / "out",
+        "--unlabeled", photos / "query", "--reject-below", "0.3", "--json",
+    )  # fmt: skip
+    document = validate(adapted, "metadiff.adapt/1")
+    optional = {"support_check", "unlabelled", "labelled", "protocol"}
+    assert optional <= set(document) and all({"truth", "twin", "sorted_to"} <= set(p) for p in document["predictions"])
+    assert set(document) <= set(SCHEMAS["metadiff.adapt/1"]["properties"])
