@@ -116,8 +116,8 @@ class FeaturesConfig(Section):
 class TaskSpaceConfig(Section):
     """Shrinkage of the class statistics; design, section 2."""
 
-    shrink_within: Share = 0.5
-    shrink_between: Share = 0.3
+    # shares within and between; "auto" takes the pair of core/tuning.SHRINKAGE that is best on validation classes
+    shrink: Literal["auto"] | tuple[Share, Share] = "auto"
     floor: Positive = 1e-3
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from metadiff_cli.core.features import FeatureBank, ImageEncoder
     from metadiff_cli.core.inference import Learner
     from metadiff_cli.core.metatraining import MetaTrainer
+    from metadiff_cli.core.task_space import TaskSpace
 
 METHODS = completions.METHODS
 
@@ -173,18 +174,10 @@ def _learn(
 
     from metadiff_cli.core.denoiser import AnalyticDenoiser
     from metadiff_cli.core.inference import Learner, Tuning
-    from metadiff_cli.core.task_space import fit_task_space, identity_space
     from metadiff_cli.core.tuning import fit_tuning
 
-    s = config.space
     kind = config.denoiser.kind
-    if kind == "paper":
-        space = identity_space(_by_class(base))
-    else:
-        space = fit_task_space(
-            _by_class(base), shrink_within=s.shrink_within, shrink_between=s.shrink_between, floor=s.floor
-        )
-    space = space.to(images.device)
+    space = (_paper_space if kind == "paper" else _task_space)(config, base, val, images.device, screen)
     targets = space.to_task(torch.stack([c.mean(dim=0) for c in _by_class(base)]).to(images.device))
     learner = Learner(space, AnalyticDenoiser(), False, Tuning(), targets)
     learned: dict[str, Any] = {"kind": kind, "kept": False, "gain": None, "ci95": None}
@@ -197,6 +190,31 @@ def _learn(
     else:
         screen.warn("no validation classes: guidance and confidence keep their defaults, and nothing is selected")
     return learner, learned, kind if learned["kept"] else "analytic"
+
+
+def _task_space(
+    config: Config, base: "FeatureBank", val: "FeatureBank | None", device: Any, screen: Screen
+) -> "TaskSpace":
+    """The task space of the base classes, its shrinkage as configured or as validation classes prefer."""
+    from metadiff_cli.core.task_space import class_statistics
+    from metadiff_cli.core.tuning import SHRINKAGE, choose_shrinkage
+
+    statistics = class_statistics(_by_class(base))
+    shrink, floor = config.space.shrink, config.space.floor
+    if shrink == "auto":
+        shrink = SHRINKAGE[0]
+        if val is not None:
+            shrink = choose_shrinkage(statistics, floor, val, device, seed=config.seed)
+            screen.detail(f"shrinkage {shrink[0]:g} within classes and {shrink[1]:g} between, by validation classes")
+    return statistics.task_space(*shrink, floor).to(device)
+
+
+def _paper_space(
+    config: Config, base: "FeatureBank", val: "FeatureBank | None", device: Any, screen: Screen
+) -> "TaskSpace":
+    from metadiff_cli.core.task_space import identity_space
+
+    return identity_space(_by_class(base)).to(device)
 
 
 def _by_class(bank: "FeatureBank") -> "Iterator[Tensor]":

@@ -110,8 +110,9 @@ def _checked_header(path: Path, text: str | None) -> dict[str, Any]:
 def _refuse_foreign(path: Path) -> None:
     """Name the common mistake: a pickle or an archive under our extension. Nothing is unpickled."""
     with path.open("rb") as file:
-        start = file.read(8)
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+        start, brace = file.read(8), file.read(1)
+    # a safetensors file begins with the length of its header, which may well be 0x80 modulo 256, and then a brace
+    if brace != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         raise CheckpointError(
             f"{path} is a Python pickle (a .pt or .pth file), not safetensors",
             hint="metadiff never opens pickles; give a checkpoint that metadiff wrote",

@@ -54,24 +54,38 @@ class TaskSpace:
         return cls(tensors["mean"], tensors["basis"], tensors["inverse"], tensors["precision"])
 
 
+@dataclass(frozen=True)
+class ClassStatistics:
+    """Of the features of base classes, in float64: mean of the class means (D,), S_w and S_b (D, D)."""
+
+    mean: Tensor
+    within: Tensor
+    between: Tensor
+
+    def task_space(self, shrink_within: float = 0.5, shrink_between: float = 0.3, floor: float = 1e-3) -> TaskSpace:
+        """`shrink_*` is the share (0..1) of tr(S)/D times the identity; lambda is floored at `floor` of its maximum."""
+        within, between = _shrink(self.within, shrink_within), _shrink(self.between, shrink_between)
+        return _solve(self.mean, within, between, floor, len(self.mean))
+
+
+def class_statistics(classes: Iterable[Tensor]) -> ClassStatistics:
+    """From the features of base classes, one tensor (n_c, D) a class; they are read once, one after the other.
+
+    Raises DataError for features that are not finite, a class without images, and fewer than two classes.
+    """
+    means, scatter, total, inverse_counts = _moments(classes)
+    count = len(means)
+    within = scatter / max(total - count, 1)
+    mean = means.mean(dim=0)
+    centred = means - mean
+    return ClassStatistics(mean, within, centred.T @ centred / (count - 1) - within * inverse_counts)
+
+
 def fit_task_space(
     classes: Iterable[Tensor], *, shrink_within: float = 0.5, shrink_between: float = 0.3, floor: float = 1e-3
 ) -> TaskSpace:
-    """Fit from the features of base classes, one tensor (n_c, D) a class; they are read once, one after the other.
-
-    `shrink_*` in 0..1 is the share of tr(S)/D times the identity; lambda is floored at `floor` of its maximum.
-    Raises DataError for features that are not finite, a class without images, and fewer than two classes.
-    """
-    means, within, total, inverse_counts = _moments(classes)
-    count, size = means.shape
-    freedom = max(total - count, 1)
-    s_w = within / freedom
-    mean = means.mean(dim=0)
-    centred = means - mean
-    s_b = centred.T @ centred / (count - 1) - s_w * inverse_counts
-    s_w = _shrink(s_w, shrink_within)
-    s_b = _shrink(s_b, shrink_between)
-    return _solve(mean, s_w, s_b, floor, size)
+    """The task space of base classes; see `class_statistics` and `ClassStatistics.task_space`."""
+    return class_statistics(classes).task_space(shrink_within, shrink_between, floor)
 
 
 def identity_space(classes: Iterable[Tensor]) -> TaskSpace:

@@ -86,3 +86,14 @@ def test_a_half_precision_encoder_takes_half_the_space_and_gives_the_same_featur
         n: t for n, t in load_checkpoint(tmp_path / "half.safetensors").tensors.items() if n.startswith("encoder.")
     }
     assert all(t.dtype == torch.float16 for t in saved.values() if t.dim() > 1)
+
+
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path) -> None:
+    """The first byte of a pickle is 0x80, and so is that of every 32nd safetensors file: its header's length."""
+    path = tmp_path / "c.safetensors"
+    for size in range(300):
+        save_checkpoint(path, "encoder", {"a": torch.zeros(1)}, {"note": "x" * size})
+        if path.read_bytes()[0] == 0x80:
+            break
+    assert path.read_bytes()[0] == 0x80
+    assert load_checkpoint(path, "encoder").header["note"] == "x" * size

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from metadiff_cli.core.task_space import _moments, _shrink, fit_task_space, identity_space
+from metadiff_cli.core.task_space import _moments, _shrink, class_statistics, fit_task_space, identity_space
 from metadiff_cli.errors import DataError
 
 
@@ -75,3 +75,19 @@ def test_identity_space_keeps_directions() -> None:
     z = torch.randn(3, 16)
     assert torch.allclose(space.to_feature(space.to_task(z)), z, atol=1e-5)
     assert torch.allclose(torch.cosine_similarity(space.to_task(z), z), torch.ones(3), atol=1e-5)
+
+
+def test_statistics_give_the_space_of_any_shrinkage() -> None:
+    g = torch.Generator().manual_seed(0)
+    classes = [torch.randn(6, 5, generator=g) + torch.randn(1, 5, generator=g) for _ in range(8)]
+    statistics = class_statistics(classes)
+    for within, between in ((0.5, 0.3), (0.95, 0.6)):
+        space = statistics.task_space(within, between)
+        again = fit_task_space(classes, shrink_within=within, shrink_between=between)
+        assert all(torch.equal(a, b) for a, b in zip(space.tensors().values(), again.tensors().values(), strict=True))
+    round_noise = statistics.task_space(1.0, 0.3)  # wholly shrunk, the noise is the same in every direction
+    z = torch.randn(4, 5, generator=g)
+    distances = torch.cdist(z, z)
+    assert torch.allclose(torch.cdist(round_noise.whiten(z), round_noise.whiten(z)) / distances.clamp_min(1e-9),
+                          torch.full((4, 4), float(statistics.within.diagonal().mean()) ** -0.5).fill_diagonal_(0.0),
+                          rtol=1e-3, atol=1e-2)  # fmt: skip
