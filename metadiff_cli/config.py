@@ -110,6 +110,9 @@ class FeaturesConfig(Section):
     """How an image becomes a feature vector."""
 
     mirror: bool = True  # average over the image and its mirror image
+    size: Annotated[int, Field(ge=16, le=1024)] | None = (
+        None  # pixels; larger than in training may show more (Touvron et al. 2019)
+    )
     half: bool = False  # round the encoder's matrices to fp16: a checkpoint of half the size
 
 

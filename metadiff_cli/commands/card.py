@@ -10,7 +10,8 @@ def model_card(config: Config, classes: int, results: Sequence[Mapping[str, Any]
     """The card of a model of `config`, trained on so many base classes; `results` are `evaluate --json` documents."""
     return {
         "summary": config.summary,
-        "encoder": f"{config.encoder} at {config.data.size} x {config.data.size} pixels",
+        "encoder": f"{config.encoder}, trained at {config.data.size} pixels, "
+        f"images at {config.features.size or config.data.size}",
         "data": config.card.data or f"{config.data.name}: {classes} base classes",
         "licence": config.card.licence or "that of the training images; metadiff does not know it",
         "made by": f"metadiff metatrain --preset {config.name}",

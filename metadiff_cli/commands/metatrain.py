@@ -160,7 +160,8 @@ def _encoder(config: Config, source: "Source", run: "Run", file: Path | None, sc
             screen.note("taking the encoder that these settings and images gave before")
         else:
             pretrain_encoder(config, source, run, screen)
-    images = load_encoder(file, device, mirror=config.features.mirror, half=config.features.half)
+    f = config.features
+    images = load_encoder(file, device, mirror=f.mirror, half=f.half, size=f.size)
     if file.resolve() != (run.folder / ENCODER).resolve():
         shutil.copyfile(file, run.folder / ENCODER)
     return images

@@ -1,6 +1,6 @@
 """From parts to checkpoint files and back: encoders, full models, adapted classifiers."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from metadiff_cli.core.headers import check_denoiser, check_image, check_tuning
 from metadiff_cli.core.inference import Learner, TaskClassifier, Tuning
 from metadiff_cli.core.pool import PoolGuidance
 from metadiff_cli.core.task_space import TaskSpace
-from metadiff_cli.errors import CheckpointError
+from metadiff_cli.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,14 @@ class SavedClassifier:
         return self.task.probabilities(features.unsqueeze(0))[0]
 
 
-def load_encoder(path: Path, device: torch.device, *, mirror: bool, half: bool = False) -> ImageEncoder:
-    """The encoder of an encoder file or of a full model; with `half`, its matrices rounded to what fp16 can hold."""
+def load_encoder(
+    path: Path, device: torch.device, *, mirror: bool, half: bool = False, size: int | None = None
+) -> ImageEncoder:
+    """The encoder of an encoder file or of a full model.
+
+    With `half`, its matrices are rounded to what fp16 can hold. `size` is the side of the images in pixels where it is
+    not that of training; raises ConfigError when the features' size depends on it.
+    """
     checkpoint = load_checkpoint(path)
     if checkpoint.kind == "state":
         raise CheckpointError(
@@ -55,7 +61,17 @@ def load_encoder(path: Path, device: torch.device, *, mirror: bool, half: bool =
         with torch.no_grad():
             for weights in images.encoder.parameters():
                 weights.copy_(weights.half() if weights.dim() > 1 else weights)
-    return images
+    return images if size is None else resized(images, size)
+
+
+def resized(images: ImageEncoder, size: int) -> ImageEncoder:
+    """The same encoder for images of `size` pixels. Raises ConfigError when its features depend on that."""
+    if images.encoder.feature_size(size) != images.feature_size:
+        raise ConfigError(
+            f"{images.name} has other features at {size} pixels than at {images.size}",
+            hint="leave features.size out, or use an encoder that averages its last maps, as resnet10",
+        )
+    return replace(images, size=size)
 
 
 def save_model(path: Path, images: ImageEncoder, learner: Learner, header: dict[str, Any]) -> None:

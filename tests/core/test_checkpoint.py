@@ -7,8 +7,10 @@ import torch
 from safetensors import safe_open
 
 from metadiff_cli.core.checkpoint import load_checkpoint, read_header, save_checkpoint
-from metadiff_cli.core.model import load_encoder, load_model, save_model
-from metadiff_cli.errors import CheckpointError
+from metadiff_cli.core.encoders import build_encoder
+from metadiff_cli.core.features import ImageEncoder
+from metadiff_cli.core.model import load_encoder, load_model, resized, save_model
+from metadiff_cli.errors import CheckpointError, ConfigError
 
 TENSORS = {
     "a.x": torch.randn(3, 4),
@@ -97,3 +99,13 @@ def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path) -> No
             break
     assert path.read_bytes()[0] == 0x80
     assert load_checkpoint(path, "encoder").header["note"] == "x" * size
+
+
+def test_an_encoder_that_averages_its_maps_takes_larger_images_and_conv4_says_why_not() -> None:
+    device, plain = torch.device("cpu"), (0.5, 0.5, 0.5)
+    pooled = ImageEncoder(build_encoder("resnet10"), "resnet10", 28, plain, plain, False, device)
+    pixels = torch.zeros(1, 44, 44, 3, dtype=torch.uint8)
+    assert resized(pooled, 44).encode(pixels).shape == (1, 512) and resized(pooled, 44).key != pooled.key
+    flat = ImageEncoder(build_encoder("conv4"), "conv4", 28, plain, plain, False, device)
+    with pytest.raises(ConfigError, match=r"features\.size"):
+        resized(flat, 44)
