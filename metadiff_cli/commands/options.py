@@ -13,6 +13,7 @@ from metadiff_cli.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     import torch
 
+PACKAGED = Path(__file__).parent.parent / "checkpoints" / "default.safetensors"
 COMMON = "Common"
 PLACES = "Places"
 
@@ -67,7 +68,12 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Results and errors o
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More about what happens.", rich_help_panel=COMMON)]
 CheckpointFile = Annotated[
     Path | None,
-    typer.Option("--checkpoint", "-c", help="checkpoint.safetensors of a metatrain run.", rich_help_panel=PLACES),
+    typer.Option(
+        "--checkpoint",
+        "-c",
+        help="checkpoint.safetensors of a run. [default: the package's]",
+        rich_help_panel=PLACES,
+    ),
 ]
 SAMPLER = "Sampler"
 Steps = Annotated[
@@ -133,13 +139,12 @@ def checkpoint_path(given: Path | None) -> Path:
     """The checkpoint that was given, else the one that comes with the package."""
     if given is not None:
         return given
-    packaged = Path(__file__).parent.parent / "checkpoints" / "default.safetensors"
-    if not packaged.is_file():
+    if not PACKAGED.is_file():
         raise CheckpointError(
-            "no checkpoint comes with this version of the package",
-            hint="make one with `metadiff metatrain --preset glyphs-5w1s` and give it with --checkpoint",
+            f"the checkpoint that comes with the package is not there ({PACKAGED})",
+            hint="install metadiff again, or give one that `metadiff metatrain` made with --checkpoint",
         )
-    return packaged
+    return PACKAGED
 
 
 def start(config: Config) -> "torch.device":

@@ -9,6 +9,7 @@ import torch
 from conftest import COLOURS, SMALL, Result, paint
 from safetensors.torch import save_file
 
+from metadiff_cli.commands import options
 from metadiff_cli.core.checkpoint import load_checkpoint, save_checkpoint
 
 CLI = Callable[..., Result]
@@ -161,9 +162,12 @@ def test_support_and_classifier_exclude_each_other(cli: CLI, photos: Path) -> No
     assert_refused(cli("adapt", "-Q", photos / "query"), 2, "--support")
 
 
-def test_no_packaged_checkpoint_is_said(cli: CLI, photos: Path) -> None:
-    result = cli("adapt", "-S", photos / "support", "-Q", photos / "query")
-    assert_refused(result, 4, "no checkpoint comes with this version", "metatrain")
+def test_a_missing_packaged_checkpoint_is_said(
+    cli: CLI, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options, "PACKAGED", tmp_path / "gone.safetensors")
+    result = cli("adapt", "--support", photos / "support", "--query", photos / "query")
+    assert_refused(result, 4, "gone.safetensors", "metatrain")
 
 
 def test_no_query_images(cli: CLI, photos: Path, checkpoint: Path) -> None:
