@@ -71,8 +71,11 @@ def read_any(path: Path) -> None:
 
 
 def checkpoint(data: bytes) -> None:
-    """Bytes of a checkpoint file."""
+    """Bytes of a checkpoint file, as they are and with the length of the header put right."""
     _with_file(data, read_any)
+    head, brace, body = data[8:].rpartition(b"}")
+    if brace:
+        _with_file((len(head) + 1).to_bytes(8, "little") + head + brace + body, read_any)
 
 
 def config(data: bytes) -> None:
