@@ -55,6 +55,14 @@ def check_tuning(values: Any) -> None:
             raise ValueError(f"its tuning has a logit scale out of all bounds: {calibration!r:.80}")
 
 
+def check_task(header: Any) -> None:
+    """Scale and guidance of a saved classifier, and the names of its support images."""
+    if not _is_number(header["scale"]) or not _is_number(header["guidance"]):
+        raise ValueError(f"a scale of {header['scale']!r:.40} and a guidance of {header['guidance']!r:.40}")
+    if not isinstance(header["support"], list) or not all(isinstance(path, str) for path in header["support"]):
+        raise ValueError("the names of its support are none")
+
+
 def _leaves(value: Any) -> Iterator[Any]:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     if inner is None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metadiff_cli.core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from metadiff_cli.core.headers import check_task
 from metadiff_cli.core.inference import TaskClassifier
 from metadiff_cli.core.model import (
     Model,
@@ -68,6 +69,7 @@ def load_classifier(path: Path, device: torch.device) -> tuple[SavedClassifier, 
     model = model_of(checkpoint, device)
     header = checkpoint.header
     with checkpoint_errors(path):
+        check_task(header)
         weights = checkpoint.tensors["weights"].to(device)
         if weights.shape[1:] != (1, len(header["classes"]), model.images.feature_size):
             raise ValueError(f"weights of shape {tuple(weights.shape)}")
@@ -82,6 +84,8 @@ def _support(checkpoint: Checkpoint, device: torch.device) -> SupportSet:
     classes, paths, digests = tuple(checkpoint.header["classes"]), checkpoint.header["support"], _digests(part)
     if not len(labels) == len(paths) == len(digests) == len(part["features"]):
         raise ValueError("the support's parts differ in length")
+    if part["features"].shape[1:] != checkpoint.tensors["weights"].shape[-1:]:
+        raise ValueError("the support's features are of another encoder")
     if not np.array_equal(np.unique(labels), np.arange(len(classes))):
         raise ValueError("the support's labels are not those of its classes")
     return SupportSet(classes, part["features"].to(device), labels, digests, tuple(paths))

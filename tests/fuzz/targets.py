@@ -32,12 +32,32 @@ def small_model(path: Path) -> Path:
     return path
 
 
+def small_classifier(path: Path) -> Path:
+    """A real saved classifier of three classes and four images, made from the small model."""
+    import numpy as np
+    import torch
+
+    from metadiff_cli.core.inference import TaskClassifier
+    from metadiff_cli.core.model import SavedClassifier, load_model
+    from metadiff_cli.core.saved import Origin, save_classifier
+    from metadiff_cli.core.support import SupportSet
+
+    model = load_model(small_model(path.with_name("base.safetensors")), torch.device("cpu"))
+    classes, size = ("a", "ß", "日本"), model.images.feature_size
+    task = TaskClassifier(model.learner.space, torch.randn(1, 1, 3, size), 4.0, 10.0)
+    digests = tuple(bytes([i]) * 32 for i in range(4))
+    support = SupportSet(classes, torch.randn(4, size), np.array([0, 0, 1, 2]), digests, ("a/1", "a/2", "b/1", "c/1"))
+    save_classifier(path, SavedClassifier(model.images, task, classes), Origin(model, support))
+    return path
+
+
 def read_any(path: Path) -> None:
     """Read a checkpoint as the commands do: the file, then what its kind says it holds."""
     import torch
 
     from metadiff_cli.core.checkpoint import load_checkpoint
-    from metadiff_cli.core.model import load_classifier, load_encoder, load_model
+    from metadiff_cli.core.model import load_encoder, load_model
+    from metadiff_cli.core.saved import load_classifier
 
     checkpoint, device = load_checkpoint(path), torch.device("cpu")
     json.dumps(checkpoint.header)
@@ -51,8 +71,11 @@ def read_any(path: Path) -> None:
 
 
 def checkpoint(data: bytes) -> None:
-    """Bytes of a checkpoint file."""
+    """Bytes of a checkpoint file, as they are and with the length of the header put right."""
     _with_file(data, read_any)
+    head, brace, body = data[8:].rpartition(b"}")
+    if brace:
+        _with_file((len(head) + 1).to_bytes(8, "little") + head + brace + body, read_any)
 
 
 def config(data: bytes) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from targets import checkpoint, read_any, small_model
+from targets import checkpoint, read_any, small_classifier, small_model
 
 from metadiff_cli.core.checkpoint import read_header
 from metadiff_cli.errors import CheckpointError, MetaDiffError
@@ -40,6 +40,11 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
     return Sound(small_model(tmp_path_factory.mktemp("sound") / "model.safetensors"))
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Sound:
+    return Sound(small_classifier(tmp_path_factory.mktemp("sound") / "classifier.safetensors"))
+
+
 ODD = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=6),
     st.just([]), st.just({}), st.just([[[]]]), st.just({"a": {}}), st.just(["F32", -1]), st.just("x" * 5000),
@@ -67,16 +72,31 @@ def replaced(value: Any, place: tuple[Any, ...], new: Any, drop: bool) -> Any:
     return changed
 
 
-def test_the_sound_one_is_read(sound: Sound, tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(sound.bytes(inner=sound.inner))
-    read_any(tmp_path / "x")
+def test_the_sound_ones_are_read(sound: Sound, classifier: Sound, tmp_path: Path) -> None:
+    for whole in (sound, classifier):
+        (tmp_path / "x").write_bytes(whole.bytes(inner=whole.inner))
+        read_any(tmp_path / "x")
 
 
-@settings(max_examples=200, deadline=None)
+def test_a_classifier_with_a_scale_or_names_that_are_none_is_refused(classifier: Sound, tmp_path: Path) -> None:
+    for place, value in ((("scale",), float("inf")), (("guidance",), "4"), (("support", 0), 7), (("support",), "abcd")):
+        (tmp_path / "x").write_bytes(classifier.bytes(inner=replaced(classifier.inner, place, value, drop=False)))
+        with pytest.raises(CheckpointError):
+            read_any(tmp_path / "x")
+
+
+@settings(max_examples=100, deadline=None)
 @given(data=st.data(), new=ODD, drop=st.booleans())
 def test_any_change_of_our_header(sound: Sound, data: st.DataObject, new: Any, drop: bool) -> None:
     place = data.draw(st.sampled_from(places(sound.inner)))
     checkpoint(sound.bytes(inner=replaced(sound.inner, place, new, drop)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), new=ODD, drop=st.booleans())
+def test_any_change_of_a_classifier(classifier: Sound, data: st.DataObject, new: Any, drop: bool) -> None:
+    place = data.draw(st.sampled_from([place for place in places(classifier.inner) if place[:1] != ("tuning",)]))
+    checkpoint(classifier.bytes(inner=replaced(classifier.inner, place, new, drop)))
 
 
 @settings(max_examples=200, deadline=None)
