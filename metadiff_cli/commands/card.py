@@ -22,10 +22,14 @@ def model_card(config: Config, classes: int, results: Sequence[Mapping[str, Any]
     }
 
 
+ORDER = ("summary", "encoder", "data", "licence", "made by", "protocol", "accuracy", "learned part", "limits")
+
+
 def card_lines(card: Mapping[str, Any]) -> list[str]:
-    """The card as lines of text."""
+    """The card as lines of text, in the order of ORDER (a checkpoint's header is sorted by name)."""
     lines = []
-    for key, value in card.items():
+    for key in ORDER:
+        value = card.get(key, "not stated")
         if isinstance(value, list):
             lines += [f"{key}:", *(f"  {line}" for line in value)]
         else:
