@@ -162,7 +162,7 @@ def _scores(
     for fitted, measured in ((0, 1), (1, 0)):
         part = replace(protocol, episodes=(protocol.episodes + fitted) // 2, seed=protocol.seed + fitted)
         tuning = fit_tuning(model.learner, every_other(bank, fitted), device, seed=protocol.seed)
-        fresh = replace(model, learner=replace(model.learner, tuning=tuning))
+        fresh = replace(model, learner=model.learner.tuned(tuning))
         methods = {**methods_of(fresh, controls, sampling, part, device), **more}
         parts.append(run_through(evaluate(every_other(bank, measured), methods, part, device), progress))
     return {name: parts[0][name].joined(parts[1][name]) for name in parts[0]}

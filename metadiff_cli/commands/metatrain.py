@@ -185,8 +185,8 @@ def _learn(
     if kind != "analytic":
         learner, learned = _train_denoiser(config, learner, base, val, run, screen, images.device)
     if val is not None:
-        learner = _tuned(
-            learner, fit_tuning(learner, val, images.device, seed=config.seed, query=config.evaluation.query)
+        learner = learner.tuned(
+            fit_tuning(learner, val, images.device, seed=config.seed, query=config.evaluation.query)
         )
     else:
         screen.warn("no validation classes: guidance and confidence keep their defaults, and nothing is selected")
@@ -224,12 +224,6 @@ def _by_class(bank: "FeatureBank") -> "Iterator[Tensor]":
     import torch
 
     return (torch.from_numpy(np.array(bank.features[rows])) for rows in bank.class_indices())
-
-
-def _tuned(learner: "Learner", tuning: Any) -> "Learner":
-    from dataclasses import replace
-
-    return replace(learner, tuning=tuning)
 
 
 def _train_denoiser(

@@ -44,7 +44,7 @@ def task_logits(
     Whitened, the noise within a class has the same size in every direction: the metric of linear discriminant analysis.
     """
     whitened = cosine_logits(space.whiten(z), space.whiten(weights))
-    return scale * blend(whitened, cosine_logits(z, weights), guidance)
+    return scale * blend(whitened, cosine_logits(space.plain(z), space.plain(weights)), guidance)
 
 
 def support_loss(w: Tensor, v: Tensor, precision: Tensor) -> Tensor:
@@ -156,6 +156,7 @@ def leave_one_out_logits(z: Tensor, space: TaskSpace, mask: Tensor) -> Iterator[
     count = mask.sum(dim=2, keepdim=True).unsqueeze(-1).to(v)  # (B, N, 1, 1)
     noise = space.precision.sqrt()
     mean, without = _with_and_without(v, mask, count)
+    z = space.plain(z)
     plain = _left_out_cosines(*_with_and_without(z, mask, count), z)  # what is left when the prior counts for nothing
     for a in LOO_GRID:
         if a == PROTOTYPE:
@@ -164,7 +165,7 @@ def leave_one_out_logits(z: Tensor, space: TaskSpace, mask: Tensor) -> Iterator[
         evidence, rest = (n * a * space.precision for n in (count, count - 1))
         full, own = evidence / (1 + evidence) * mean, rest / (1 + rest) * without
         whitened = _left_out_cosines(full * noise, own * noise, v * noise)
-        features = _left_out_cosines(space.to_feature(full), space.to_feature(own), z)
+        features = _left_out_cosines(space.plain(space.to_feature(full)), space.plain(space.to_feature(own)), z)
         yield a, blend(whitened, features, a)
 
 

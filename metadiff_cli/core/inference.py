@@ -55,6 +55,10 @@ class Learner:
     targets: Tensor | None = None  # (C, D) the training weights in task space, for measuring novelty
     schedule: Schedule = field(default_factory=Schedule)
 
+    def tuned(self, tuning: Tuning) -> "Learner":
+        """With another tuning; plain cosines are centred where the prototype's are."""
+        return replace(self, tuning=tuning, space=self.space.centred(tuning.centred_prototype))
+
     def analytic(self) -> "Learner":
         """The same without the learned part."""
         return replace(self, denoiser=AnalyticDenoiser(), learned=False)

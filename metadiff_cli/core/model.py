@@ -108,9 +108,8 @@ def model_of(checkpoint: Checkpoint, device: torch.device) -> Model:
         denoiser = _denoiser(checkpoint, images.feature_size).to(device)
         learned = header["denoiser"]["kind"] != "analytic"
         targets = checkpoint.tensors.get("targets")
-        learner = Learner(
-            space, denoiser, learned, tuning_from(header["tuning"]), None if targets is None else targets.to(device)
-        )
+        targets = None if targets is None else targets.to(device)
+        learner = Learner(space, denoiser, learned, Tuning(), targets).tuned(tuning_from(header["tuning"]))
         return Model(images, learner, header)
 
 

@@ -35,13 +35,16 @@ def pool_guide(
     `guidance` and `scale` are those of the task's classifier; `stats` carry the guidance already.
     """
     points, noise = space.to_task(pool), space.precision.sqrt()  # (B, P, D), (D,)
-    whitened, plain = F.normalize(points * noise, dim=-1), F.normalize(pool, dim=-1)  # once, not at every step
+    whitened, plain = (
+        F.normalize(points * noise, dim=-1),
+        F.normalize(space.plain(pool), dim=-1),
+    )  # once, not at every step
     tasks, ways, _ = stats.mean.shape
     proportions = torch.full((tasks, 1, ways), 1 / ways, device=pool.device)
 
     def guide(x0: Tensor) -> SupportStats:
         nonlocal proportions
-        cosines = blend(_cosines(whitened, x0 * noise), _cosines(plain, space.to_feature(x0)), guidance)
+        cosines = blend(_cosines(whitened, x0 * noise), _cosines(plain, space.plain(space.to_feature(x0))), guidance)
         share = (how.sharpness * scale * cosines + proportions.log()).softmax(dim=-1)  # (B, P, N)
         total = share.sum(dim=1, keepdim=True)
         proportions = (how.smoothing + total) / (ways * how.smoothing + pool.shape[1])

@@ -77,7 +77,7 @@ def left_out_cosines(space: TaskSpace, support: SupportSet, guidance: float) -> 
     rest = torch.where(n > 1, (total[labels] - v) / fewer, v)
     own = _weights(space, rest, fewer, guidance)  # (n, D) of its class without the image
     whitened = _cosines(space.whiten(z), space.whiten(own), labels, count)
-    return blend(whitened, _cosines(z, own, labels, count), guidance)
+    return blend(whitened, _cosines(space.plain(z), space.plain(own), labels, count), guidance)
 
 
 def _cosines(z: Tensor, own: Tensor, labels: Tensor, count: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ and an image is its class mean plus noise of variance 1 / lambda_d. (Design, sec
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class TaskSpace:
     basis: Tensor  # (D, D) A
     inverse: Tensor  # (D, D) A^-T
     precision: Tensor  # (D,) lambda, of an image around its class mean
+    centre: Tensor | None = None  # (D,) what plain cosines are relative to; None: the origin
 
     def to_task(self, z: Tensor) -> Tensor:
         """v (..., D) of features z (..., D)."""
@@ -36,9 +37,18 @@ class TaskSpace:
         """Task space in units of the noise of an image, (..., D) of features z (..., D): the metric S_w^-1."""
         return self.to_task(z) * self.precision.sqrt()
 
+    def plain(self, z: Tensor) -> Tensor:
+        """Features z (..., D) as plain cosines take them."""
+        return z if self.centre is None else z - self.centre
+
+    def centred(self, yes: bool) -> "TaskSpace":
+        """With plain cosines relative to mu, or to the origin."""
+        return replace(self, centre=self.mean if yes else None)
+
     def to(self, device: torch.device) -> "TaskSpace":
         """The same space on another device."""
-        return TaskSpace(*(t.to(device) for t in (self.mean, self.basis, self.inverse, self.precision)))
+        moved = TaskSpace(*(t.to(device) for t in (self.mean, self.basis, self.inverse, self.precision)))
+        return moved.centred(self.centre is not None)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint stores."""

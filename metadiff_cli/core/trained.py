@@ -11,7 +11,7 @@ from metadiff_cli.core.checkpoint import Checkpoint, load_checkpoint, save_check
 from metadiff_cli.core.denoiser import AnalyticDenoiser
 from metadiff_cli.core.encoders import build_encoder
 from metadiff_cli.core.features import ImageEncoder
-from metadiff_cli.core.inference import Learner
+from metadiff_cli.core.inference import Learner, Tuning
 from metadiff_cli.core.innerloop import (
     ON_FEATURES,
     ON_IMAGES,
@@ -76,7 +76,7 @@ def _on_features(
     header = checkpoint.header
     images = image_encoder(checkpoint, device, bool(header["image"]["mirror"]))
     space = space_of(checkpoint, images)
-    base = Learner(space, AnalyticDenoiser(), False, tuning_from(header["tuning"]))
+    base = Learner(space, AnalyticDenoiser(), False, Tuning()).tuned(tuning_from(header["tuning"]))
     settings = FrozenBaseline.model_validate(header["method"]["settings"])
     return images, FrozenLearner(name, _way(name, checkpoint), space.mean, settings), base
 

@@ -63,8 +63,8 @@ def fit_tuning(learner: Learner, bank: FeatureBank, device: torch.device, *, see
     shots = [shot for shot in (1, 2, 5, 10) if shot + query <= smallest] or [1]
     tasks = _Tasks(bank, indices, query, seed + SEED, device)
     tuning = replace(learner.tuning, centred_prototype=_centre_helps(learner, tasks, ways[0], shots))
-    learner = replace(learner, tuning=tuning)
-    learner = replace(learner, tuning=replace(tuning, guidance=_default_guidance(learner, tasks, ways[0])))
+    learner = learner.tuned(tuning)
+    learner = learner.tuned(replace(tuning, guidance=_default_guidance(learner, tasks, ways[0])))
     pairs = [(way, shot) for way in ways for shot in shots]
     ours = {pair: best_scale(*tasks.collect(*pair, _logits(learner))) for pair in pairs}
     theirs = {pair: best_scale(*tasks.collect(*pair, _prototype(learner))) for pair in pairs}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,8 @@ def test_without_the_prior_the_logits_are_plain_cosines_and_with_it_the_whitened
     z, w = torch.randn(2, 4, 8, generator=g), torch.randn(2, 3, 8, generator=g)
     space = space_of(torch.linspace(0.1, 9, 8))
     assert torch.allclose(task_logits(z, w, space, PROTOTYPE, 3.0), cosine_logits(z, w, 3.0), atol=1e-4)
+    moved = replace(space, mean=torch.ones(8)).centred(True)
+    assert torch.allclose(task_logits(z, w, moved, PROTOTYPE), cosine_logits(z, w, 1.0, torch.ones(8)), atol=1e-4)
     u = space.precision.sqrt()
     assert torch.allclose(task_logits(z, w, space, 0.0), cosine_logits(z * u, w * u), atol=1e-6)
     each = torch.stack([task_logits(z, w, space, a)[i] for i, a in enumerate((1.0, 16.0))])
@@ -91,7 +94,7 @@ def test_leave_one_out_equals_adapting_without_the_image() -> None:
     """The closed form against the long way: the posterior of each class remade without the image at hand."""
     g = torch.Generator().manual_seed(0)
     z, precision = torch.randn(1, 3, 4, 6, generator=g), torch.linspace(0.2, 4, 6)
-    space = space_of(precision)
+    space = replace(space_of(precision), centre=torch.full((6,), 0.5))
     for a, logits in leave_one_out_logits(z, space, torch.ones(1, 3, 4, dtype=torch.bool)):
         for c, k in ((0, 0), (2, 3)):
             kept = [torch.cat([z[0, i, :k], z[0, i, k + 1 :]]) if i == c else z[0, i] for i in range(3)]
