@@ -1,6 +1,7 @@
 """Coverage-guided fuzzing with atheris: `python tests/fuzz/run.py TARGET [libFuzzer options]`; see README.md."""
 
 import sys
+import tempfile
 from pathlib import Path
 
 import atheris
@@ -14,11 +15,11 @@ with atheris.instrument_imports(include=["metadiff_cli"]):
 
 
 def main() -> None:
-    """Never returns: libFuzzer ends the process. What it finds is added to the corpus only where one is given."""
+    """Never returns: libFuzzer ends the process. It writes into the first folder that it is given, never the seeds."""
     target, options = sys.argv[1], sys.argv[2:]
     given = any(not option.startswith("-") for option in options)
-    folder = Path(__file__).parent / "corpus" / target
-    atheris.Setup([sys.argv[0], *options, *([] if given else [str(folder)])], TARGETS[target])
+    folders = [] if given else [tempfile.mkdtemp(prefix="fuzz-"), str(Path(__file__).parent / "corpus" / target)]
+    atheris.Setup([sys.argv[0], *options, *folders], TARGETS[target])
     atheris.Fuzz()
 
 
