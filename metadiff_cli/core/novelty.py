@@ -24,7 +24,7 @@ class Novelty:
 
     generated_to_training: float
     training_to_training: float
-    copies: float  # share (percent) of generated weights that are nearer to a training weight than any two of those are
+    nearer: float  # share (percent) of generated weights nearer to a training weight than the closest two of those are
     weights: int
 
     def to_dict(self) -> dict[str, float]:
@@ -46,8 +46,8 @@ def measure_novelty(
         classifier = adapt_tasks(learner, support, sampling, ranks=ranks_of(part.classes), seeds=seeds)
         nearest.append(_nearest(learner.space.to_task(classifier.weights).flatten(0, -2), targets))
     generated, between = torch.cat(nearest), _nearest(targets, targets, itself=True)
-    copies = 100 * float((generated < between.min()).float().mean())
-    return Novelty(float(generated.mean()), float(between.mean()), copies, len(generated))
+    nearer = 100 * float((generated < between.min()).float().mean())
+    return Novelty(float(generated.mean()), float(between.mean()), nearer, len(generated))
 
 
 def _nearest(points: Tensor, targets: Tensor, *, itself: bool = False) -> Tensor:
