@@ -30,6 +30,7 @@ class Sizes:
     inner: tuple[int, ...] = (5, 10, 100, 1000)
     memory_inner: tuple[int, ...] = (1, 5, 10, 50, 100, 1000)
     memory_limit: float = 8.0  # GB that one measurement may take
+    allocator: str = "exact"  # of the memory benchmark: "exact" gives freed tensors back at once, or "default"
     image: int = 84
     encoder: str = "conv4"
     images: int = 3000  # of extraction

@@ -1,26 +1,53 @@
-"""Meta-training: tasks per second, and peak memory as inner steps grow, beside second-order ANIL and MAML."""
+"""Meta-training: tasks per second, and peak memory as inner steps grow, beside second-order ANIL and MAML.
 
+ANIL is there twice: as the package trains it, with the inner gradient written out and all tasks in one product, and as
+it is usually written, with `torch.autograd.grad(..., create_graph=True)`.
+"""
+
+import ctypes
+import gc
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from metadiff_cli.config import DenoiserConfig, FrozenBaseline, ImageBaseline, MetatrainConfig
 from metadiff_cli.core.diffusion import Schedule
 from metadiff_cli.core.encoders import build_encoder
 from metadiff_cli.core.inference import Learner, Sampling, Tuning, adapt_tasks
-from metadiff_cli.core.innerloop import FrozenLearner, build_image_learner
+from metadiff_cli.core.innerloop import FrozenLearner, Head, build_image_learner
 from metadiff_cli.core.innertraining import InnerTrainer
 from metadiff_cli.core.metatraining import MetaTrainer
 from metadiff_cli.core.task_space import fit_task_space
 from tests.benchmarks.common import CPU, Ratio, Report, Sizes, feature_bank, pixel_bank, rates
 
 MAML_STEPS = 5
-KINDS = ("metadiff", "anil", "maml")
+KINDS = ("metadiff", "anil", "anil-autograd", "maml")
+MEMORY_STEPS = 3
+EXACT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: freed tensors go back at once
+
+
+class AutogradHead(Head):
+    """The same head, whose inner gradient autograd finds."""
+
+    def adapt(self, z: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        tasks, ways, shots, size = z.shape
+        x, labels = z.reshape(tasks, ways * shots, size), torch.arange(ways).repeat_interleave(shots).repeat(tasks)
+        weight, bias = self.weight.expand(tasks, -1, -1), self.bias.expand(tasks, 1, -1)
+        for _ in range(steps):
+            loss = F.cross_entropy((x @ weight.mT + bias).flatten(0, 1), labels) * tasks  # the mean within each task
+            slopes = torch.autograd.grad(loss, (weight, bias), create_graph=True)
+            weight, bias = weight - self.rate * slopes[0], bias - self.rate * slopes[1]
+        return weight, bias
 
 
 def metadiff_trainer(sizes: Sizes, inner: int) -> MetaTrainer:
@@ -36,11 +63,13 @@ def metadiff_trainer(sizes: Sizes, inner: int) -> MetaTrainer:
     return trainer
 
 
-def anil_trainer(sizes: Sizes, inner: int) -> InnerTrainer:
+def anil_trainer(sizes: Sizes, inner: int, autograd: bool = False) -> InnerTrainer:
     """Second-order ANIL on the same features, the same tasks a step."""
     config = FrozenBaseline(batch=sizes.batch, query=sizes.query, inner_steps=inner)
     bank = feature_bank(sizes)
     learner = FrozenLearner("anil-frozen", sizes.way, torch.zeros(sizes.features), config)
+    if autograd:
+        learner.head = AutogradHead(sizes.way, sizes.features, config.rate)
     return InnerTrainer(learner, bank, config, shot=sizes.shot, seed=0, device=CPU)
 
 
@@ -50,6 +79,13 @@ def maml_trainer(sizes: Sizes, inner: int) -> InnerTrainer:
     shape = (sizes.image, (0.5,) * 3, (0.25,) * 3)
     learner = build_image_learner("maml", sizes.way, build_encoder(sizes.encoder), *shape, config)
     return InnerTrainer(learner, pixel_bank(sizes), config, shot=sizes.shot, seed=0, device=CPU)
+
+
+TRAINERS: dict[str, Callable[[Sizes, int], InnerTrainer]] = {
+    "anil": anil_trainer,
+    "anil-autograd": partial(anil_trainer, autograd=True),
+    "maml": maml_trainer,
+}
 
 
 def stepper(kind: str, sizes: Sizes, inner: int) -> Callable[[], int]:
@@ -63,7 +99,7 @@ def stepper(kind: str, sizes: Sizes, inner: int) -> Callable[[], int]:
             return sizes.batch
 
         return step
-    theirs = (anil_trainer if kind == "anil" else maml_trainer)(sizes, inner)
+    theirs = TRAINERS[kind](sizes, inner)
 
     def other() -> int:
         theirs._train_step()
@@ -96,18 +132,18 @@ def training(sizes: Sizes) -> Report:
     """Tasks per second of meta-training, and the time of one adaptation."""
     rows, ratios = [], []
     for inner in sizes.inner:
-        works = {kind: stepper(kind, sizes, inner) for kind in ("metadiff", "anil")} | adapters(sizes, inner)
+        works = {kind: stepper(kind, sizes, inner) for kind in KINDS[:3]} | adapters(sizes, inner)
         found = rates(works, sizes)
-        ratio = found["metadiff"] / found["anil"]
         times = (1000 / found[f"{kind} adaptation"] for kind in ("metadiff", "anil"))
-        rows.append((inner, round(found["metadiff"], 1), round(found["anil"], 1), round(ratio, 2),
-                     *(round(t, 2) for t in times)))  # fmt: skip
-        ratios.append(Ratio(f"metadiff / anil, {inner} inner steps", ratio, least=10 if inner == 100 else None))
+        rows.append((inner, *(round(found[kind], 1) for kind in KINDS[:3]), *(round(t, 2) for t in times)))
+        for kind in KINDS[1:3]:
+            least = 10 if inner == 100 else None
+            ratios.append(Ratio(f"metadiff / {kind}, {inner} inner steps", found["metadiff"] / found[kind], least))
     found = rates({kind: stepper(kind, sizes, MAML_STEPS) for kind in ("metadiff", "maml")}, sizes)
     ratios.append(Ratio(f"metadiff / maml on images, {MAML_STEPS} inner steps", found["metadiff"] / found["maml"], 100))
     return Report(
         "Meta-training, tasks per second",
-        ("inner steps", "metadiff", "anil", "ratio", "one adaptation, metadiff ms", "anil ms"),
+        ("inner steps", *KINDS[:3], "one adaptation, metadiff ms", "anil ms"),
         rows,
         ratios,
         (
@@ -129,13 +165,19 @@ def memory(sizes: Sizes) -> Report:
             for inner in sizes.memory_inner]  # fmt: skip
     ratios = []
     for kind in KINDS:
+        (n0, first), (n1, last) = series[kind][0], series[kind][-1]
         values = [megabytes for _, megabytes in series[kind]]
         most = 1.05 if kind == "metadiff" else None
-        name = f"{kind}: largest / smallest, {series[kind][0][0]} to {series[kind][-1][0]} inner steps"
-        ratios.append(Ratio(name, max(values) / max(min(values), 1e-3), most=most))
+        ratios.append(
+            Ratio(
+                f"{kind}: largest / smallest, {n0} to {n1} inner steps", max(values) / max(min(values), 1e-3), most=most
+            )
+        )
+        ratios.append(Ratio(f"{kind}: growth in MB per inner step", (last - first) / max(n1 - n0, 1)))
     return Report(
         "Meta-training, peak memory in MB beyond imports and data", ("inner steps", *KINDS), rows, ratios,
-        (f"metadiff and anil: {sizes.batch} tasks a step; maml: one task at a time",), series,
+        (f"metadiff and both anil: {sizes.batch} tasks a step; maml: one task at a time",
+         "with --allocator default, glibc may keep much of what was freed"), series,
     )  # fmt: skip
 
 
@@ -149,20 +191,22 @@ def _expected(points: list[tuple[int, float]], inner: int) -> float:
 
 def _peak_of(kind: str, inner: int, sizes: Sizes) -> float:
     command = [sys.executable, "-m", "tests.benchmarks.learning", kind, str(inner), json.dumps(asdict(sizes))]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, **(EXACT if sizes.allocator == "exact" else {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         raise RuntimeError(f"measuring {kind} with {inner} inner steps failed:\n{done.stderr}")
     return float(done.stdout)
 
 
-def peak_megabytes() -> float:
-    """The largest resident size of this process so far.
+def resident_megabytes(peak: bool) -> float:
+    """Resident size of this process, now or at its peak since the last `forget_peak`.
 
-    Linux tells it per program; getrusage would include what the parent had when it started this one.
+    Linux tells it per program; elsewhere getrusage does, which knows the peak alone.
     """
     try:
         with open("/proc/self/status", encoding="ascii") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1000
+            name = "VmHWM" if peak else "VmRSS"
+            return next(int(line.split()[1]) for line in file if line.startswith(name)) / 1000
     except (OSError, StopIteration):
         import resource
 
@@ -170,14 +214,24 @@ def peak_megabytes() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+def forget_peak() -> None:
+    """Give freed memory back and start the peak anew: making the data takes more for a moment than the data do."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
+
+
 def _child(kind: str, inner: int, values: dict[str, Any]) -> float:
     """In the fresh process: imports and data, then training steps; the growth of the peak."""
     sizes = Sizes(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
     step = stepper(kind, sizes, inner)
-    before = peak_megabytes()
-    for _ in range(2):
+    forget_peak()
+    before = resident_megabytes(peak=False)
+    for _ in range(MEMORY_STEPS):
         step()
-    return round(peak_megabytes() - before, 1)
+    return round(resident_megabytes(peak=True) - before, 1)
 
 
 if __name__ == "__main__":
