@@ -82,7 +82,7 @@ def _adapted(
     if given.unlabeled is not None:
         pool = _joined(_further(config, model, given.unlabeled, screen), pool)
     classifier = adapt_classifier(model, support, sampling_of(config), seed=config.seed, pool=pool)
-    check = check_support(model.learner, support, classifier.task.single_guidance())
+    check = check_support(classifier.task, support)
     _tell(check, screen)
     return Ready(classifier, Origin(model, support, pool), check, encoded, _dependence(pool, given.transductive))
 

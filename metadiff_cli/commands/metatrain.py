@@ -174,13 +174,14 @@ def _learn(
     import torch
 
     from metadiff_cli.core.denoiser import AnalyticDenoiser
+    from metadiff_cli.core.domain import shared_of
     from metadiff_cli.core.inference import Learner, Tuning
     from metadiff_cli.core.tuning import fit_tuning
 
     kind = config.denoiser.kind
     space = (_paper_space if kind == "paper" else _task_space)(config, base, val, images.device, screen)
     targets = space.to_task(torch.stack([c.mean(dim=0) for c in _by_class(base)]).to(images.device))
-    learner = Learner(space, AnalyticDenoiser(), False, Tuning(), targets)
+    learner = Learner(space, AnalyticDenoiser(), False, Tuning(shared=shared_of(kind)), targets)
     learned: dict[str, Any] = {"kind": kind, "kept": False, "gain": None, "ci95": None}
     if kind != "analytic":
         learner, learned = _train_denoiser(config, learner, base, val, run, screen, images.device)

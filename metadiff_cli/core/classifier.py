@@ -1,16 +1,16 @@
 """The cosine classifier, its support gradient, calibration of its confidence, and the choice of the guidance scale."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from metadiff_cli.core.denoiser import SupportStats
+from metadiff_cli.core.tables import TaskTable
 from metadiff_cli.core.task_space import TaskSpace
 
 LOO_PENALTY = 0.25  # nats per factor of four away from the fitted default
@@ -67,21 +67,13 @@ class Calibration:
 
     def scale(self, way: int, shot: float) -> float:
         """s for N ways and K shots (the mean over the classes when shots differ); constant beyond the fitted points."""
-        along = [np.interp(math.log(max(shot, 1.0)), np.log(self.shots), row) for row in self.log_scales]
-        return math.exp(float(np.interp(math.log(way), np.log(self.ways), along)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """For a checkpoint's header."""
-        return asdict(self)
+        return math.exp(TaskTable(self.ways, self.shots, self.log_scales).at(way, shot))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Calibration":
-        """From what `to_dict` gave, JSON lists included."""
-        rows = tuple(tuple(map(float, row)) for row in values["log_scales"])
-        calibration = cls(tuple(map(int, values["ways"])), tuple(map(int, values["shots"])), rows)
-        if len(rows) != len(calibration.ways) or any(len(row) != len(calibration.shots) for row in rows):
-            raise ValueError("the calibration table has a wrong shape")
-        return calibration
+        """From a checkpoint's header."""
+        table = TaskTable.from_dict(values, "log_scales")
+        return cls(table.ways, table.shots, table.values)
 
 
 def best_scale(cosines: Tensor, labels: Tensor) -> float:
@@ -103,8 +95,8 @@ def best_scale(cosines: Tensor, labels: Tensor) -> float:
 
 def fit_calibration(scales: Mapping[tuple[int, int], float]) -> Calibration:
     """From the best scale of every (way, shot) of a grid."""
-    ways, shots = (tuple(sorted({pair[i] for pair in scales})) for i in (0, 1))
-    return Calibration(ways, shots, tuple(tuple(math.log(scales[way, shot]) for shot in shots) for way in ways))
+    table = TaskTable.of({pair: math.log(scale) for pair, scale in scales.items()})
+    return Calibration(table.ways, table.shots, table.values)
 
 
 def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> list[dict[str, float]]:
@@ -125,25 +117,27 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> fl
 
 
 def leave_one_out_guidance(
-    z: Tensor, space: TaskSpace, scale: float, valid: Tensor | None = None, default: float = 1.0
+    z: Tensor, space: TaskSpace, scale: float, valid: Tensor | None = None, default: Tensor | float = 1.0
 ) -> Tensor:
     """Guidance scale a per task (B,), from the support features z (B, N, K, D) alone.
 
     For every a of the grid, each support image is classified with its own class's weight made without it, the others'
     with all images; the a with the lowest cross-entropy is taken, `default` being favoured by LOO_PENALTY (design,
-    "How far to trust the prior"). Classes with one image say nothing about a. `valid` (B, N, K) where shots differ.
+    "How far to trust the prior"). Classes with one image say nothing about a. `valid` (B, N, K) where shots differ;
+    `space` and `default` may be the tasks' own.
     """
     tasks, ways, shots, _ = z.shape
     mask = torch.ones(tasks, ways, shots, dtype=torch.bool, device=z.device) if valid is None else valid
     usable = mask & (mask.sum(dim=2, keepdim=True) >= 2)
+    usual = torch.as_tensor(default, dtype=z.dtype, device=z.device).expand(tasks)
     losses = []
     for a, logits in leave_one_out_logits(z, space, mask):
-        distance = abs(math.log(a / default)) / math.log(GUIDANCE_GRID[1])
+        distance = (a / usual).log().abs() / math.log(GUIDANCE_GRID[1])
         index = torch.arange(ways, device=z.device).view(1, ways, 1, 1).expand(tasks, ways, shots, 1)
         loss = -F.log_softmax(scale * logits, dim=-1).gather(3, index).squeeze(-1)
-        losses.append((loss * usable).sum(dim=(1, 2)) + LOO_PENALTY * min(distance, len(LOO_GRID)))
+        losses.append((loss * usable).sum(dim=(1, 2)) + LOO_PENALTY * distance.clamp(max=len(LOO_GRID)))
     grid = torch.tensor(LOO_GRID, device=z.device)
-    return torch.where(usable.flatten(1).any(dim=1), grid[torch.stack(losses).argmin(dim=0)], default)
+    return torch.where(usable.flatten(1).any(dim=1), grid[torch.stack(losses).argmin(dim=0)], usual)
 
 
 def leave_one_out_logits(z: Tensor, space: TaskSpace, mask: Tensor) -> Iterator[tuple[float, Tensor]]:
@@ -152,11 +146,15 @@ def leave_one_out_logits(z: Tensor, space: TaskSpace, mask: Tensor) -> Iterator[
     Each image meets the other classes' weights made of all their images, and that of its own class made without it.
     Classes of one image have nothing left for themselves; `mask` (B, N, K) marks the real images.
     """
-    v = space.to_task(z)
+
+    def back(w: Tensor) -> Tensor:
+        return space.plain(space.to_feature(w))
+
+    v = _by_image(space.to_task, z)
     count = mask.sum(dim=2, keepdim=True).unsqueeze(-1).to(v)  # (B, N, 1, 1)
     noise = space.precision.sqrt()
     mean, without = _with_and_without(v, mask, count)
-    z = space.plain(z)
+    z = _by_image(space.plain, z)
     plain = _left_out_cosines(*_with_and_without(z, mask, count), z)  # what is left when the prior counts for nothing
     for a in LOO_GRID:
         if a == PROTOTYPE:
@@ -165,8 +163,13 @@ def leave_one_out_logits(z: Tensor, space: TaskSpace, mask: Tensor) -> Iterator[
         evidence, rest = (n * a * space.precision for n in (count, count - 1))
         full, own = evidence / (1 + evidence) * mean, rest / (1 + rest) * without
         whitened = _left_out_cosines(full * noise, own * noise, v * noise)
-        features = _left_out_cosines(space.plain(space.to_feature(full)), space.plain(space.to_feature(own)), z)
+        features = _left_out_cosines(_by_image(back, full), _by_image(back, own), z)
         yield a, blend(whitened, features, a)
+
+
+def _by_image(change: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """`change`, which takes (B, Q, D), of all the images of z (B, N, K, D)."""
+    return change(z.flatten(1, 2)).view(z.shape)
 
 
 def _with_and_without(v: Tensor, mask: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

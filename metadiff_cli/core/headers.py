@@ -44,9 +44,13 @@ def check_denoiser(settings: Any, tensors: Mapping[str, Tensor], build: Callable
 
 def check_tuning(values: Any) -> None:
     """Only truth values and moderate numbers at any depth; scales that exp() can take."""
+    usual = values.get("usual")
     for name, value in values.items():
-        if not all(isinstance(leaf, bool) or _is_number(leaf) for leaf in _leaves(value)):
+        fine = all(isinstance(leaf, bool) or _is_number(leaf) for leaf in _leaves(value))
+        if not fine and (name, value) != ("usual", None):  # the one fitted thing that may be missing
             raise ValueError(f"its tuning has {name} {value!r:.80}")
+    if usual is not None and (usual["deviation"] <= 0 or min(*usual["shift"]["ways"], *usual["shift"]["shots"]) < 1):
+        raise ValueError(f"its tuning has usual {usual!r:.80}")
     for name in ("calibration", "prototype_calibration"):
         calibration = values[name]
         if min(*calibration["ways"], *calibration["shots"]) < 1:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from metadiff_cli.core.classifier import Calibration, cosine_logits, leave_one_out_guidance, task_logits
 from metadiff_cli.core.denoiser import AnalyticDenoiser, SupportStats
 from metadiff_cli.core.diffusion import Denoises, Noise, Schedule, ddim, ddpm, finish
+from metadiff_cli.core.domain import SHARED, Usual, domain_of, trusted_guidance
 from metadiff_cli.core.episodes import episode_batches
 from metadiff_cli.core.features import FeatureBank, ImageEncoder, extract
 from metadiff_cli.core.pool import Guide, PoolGuidance, pool_guide
@@ -40,7 +41,9 @@ class Tuning:
     calibration: Calibration = field(default_factory=Calibration)
     prototype_calibration: Calibration = field(default_factory=Calibration)
     centred_prototype: bool = False
-    guidance: float = 1.0  # for tasks with one image per class
+    guidance: float = 1.0  # for tasks with one image per class, unless they are unusual
+    shared: float = SHARED  # how much of the mean of its class means a task's domain is
+    usual: Usual | None = None  # what to tell unusual tasks by; None: all are taken as usual
     pool: PoolGuidance = field(default_factory=PoolGuidance)
 
 
@@ -117,24 +120,33 @@ def adapt_tasks(
     """
     means, count = class_means(z, valid)
     scale = learner.tuning.calibration.scale(z.shape[1], float(count.mean()))
-    guidance = _guidance(learner, z, sampling, valid, scale)
-    space = learner.space
-    stats = SupportStats(space.to_task(means), count, space.precision.view(1, 1, -1)).scaled(guidance)
+    stats = SupportStats(learner.space.to_task(means), count, learner.space.precision.view(1, 1, -1))
+    domain = domain_of(stats, learner.tuning.shared)
+    space = learner.space.around(learner.space.to_feature(domain))
+    guidance = _guidance(learner.tuning, space, z, stats, sampling, valid, scale)
+    stats = replace(stats, mean=stats.mean - domain).scaled(guidance)
     guide = None
     if pool is not None and pool.shape[1] > 0:
         guide = pool_guide(space, stats, pool, guidance, scale, pool_guidance or learner.tuning.pool)
     noise = Noise(seeds, ranks, z.shape[-1], sampling.temperature, z.device)
     samples = [_sample(learner, stats, sampling, noise, guide) for _ in range(sampling.samples)]
-    return TaskClassifier(space, space.to_feature(torch.stack(samples)), guidance, scale)
+    return TaskClassifier(space, torch.stack([space.to_feature(w) for w in samples]), guidance, scale)
 
 
-def _guidance(learner: Learner, z: Tensor, sampling: Sampling, valid: Tensor | None, scale: float) -> Tensor | float:
-    """The scale a: as asked for, else by leave-one-out, else the fitted default where no class has two images."""
+def _guidance(
+    tuning: Tuning, space: TaskSpace, z: Tensor, stats: SupportStats, sampling: Sampling, valid: Tensor | None,
+    scale: float,
+) -> Tensor | float:  # fmt: skip
+    """The scale a: as asked for, else by leave-one-out, and where no class has two images by what the task looks like.
+
+    `space` is that of the tasks, `stats` are in the space of the base classes.
+    """
     if sampling.guidance is not None:
         return sampling.guidance
+    default = tuning.guidance if tuning.usual is None else trusted_guidance(stats, tuning.usual, tuning.guidance)
     if z.shape[2] == 1:
-        return learner.tuning.guidance
-    return leave_one_out_guidance(z, learner.space, scale, valid, learner.tuning.guidance)
+        return default
+    return leave_one_out_guidance(z, space, scale, valid, default)
 
 
 def _sample(

@@ -7,7 +7,7 @@ randomness of a step follows from (seed, step). `MetaTrainer.run` is a generator
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from metadiff_cli.core.denoiser import (
     support_stats,
 )
 from metadiff_cli.core.diffusion import Schedule, add_noise
+from metadiff_cli.core.domain import domain_of, shared_of
 from metadiff_cli.core.episodes import Episodes, check_episodes, training_batch
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.task_space import TaskSpace
@@ -72,6 +73,7 @@ class MetaTrainer:
         """Raises DataError when the base classes have too few images for the episodes asked for."""
         self.bank, self.config, self.seed, self.device = bank, config, seed, device
         self.kind = denoiser.kind
+        self.shared = shared_of(denoiser.kind)
         self.space = space.to(device)
         self.schedule = Schedule()
         self.abar = self.schedule.abar.float().to(device)
@@ -155,7 +157,10 @@ class MetaTrainer:
         support = torch.from_numpy(self.bank.features[episodes.support]).to(self.device)  # (B, N, K, D)
         query = torch.from_numpy(self.bank.features[episodes.query]).to(self.device)  # (B, M, D)
         stats = support_stats(self.space.to_task(support), self.space.precision)
-        w0 = self.targets(episodes, support, query)
+        domain = domain_of(stats, self.shared)
+        stats = replace(stats, mean=stats.mean - domain)
+        space = self.space.around(self.space.to_feature(domain))
+        w0 = self.targets(episodes, support, query) - domain
         t = torch.randint(1, self.schedule.steps + 1, (len(w0),), generator=generator)
         abar = self.abar[t.to(self.device)]
         noise = torch.randn(w0.shape, generator=generator).to(self.device)
@@ -163,10 +168,10 @@ class MetaTrainer:
         if isinstance(self.denoiser, PaperDenoiser):
             error: Tensor = F.mse_loss(self.denoiser.epsilon(w, abar, stats), noise)
             return error
-        return self._weighted_loss(w, w0, abar, stats, query, torch.from_numpy(episodes.labels).to(self.device))
+        return self._weighted_loss(w, w0, abar, stats, space, query, torch.from_numpy(episodes.labels).to(self.device))
 
     def _weighted_loss(
-        self, w: Tensor, w0: Tensor, abar: Tensor, stats: SupportStats, query: Tensor, labels: Tensor
+        self, w: Tensor, w0: Tensor, abar: Tensor, stats: SupportStats, space: TaskSpace, query: Tensor, labels: Tensor
     ) -> Tensor:
         """Precision-weighted ||x0 - w0||^2 per dimension, plus kappa times the held-out cross-entropy."""
         x0: Tensor = self.denoiser(w, abar, stats)
@@ -174,7 +179,7 @@ class MetaTrainer:
         loss: Tensor = (pi * (x0 - w0).square()).mean()
         if self.config.kappa == 0:
             return loss
-        logits = task_logits(query, self.space.to_feature(x0), self.space, 1.0, LOGIT_SCALE)  # (B, M, N)
+        logits = task_logits(query, space.to_feature(x0), space, 1.0, LOGIT_SCALE)  # (B, M, N)
         return loss + self.config.kappa * F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     def targets(self, episodes: Episodes, support: Tensor, query: Tensor) -> Tensor:

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from metadiff_cli.core.checkpoint import KINDS, Checkpoint, load_checkpoint, save_checkpoint
 from metadiff_cli.core.classifier import Calibration
 from metadiff_cli.core.denoiser import build_denoiser
+from metadiff_cli.core.domain import Usual
 from metadiff_cli.core.encoders import Encoder, build_encoder
 from metadiff_cli.core.features import ImageEncoder
 from metadiff_cli.core.headers import check_denoiser, check_image, check_tuning
 from metadiff_cli.core.inference import Learner, TaskClassifier, Tuning
 from metadiff_cli.core.pool import PoolGuidance
+from metadiff_cli.core.tables import TaskTable
 from metadiff_cli.core.task_space import TaskSpace
 from metadiff_cli.errors import CheckpointError, ConfigError
 
@@ -114,10 +116,19 @@ def model_of(checkpoint: Checkpoint, device: torch.device) -> Model:
 
 
 def tuning_from(values: dict[str, Any]) -> Tuning:
-    """Tuning from a checkpoint's header."""
+    """Tuning from a checkpoint's header; files from before a task's domain was estimated have none of that."""
     check_tuning(values)
     calibrations = {key: Calibration.from_dict(values[key]) for key in ("calibration", "prototype_calibration")}
-    return Tuning(**{**values, **calibrations, "pool": PoolGuidance(**values["pool"])})
+    usual = values.get("usual")
+    if usual is not None:
+        usual = Usual(TaskTable.from_dict(usual["shift"]), float(usual["deviation"]))
+    parts = {
+        **calibrations,
+        "shared": values.get("shared", 0.0),
+        "usual": usual,
+        "pool": PoolGuidance(**values["pool"]),
+    }
+    return Tuning(**{**values, **parts})
 
 
 def space_of(checkpoint: Checkpoint, images: ImageEncoder) -> TaskSpace:

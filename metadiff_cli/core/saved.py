@@ -23,6 +23,7 @@ from metadiff_cli.core.model import (
     model_tensors,
 )
 from metadiff_cli.core.support import Pool, SupportSet
+from metadiff_cli.core.task_space import TaskSpace
 from metadiff_cli.data.listing import class_name
 
 DIGEST = 32  # bytes
@@ -43,6 +44,7 @@ def save_classifier(path: Path, classifier: SavedClassifier, origin: Origin) -> 
     tensors = model_tensors(classifier.images, learner)
     tensors |= {
         "weights": classifier.task.weights,
+        "mean": classifier.task.space.mean,
         "support.features": support.features,
         "support.labels": torch.from_numpy(support.labels),
         "support.digests": _bytes_tensor(support.digests),
@@ -73,9 +75,19 @@ def load_classifier(path: Path, device: torch.device) -> tuple[SavedClassifier, 
         weights = checkpoint.tensors["weights"].to(device)
         if weights.shape[1:] != (1, len(header["classes"]), model.images.feature_size):
             raise ValueError(f"weights of shape {tuple(weights.shape)}")
-        task = TaskClassifier(model.learner.space, weights, float(header["guidance"]), float(header["scale"]))
+        task = TaskClassifier(_space(checkpoint, model), weights, float(header["guidance"]), float(header["scale"]))
         classifier = SavedClassifier(model.images, task, tuple(header["classes"]))
         return classifier, Origin(model, _support(checkpoint, device), _pool(checkpoint, device))
+
+
+def _space(checkpoint: Checkpoint, model: Model) -> TaskSpace:
+    """The task's own; files from before there was one have that of the base classes."""
+    mean = checkpoint.tensors.get("mean")
+    if mean is None:
+        return model.learner.space
+    if mean.shape != (1, 1, model.images.feature_size):
+        raise ValueError(f"a mean of shape {tuple(mean.shape)}")
+    return model.learner.space.around(mean.to(model.images.device))
 
 
 def _support(checkpoint: Checkpoint, device: torch.device) -> SupportSet:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metadiff_cli.core.classifier import PROTOTYPE, blend
-from metadiff_cli.core.inference import Learner
+from metadiff_cli.core.inference import TaskClassifier
 from metadiff_cli.core.support import SupportSet
 from metadiff_cli.core.task_space import TaskSpace
 
@@ -45,16 +45,15 @@ class SupportCheck:
     suspects: tuple[Suspect, ...]
 
 
-def check_support(learner: Learner, support: SupportSet, guidance: float) -> SupportCheck | None:
-    """Leave-one-out over a support set at the guidance scale that adaptation took. None for one image a class."""
+def check_support(task: TaskClassifier, support: SupportSet) -> SupportCheck | None:
+    """Leave-one-out over a support set, as adaptation took it. None for one image a class."""
     counts = torch.bincount(torch.from_numpy(support.labels), minlength=len(support.classes))
     labels = torch.from_numpy(support.labels)
     held_out = counts[labels] >= 2  # (n,)
     if not bool(held_out.any()):
         return None
-    scale = learner.tuning.calibration.scale(len(support.classes), len(labels) / len(support.classes))
-    cosines = left_out_cosines(learner.space, support, guidance).cpu()
-    probabilities = (scale * cosines).softmax(dim=1)
+    cosines = left_out_cosines(task.space.of_task(0), support, task.single_guidance()).cpu()
+    probabilities = (task.scale * cosines).softmax(dim=1)
     predicted = probabilities.argmax(dim=1)
     right = predicted == labels
     per_class = [float(right[labels == c].float().mean()) for c in range(len(counts)) if counts[c] >= 2]

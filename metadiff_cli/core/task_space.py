@@ -19,11 +19,11 @@ from metadiff_cli.errors import DataError
 class TaskSpace:
     """Affine map between features z (D,) and task space v (D,)."""
 
-    mean: Tensor  # (D,) mu
+    mean: Tensor  # (D,) mu; (B, 1, D) in the spaces of B tasks
     basis: Tensor  # (D, D) A
     inverse: Tensor  # (D, D) A^-T
     precision: Tensor  # (D,) lambda, of an image around its class mean
-    centre: Tensor | None = None  # (D,) what plain cosines are relative to; None: the origin
+    centre: Tensor | None = None  # as `mean`, what plain cosines are relative to; None: the origin
 
     def to_task(self, z: Tensor) -> Tensor:
         """v (..., D) of features z (..., D)."""
@@ -44,6 +44,14 @@ class TaskSpace:
     def centred(self, yes: bool) -> "TaskSpace":
         """With plain cosines relative to mu, or to the origin."""
         return replace(self, centre=self.mean if yes else None)
+
+    def around(self, mean: Tensor) -> "TaskSpace":
+        """With the prior's mean elsewhere: at the points mean (B, 1, D) in feature space, one for each of B tasks."""
+        return replace(self, mean=mean, centre=None if self.centre is None else mean)
+
+    def of_task(self, task: int) -> "TaskSpace":
+        """The space of one of the B tasks."""
+        return self.around(self.mean[task, 0])
 
     def to(self, device: torch.device) -> "TaskSpace":
         """The same space on another device."""

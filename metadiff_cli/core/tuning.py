@@ -1,7 +1,8 @@
 """What is fitted on validation classes once the denoiser stands: centring, guidance default, calibration, and whether
 the learned part is kept."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 
 from metadiff_cli.core.classifier import GUIDANCE_GRID, PROTOTYPE, best_scale, cosine_logits, fit_calibration
-from metadiff_cli.core.denoiser import AnalyticDenoiser
+from metadiff_cli.core.denoiser import AnalyticDenoiser, support_stats
+from metadiff_cli.core.domain import Usual, shift_of
 from metadiff_cli.core.episodes import Episodes, episode_batches
 from metadiff_cli.core.evaluation import Protocol, evaluate, mean_interval, method_of, run_through
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.inference import Learner, Sampling, Tuning, adapt_tasks, class_means, ranks_of, seeds_of
+from metadiff_cli.core.tables import TaskTable
 from metadiff_cli.core.task_space import ClassStatistics
 
 EPISODES = 400
@@ -66,6 +69,8 @@ def fit_tuning(learner: Learner, bank: FeatureBank, device: torch.device, *, see
     learner = learner.tuned(tuning)
     learner = learner.tuned(replace(tuning, guidance=_default_guidance(learner, tasks, ways[0])))
     pairs = [(way, shot) for way in ways for shot in shots]
+    if tuning.shared > 0:
+        learner = learner.tuned(replace(learner.tuning, usual=_usual(learner, tasks, pairs)))
     ours = {pair: best_scale(*tasks.collect(*pair, _logits(learner))) for pair in pairs}
     theirs = {pair: best_scale(*tasks.collect(*pair, _prototype(learner))) for pair in pairs}
     return replace(learner.tuning, calibration=fit_calibration(ours), prototype_calibration=fit_calibration(theirs))
@@ -113,6 +118,18 @@ def _logits(learner: Learner, guidance: float | None = None) -> Cosines:
 def _prototype(learner: Learner) -> Cosines:
     centre = learner.space.mean if learner.tuning.centred_prototype else None
     return lambda support, query, episodes: cosine_logits(query, class_means(support)[0], centre=centre)
+
+
+def _usual(learner: Learner, tasks: _Tasks, pairs: Sequence[tuple[int, int]]) -> Usual:
+    """The shift of tasks of validation classes, from which that of a task from elsewhere is told."""
+
+    def shift(support: Tensor, query: Tensor, episodes: Episodes) -> Tensor:
+        found = shift_of(support_stats(learner.space.to_task(support), learner.space.precision))
+        return found.view(-1, 1, 1).expand(-1, query.shape[1], 1)
+
+    found = {pair: tasks.collect(*pair, shift)[0] for pair in pairs}
+    deviation = math.sqrt(float(torch.stack([values.var() for values in found.values()]).mean()))
+    return Usual(TaskTable.of({pair: float(values.mean()) for pair, values in found.items()}), max(deviation, 1e-3))
 
 
 def _centre_helps(learner: Learner, tasks: _Tasks, way: int, shots: list[int]) -> bool:

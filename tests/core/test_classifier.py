@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_calibration_is_smooth_in_ways_and_shots() -> None:
     assert fitted.scale(7, 3) == pytest.approx(true(7, 3), rel=1e-6)  # a power law is linear in the logarithms
     assert fitted.scale(50, 1) == pytest.approx(true(20, 1)) and fitted.scale(2, 9) == pytest.approx(true(5, 5))
     assert fit_calibration({(5, 1): 9.0}).scale(8, 3) == pytest.approx(9.0)
-    assert Calibration.from_dict(json.loads(json.dumps(fitted.to_dict()))) == fitted
+    assert Calibration.from_dict(json.loads(json.dumps(asdict(fitted)))) == fitted
 
 
 def test_a_calibration_of_a_wrong_shape_is_refused() -> None:

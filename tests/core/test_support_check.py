@@ -1,15 +1,12 @@
 """The leave-one-out check of a support set."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metadiff_cli.core.classifier import PROTOTYPE, Calibration, task_logits
-from metadiff_cli.core.denoiser import AnalyticDenoiser
-from metadiff_cli.core.inference import Learner, Tuning
+from metadiff_cli.core.classifier import PROTOTYPE, task_logits
+from metadiff_cli.core.inference import TaskClassifier
 from metadiff_cli.core.support import Example, SupportSet, support_of
 from metadiff_cli.core.support_check import check_support, left_out_cosines
 from metadiff_cli.core.task_space import TaskSpace
@@ -17,13 +14,13 @@ from metadiff_cli.core.task_space import TaskSpace
 SIZE = 16
 
 
-def learner(scale: float = 20.0) -> Learner:
-    """In a task space that is turned, shifted and has unequal precisions."""
+def task(scale: float = 20.0) -> TaskClassifier:
+    """At guidance 4, in a task space that is turned, shifted and has unequal precisions."""
     g = torch.Generator().manual_seed(1)
     basis = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=g))[0] * 2
     mean = 0.1 * torch.randn(SIZE, generator=g)
-    space = TaskSpace(mean, basis, torch.linalg.inv(basis).T.contiguous(), torch.linspace(0.2, 3, SIZE))
-    return Learner(space, AnalyticDenoiser(), False, Tuning(calibration=Calibration(log_scales=((math.log(scale),),))))
+    space = TaskSpace(mean.view(1, 1, -1), basis, torch.linalg.inv(basis).T.contiguous(), torch.linspace(0.2, 3, SIZE))
+    return TaskClassifier(space, torch.zeros(1, 1, 3, SIZE), 4.0, scale)
 
 
 def support_from(counts: dict[str, int], *, noise: float = 0.1, swap: tuple[str, str] | None = None) -> SupportSet:
@@ -65,28 +62,28 @@ def slow_cosines(space: TaskSpace, support: SupportSet, a: float) -> Tensor:
 @pytest.mark.parametrize("a", [0.5, 4.0])
 def test_the_closed_form_is_the_definition(a: float) -> None:
     support = support_from({"a": 4, "b": 2, "c": 1, "d": 3}, noise=1.0)
-    space = learner().space
+    space = task().space.of_task(0)
     assert torch.allclose(left_out_cosines(space, support, a), slow_cosines(space, support, a), atol=1e-5)
 
 
 def test_a_large_guidance_is_the_prototype() -> None:
     support = support_from({"a": 4, "b": 3}, noise=1.0)
-    space = learner().space
+    space = task().space.of_task(0)
     assert torch.allclose(left_out_cosines(space, support, 1e5), left_out_cosines(space, support, PROTOTYPE), atol=1e-3)
 
 
 def test_clear_classes_are_told_apart() -> None:
-    check = check_support(learner(), support_from({"a": 3, "b": 5, "c": 1}), 4.0)
+    check = check_support(task(), support_from({"a": 3, "b": 5, "c": 1}))
     assert check is not None
     assert check.images == 8 and check.accuracy == 100 and check.confused == () and check.suspects == ()
 
 
 def test_one_image_per_class_says_nothing() -> None:
-    assert check_support(learner(), support_from({"a": 1, "b": 1}), 4.0) is None
+    assert check_support(task(), support_from({"a": 1, "b": 1})) is None
 
 
 def test_a_mislabelled_image_is_named_with_what_it_looks_like() -> None:
-    check = check_support(learner(), support_from({"a": 5, "b": 5, "c": 5}, swap=("b", "c")), 4.0)
+    check = check_support(task(), support_from({"a": 5, "b": 5, "c": 5}, swap=("b", "c")))
     assert check is not None
     (suspect,) = check.suspects
     assert (suspect.path, suspect.label, suspect.looks_like) == ("b/0", "b", "c") and suspect.confidence > 0.5
@@ -94,5 +91,5 @@ def test_a_mislabelled_image_is_named_with_what_it_looks_like() -> None:
 
 
 def test_of_two_images_nobody_is_called_wrong() -> None:
-    check = check_support(learner(), support_from({"a": 2, "b": 4}, swap=("a", "b")), 4.0)
+    check = check_support(task(), support_from({"a": 2, "b": 4}, swap=("a", "b")))
     assert check is not None and check.accuracy < 100 and check.suspects == ()
