@@ -81,8 +81,13 @@ class AugmentConfig(Section):
 
 
 class PretrainConfig(Section):
-    """Training of the encoder by cross-entropy over the base classes."""
+    """Training of the encoder by cross-entropy: over the base classes, or over those of an episode.
 
+    With `pairs` each batch has two images of each of batch / 2 classes, and each image has to be told by its cosine to
+    the other ones (episodes of one support image, as Vinyals et al. 2016): for very many classes of few images.
+    """
+
+    objective: Literal["classes", "pairs"] = "classes"
     epochs: Count = 30
     batch: Annotated[int, Field(ge=2, le=100_000)] = 64
     lr: Positive = 0.05
@@ -91,7 +96,7 @@ class PretrainConfig(Section):
     schedule: Literal["one-cycle", "cosine"] = "one-cycle"
     label_smoothing: Share = 0.0
     rotation_weight: Annotated[float, Field(ge=0)] = 0.0  # of the 4-way rotation head's loss; 0 leaves the head out
-    cosine_head: Positive | None = None  # logit scale of a cosine head; None: a linear head
+    cosine_head: Positive | None = None  # logit scale of cosines, which `pairs` needs; None: a linear head
     rotated_classes: bool = False  # each base class turned by 90, 180, 270 degrees counts as a further class
     stages: tuple[
         tuple[Positive, Annotated[int, Field(ge=16, le=1024)]], ...
@@ -103,6 +108,12 @@ class PretrainConfig(Section):
     def _stages_fill_the_epochs(self) -> "PretrainConfig":
         if self.stages and abs(sum(share for share, _ in self.stages) - 1) > 1e-6:
             raise ValueError("the shares of `stages` must add up to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_have_cosines_alone(self) -> "PretrainConfig":
+        if self.objective == "pairs" and (self.cosine_head is None or self.rotation_weight > 0):
+            raise ValueError("`objective: pairs` needs a `cosine_head` (15, say) and a `rotation_weight` of 0")
         return self
 
 

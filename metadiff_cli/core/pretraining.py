@@ -1,4 +1,4 @@
-"""Pretraining: an encoder and a linear head, cross-entropy over the base classes, by SGD.
+"""Pretraining: an encoder by SGD on a cross-entropy, over the base classes with a head, or over those of an episode.
 
 `Pretrainer.run` is a generator of records; whoever consumes it draws the progress and writes the files. All randomness
 of an epoch comes from generators seeded by (seed, epoch), so the state at the end of an epoch is enough to go on.
@@ -18,7 +18,7 @@ from metadiff_cli.config import PretrainConfig
 from metadiff_cli.core.device import autocast
 from metadiff_cli.core.encoders import Encoder
 from metadiff_cli.data.transforms import Augmentation, augment, rotate_quarters
-from metadiff_cli.errors import MetaDiffError
+from metadiff_cli.errors import DataError, MetaDiffError
 
 REPORT_EVERY = 10  # steps between two records: reading the loss waits for the device
 
@@ -51,6 +51,8 @@ class PretrainEpoch:
 class Heads(nn.Module):
     """Linear heads over flattened or pooled feature maps: the base classes, and optionally the 4 rotations.
 
+    `classes` 0 stands for no base classes: pairs of images need no head.
+
     With `cosine` the logits of the classes are that scale times the cosine to each class's weight (Chen et al. 2019):
     with thousands of classes over few features a linear head hardly gets going.
     """
@@ -58,11 +60,12 @@ class Heads(nn.Module):
     def __init__(self, channels: int, side: int, classes: int, rotation: bool, cosine: float | None = None) -> None:
         super().__init__()
         self.channels, self.side, self.cosine = channels, side, cosine
-        self.classes = nn.Linear(channels * side * side, classes)
+        self.classes = nn.Linear(channels * side * side, classes) if classes else None
         self.rotation = nn.Linear(channels * side * side, 4) if rotation else None
 
     def class_logits(self, features: Tensor) -> Tensor:
         """(B, C) of features (B, D)."""
+        assert self.classes is not None
         if self.cosine is None:
             logits: Tensor = self.classes(features)
             return logits
@@ -78,6 +81,42 @@ class Heads(nn.Module):
             maps = F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
             layer.weight = nn.Parameter(maps.flatten(1) * (self.side / side) ** 2)
         self.side = side
+
+
+class Pairs:
+    """Two images of each of `ways` classes, drawn anew for each batch; classes of one image are left out."""
+
+    def __init__(self, labels: np.ndarray, turns: int, ways: int) -> None:
+        """`turns` 4 makes four classes of each. Raises DataError when there are not `ways` classes."""
+        self.rows = torch.from_numpy(np.argsort(labels, kind="stable"))  # class after class
+        counts = torch.from_numpy(np.bincount(labels))
+        self.first = torch.cumsum(counts, 0) - counts
+        self.classes, self.counts = torch.nonzero(counts >= 2).flatten(), counts
+        self.turns, self.ways = turns, ways
+        if len(self.classes) * turns < ways:
+            raise DataError(
+                f"a batch of pairs wants {ways} classes of two images, there are {len(self.classes) * turns}",
+                hint=f"lower --set pretrain.batch={2 * len(self.classes) * turns}, or use pretrain.objective=classes",
+            )
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Rows (2 N,), first one image of each class and then the other, and labels: class times turns plus turn."""
+        chosen = torch.randperm(len(self.classes) * self.turns, generator=generator)[: self.ways]
+        classes, turn = self.classes[chosen // self.turns], chosen % self.turns
+        count = self.counts[classes]
+        first, other = torch.rand(2, self.ways, generator=generator, dtype=torch.float64)
+        one = (first * count).long()
+        two = (one + 1 + (other * (count - 1)).long()) % count  # another one than `one`
+        rows = self.rows[torch.cat([self.first[classes] + one, self.first[classes] + two])]
+        return rows, (classes * self.turns + turn).repeat(2)
+
+
+def pair_logits(features: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Scaled cosines (2 N, N) of features (2 N, D) of pairs to the other half, and which one is the twin (2 N,)."""
+    one, two = F.normalize(features, dim=1).chunk(2)
+    cosines = one @ two.T
+    twins = torch.arange(len(one), device=features.device).repeat(2)
+    return scale * torch.cat([cosines, cosines.T]), twins
 
 
 class Pretrainer:
@@ -100,10 +139,13 @@ class Pretrainer:
         """`images` (n, S, S, 3) uint8, may be memory-mapped; `labels` (n,) in 0..classes - 1."""
         self.config, self.images, self.seed, self.size, self.device = config, images, seed, size, device
         self.labels = torch.as_tensor(np.asarray(labels))
+        self.turns = 4 if config.rotated_classes else 1
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.encoder = encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         side = 1 if encoder.pooled else encoder.side(self.size_of(0))
-        outputs = classes * 4 if config.rotated_classes else classes
+        outputs = classes * self.turns
+        self.pairs = Pairs(labels, self.turns, config.batch // 2) if config.objective == "pairs" else None
+        outputs = 0 if self.pairs else outputs
         self.heads = Heads(encoder.channels, side, outputs, config.rotation_weight > 0, config.cosine_head)
         self.heads.to(device)
         self.optimiser = self._new_optimiser()
@@ -163,16 +205,20 @@ class Pretrainer:
                 total.zero_()
 
     def _train_step(self, index: Tensor, size: int, lr: float, generator: torch.Generator) -> Tensor:
-        """One SGD step on the images `index`; returns loss, number of correct ones, number of images."""
+        """One SGD step on the images `index`, or on pairs; returns loss, number of correct ones, number of images."""
+        if self.pairs is not None:
+            index, labels = self.pairs.draw(generator)
+        else:
+            turns = torch.randint(self.turns, (len(index),), generator=generator) if self.turns > 1 else 0
+            labels = self.labels[index] * self.turns + turns
         pixels = torch.from_numpy(self.images[index.numpy()]).to(self.device)
         how = Augmentation(**self.config.augment.model_dump())
         batch = augment(pixels, size, how, self.mean, self.std, generator)
-        labels = self.labels[index].to(self.device)
-        if self.config.rotated_classes:
-            quarters = torch.randint(4, (len(index),), generator=generator).to(self.device)
-            batch, labels = rotate_quarters(batch, quarters), labels * 4 + quarters
+        labels = labels.to(self.device)
+        if self.turns > 1:
+            batch = rotate_quarters(batch, labels % self.turns)
         with autocast(self.device, self.config.precision):
-            loss, logits = self._loss(batch, labels, generator)
+            loss, logits, labels = self._loss(batch, labels, generator)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         self.optimiser.zero_grad(set_to_none=True)
@@ -181,18 +227,22 @@ class Pretrainer:
         correct = (logits.argmax(dim=1) == labels).sum()
         return torch.stack([loss.detach().float(), correct.float(), correct.new_tensor(len(labels)).float()])
 
-    def _loss(self, batch: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, and the logits (M, N) and labels (M,) that it is of."""
         smoothing = self.config.label_smoothing
+        if self.pairs is not None:
+            logits, labels = pair_logits(self.encoder(batch).float(), self.config.cosine_head or 1.0)
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits, labels
         if self.heads.rotation is None:
             logits = self.heads.class_logits(self.encoder(batch))
-            return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits, labels
         quarters = torch.randint(4, (len(labels),), generator=generator).to(self.device)
         both = torch.cat([batch, rotate_quarters(batch, quarters)])
         features = self.encoder(both)
         logits = self.heads.class_logits(features[: len(labels)])
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
         turned = F.cross_entropy(self.heads.rotation(features[len(labels) :]), quarters)
-        return loss + self.config.rotation_weight * turned, logits
+        return loss + self.config.rotation_weight * turned, logits, labels
 
     def _check(self, loss: float) -> None:
         if not math.isfinite(loss):

@@ -11,7 +11,7 @@ from metadiff_cli.core.encoders import Conv4, DropBlock, build_encoder
 from metadiff_cli.core.episodes import training_batch
 from metadiff_cli.core.features import FeatureBank, ImageEncoder, build_bank
 from metadiff_cli.core.metatraining import MetaTrainer, MetaValidation
-from metadiff_cli.core.pretraining import Heads, PretrainEpoch, Pretrainer, learning_rate
+from metadiff_cli.core.pretraining import Heads, Pairs, PretrainEpoch, Pretrainer, learning_rate, pair_logits
 from metadiff_cli.core.task_space import fit_task_space
 from metadiff_cli.data.transforms import Augmentation, affine_maps, augment, normalise, rotate_quarters
 from metadiff_cli.errors import ConfigError, DataError
@@ -103,6 +103,7 @@ def trainer_of(**settings: object) -> Pretrainer:
 
 
 @pytest.mark.parametrize("settings", [{}, {"rotation_weight": 1.0}, {"rotated_classes": True},
+                                      {"objective": "pairs", "cosine_head": 15, "batch": 8},
                                       {"stages": [[0.5, 16], [0.5, 32]], "label_smoothing": 0.1}])  # fmt: skip
 def test_pretraining_learns_and_keeps_the_best(settings: dict[str, object]) -> None:
     trainer = trainer_of(**settings, epochs=6)
@@ -113,6 +114,29 @@ def test_pretraining_learns_and_keeps_the_best(settings: dict[str, object]) -> N
     assert trainer.best_validation == 5.0 and epochs[-1].loss < epochs[0].loss
     current = trainer.encoder.state_dict()
     assert any(not torch.equal(current[name], kept) for name, kept in trainer.best.items())
+
+
+def test_pairs_are_two_images_of_each_of_some_classes() -> None:
+    labels = np.array([3, 0, 1, 0, 3, 1, 2, 3, 0])  # class 2 has a single image
+    pairs, generator = Pairs(labels, 4, 10), torch.Generator().manual_seed(0)
+    seen = set()
+    for _ in range(200):
+        rows, drawn = pairs.draw(generator)
+        assert torch.equal(drawn[:10], drawn[10:]) and len(drawn[:10].unique()) == 10
+        assert torch.equal(torch.from_numpy(labels)[rows], drawn // 4) and bool((rows[:10] != rows[10:]).all())
+        seen |= {(int(row), int(label) % 4) for row, label in zip(rows, drawn, strict=True)}
+    assert seen == {(row, turn) for row in range(9) if labels[row] != 2 for turn in range(4)}
+    with pytest.raises(DataError, match="13 classes of two images, there are 12") as caught:
+        Pairs(labels, 4, 13)
+    assert "pretrain.batch=24" in (caught.value.hint or "")
+
+
+def test_each_image_of_a_pair_is_sought_among_the_others() -> None:
+    z = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 3.0], [0.0, 5.0]])
+    logits, twins = pair_logits(z, 10.0)
+    half = 10 / 2**0.5
+    assert torch.allclose(logits, torch.tensor([[half, 0.0], [half, 10.0], [half, half], [0.0, 10.0]]), atol=1e-5)
+    assert twins.tolist() == [0, 1, 0, 1]
 
 
 def bank_of(images: int = 12, size: int = 16) -> FeatureBank:
