@@ -112,8 +112,11 @@ class Pairs:
 
 
 def pair_logits(features: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Scaled cosines (2 N, N) of features (2 N, D) of pairs to the other half, and which one is the twin (2 N,)."""
-    one, two = F.normalize(features, dim=1).chunk(2)
+    """Scaled cosines (2 N, N) of features (2 N, D) of pairs to the other half, and which one is the twin (2 N,).
+
+    They are relative to the mean of the batch: features behind a ReLU have no negative side, and their cosines no room.
+    """
+    one, two = F.normalize(features - features.mean(dim=0), dim=1).chunk(2)
     cosines = one @ two.T
     twins = torch.arange(len(one), device=features.device).repeat(2)
     return scale * torch.cat([cosines, cosines.T]), twins

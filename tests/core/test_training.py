@@ -133,9 +133,12 @@ def test_pairs_are_two_images_of_each_of_some_classes() -> None:
 
 def test_each_image_of_a_pair_is_sought_among_the_others() -> None:
     z = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 3.0], [0.0, 5.0]])
-    logits, twins = pair_logits(z, 10.0)
-    half = 10 / 2**0.5
-    assert torch.allclose(logits, torch.tensor([[half, 0.0], [half, 10.0], [half, half], [0.0, 10.0]]), atol=1e-5)
+    z = z - z.mean(dim=0)
+    logits, twins = pair_logits(z + torch.tensor([4.0, -1.0]), 10.0)
+    for i in range(4):
+        others = (2, 3) if i < 2 else (0, 1)
+        expected = torch.stack([10 * torch.cosine_similarity(z[i], z[j], dim=0) for j in others])
+        assert torch.allclose(logits[i], expected, atol=1e-5)
     assert twins.tolist() == [0, 1, 0, 1]
 
 
