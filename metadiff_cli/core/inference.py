@@ -17,8 +17,9 @@ from metadiff_cli.core.classifier import Calibration, cosine_logits, leave_one_o
 from metadiff_cli.core.denoiser import AnalyticDenoiser, SupportStats
 from metadiff_cli.core.diffusion import Denoises, Noise, Schedule, ddim, ddpm, finish
 from metadiff_cli.core.episodes import episode_batches
-from metadiff_cli.core.features import FeatureBank, ImageEncoder, extract
+from metadiff_cli.core.features import Encoding, FeatureBank, ImageEncoder, extract
 from metadiff_cli.core.pool import Guide, PoolGuidance, pool_guide
+from metadiff_cli.core.support import TaskSupport
 from metadiff_cli.core.task_space import TaskSpace
 
 
@@ -64,16 +65,6 @@ class Learner:
         return replace(self, denoiser=AnalyticDenoiser(), learned=False)
 
 
-def class_means(z: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Means (B, N, D) and counts (B, N, 1) of support features z (B, N, K, D); `valid` (B, N, K) where shots differ."""
-    tasks, ways, shots, _ = z.shape
-    if valid is None:
-        return z.mean(dim=2), z.new_full((tasks, ways, 1), shots)
-    mask = valid.to(z).unsqueeze(-1)
-    count = mask.sum(dim=2)
-    return (z * mask).sum(dim=2) / count.clamp_min(1), count
-
-
 @dataclass(frozen=True)
 class TaskClassifier:
     """Classifiers of B tasks: weights (M, B, N, D) in feature space, guidance scale (a number or (B,)), logit scale."""
@@ -101,40 +92,41 @@ class TaskClassifier:
 @torch.inference_mode()
 def adapt_tasks(
     learner: Learner,
-    z: Tensor,
+    support: Tensor | TaskSupport,
     sampling: Sampling,
     *,
     ranks: Tensor,
     seeds: Sequence[int],
-    valid: Tensor | None = None,
     pool: Tensor | None = None,
     pool_guidance: PoolGuidance | None = None,
 ) -> TaskClassifier:
-    """Classifiers from support features z (B, N, K, D), `valid` (B, N, K) marking the real ones where shots differ.
+    """Classifiers from support features (B, N, K, D), or from a `TaskSupport` where shots differ.
 
     `ranks` (B, N) are the positions of the classes in an order that does not depend on how they are given; `seeds` one
     per task. `pool` (B, P, D) are unlabelled images of the same tasks. (Design, section 2.)
     """
-    means, count = class_means(z, valid)
-    scale = learner.tuning.calibration.scale(z.shape[1], float(count.mean()))
-    guidance = _guidance(learner, z, sampling, valid, scale)
-    space = learner.space
-    stats = SupportStats(space.to_task(means), count, space.precision.view(1, 1, -1)).scaled(guidance)
+    if isinstance(support, Tensor):
+        support = TaskSupport.even(support)
+    tasks, ways, size = support.means.shape
+    scale = learner.tuning.calibration.scale(ways, float(support.count.mean()))
+    guidance = _guidance(learner, support, sampling, scale)
+    space, count = learner.space, support.count.expand(tasks, -1, -1)
+    stats = SupportStats(space.to_task(support.means), count, space.precision.view(1, 1, -1)).scaled(guidance)
     guide = None
     if pool is not None and pool.shape[1] > 0:
         guide = pool_guide(space, stats, pool, guidance, scale, pool_guidance or learner.tuning.pool)
-    noise = Noise(seeds, ranks, z.shape[-1], sampling.temperature, z.device)
+    noise = Noise(seeds, ranks, size, sampling.temperature, support.z.device)
     samples = [_sample(learner, stats, sampling, noise, guide) for _ in range(sampling.samples)]
     return TaskClassifier(space, space.to_feature(torch.stack(samples)), guidance, scale)
 
 
-def _guidance(learner: Learner, z: Tensor, sampling: Sampling, valid: Tensor | None, scale: float) -> Tensor | float:
+def _guidance(learner: Learner, support: TaskSupport, sampling: Sampling, scale: float) -> Tensor | float:
     """The scale a: as asked for, else by leave-one-out, else the fitted default where no class has two images."""
     if sampling.guidance is not None:
         return sampling.guidance
-    if z.shape[2] == 1:
+    if len(support.labels) == len(support.count):
         return learner.tuning.guidance
-    return leave_one_out_guidance(z, learner.space, scale, valid, learner.tuning.guidance)
+    return leave_one_out_guidance(support, learner.space, scale, learner.tuning.guidance)
 
 
 def _sample(
@@ -182,7 +174,7 @@ def quick_accuracy(
     query = min(15, min(len(i) for i in indices) - 1)
     if len(classes) < 5 or query < 1:
         return None
-    z = torch.cat([part.float() for part in extract(encoder, images[rows], batch)])
+    z = torch.cat([part.float() for part in extract(Encoding(encoder, batch), images[rows])])
     hits = []
     for part in episode_batches(indices, 5, 1, query, count=episodes, batch=100, seed=seed):
         support, queries = z[part.support].squeeze(2), z[part.query]
