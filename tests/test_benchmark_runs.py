@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NAMES = ["training", "memory", "sampling", "evaluation", "extraction", "pretraining", "adapt"]
+NAMES = ["training", "memory", "sampling", "evaluation", "extraction", "pretraining", "adapt", "large", "large-bank"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -166,8 +166,8 @@ def leave_one_out_logits(support: TaskSupport, space: TaskSpace) -> Iterator[tup
         evidence, rest = (n * a * space.precision for n in (support.count, left))  # (N, D), (n, D)
         full, own = evidence / (1 + evidence) * mean, rest / (1 + rest) * without
         whitened = _left_out_cosines(full * noise, own * noise, v * noise, labels)
-        weights = (space.plain(space.to_feature(w)) for w in (full, own))
-        yield a, blend(whitened, _left_out_cosines(*weights, z, labels), a)
+        full, own = (space.plain(space.to_feature(w)) for w in (full, own))
+        yield a, blend(whitened, _left_out_cosines(full, own, z, labels), a)
 
 
 def left_out_means(z: Tensor, means: Tensor, support: TaskSupport) -> Tensor:

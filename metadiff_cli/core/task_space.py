@@ -142,7 +142,7 @@ def _mean(features: Tensor) -> Tensor:
     """Mean (D,) in float64 of the features (n, D) of a class, a chunk at a time."""
     if len(features) == 0:
         raise DataError("a base class has no images", hint="remove its folder, or add images to it")
-    total = torch.stack([part.double().sum(dim=0) for part in features.split(CHUNK)]).sum(dim=0)
+    total = torch.stack([part.double().sum(dim=0) for part in torch.split(features, CHUNK)]).sum(dim=0)
     if not bool(torch.isfinite(total).all()):  # one value that is not finite makes the sum so
         raise DataError("features of the base classes are not finite", hint="train or choose another encoder")
     return total / len(features)
@@ -153,7 +153,7 @@ def _add_scatter(scatter: Tensor, features: Tensor, mean: Tensor) -> None:
 
     Products are taken in the features' own precision: the differences have no more digits than that.
     """
-    for part in features.split(CHUNK):
+    for part in torch.split(features, CHUNK):
         rest = (part - mean).to(features.dtype).numpy()
         scatter += torch.from_numpy(np.matmul(rest.T, rest))  # NumPy sees the symmetry and does half the work
 
