@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor
 
 from metadiff_cli.core.encoders import Encoder
@@ -178,11 +179,15 @@ def build_bank(
     path, shape, dtype = folder / f"{name}.npy", (len(labels), encoder.feature_size), np.dtype(STORES[store])
     kept = _open(path, shape, dtype)
     if kept is None:
-        parts = folder / f"{name}.parts"
-        with atomic(path) as temporary:
-            _join(_shards(encoder, images, parts, batch, dtype, progress), temporary, shape, dtype)
-        shutil.rmtree(parts, ignore_errors=True)
-        kept = np.load(path, mmap_mode="r", allow_pickle=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            kept = _open(path, shape, dtype)  # perhaps another process was faster
+            if kept is None:
+                parts = folder / f"{name}.parts"
+                with atomic(path) as temporary:
+                    _join(_shards(encoder, images, parts, batch, dtype, progress), temporary, shape, dtype)
+                shutil.rmtree(parts, ignore_errors=True)
+                kept = np.load(path, mmap_mode="r", allow_pickle=False)
     return FeatureBank(kept, np.asarray(labels), classes)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError
-from tests.benchmarks import adapting, images, large, learning
+from tests.benchmarks import adapting, images, large, learning, soak
 from tests.benchmarks.common import TINY, Report, Sizes
 
 BENCHMARKS: dict[str, Callable[[Sizes], Report]] = {
@@ -26,6 +26,7 @@ BENCHMARKS: dict[str, Callable[[Sizes], Report]] = {
     "adapt": images.adapting,
     "large": large.images,
     "large-bank": large.bank,
+    "soak": soak.soak,
 }
 
 

@@ -48,6 +48,9 @@ class Sizes:
     large_classes: int = 1000
     large_per_class: int = 1300
     large_features: int = 512
+    soak_runs: int = 200
+    soak_steps: int = 5000
+    soak_processes: int = 32
     rounds: int = 3
     seconds: float = 2.0  # at least, of one timing
 
@@ -55,8 +58,8 @@ class Sizes:
 TINY = Sizes(
     features=16, classes=8, per_class=24, batch=2, query=2, inner=(1, 2), memory_inner=(1, 3), image=32, images=12,
     pretrain_batch=4, pretrain_steps=1, train_steps=2, slow_steps=4, fast_steps=2, draw_steps=3, samples=2, episodes=4,
-    draw_episodes=2, large_images=(20, 40), large_classes=12, large_per_class=24, large_features=16, rounds=1,
-    seconds=0.0,
+    draw_episodes=2, large_images=(20, 40), large_classes=12, large_per_class=24, large_features=16, soak_runs=8,
+    soak_steps=40, soak_processes=3, rounds=1, seconds=0.0,
 )  # fmt: skip
 
 

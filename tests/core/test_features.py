@@ -41,7 +41,7 @@ def test_it_is_made_once_and_mended(encoder: ImageEncoder, tmp_path: Path) -> No
     first = features_now()
     assert calls == [4, 8, 10] and np.allclose(np.linalg.norm(first, axis=1), 1, atol=1e-5)
     assert np.array_equal(features_now(), first) and calls == []
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.npy")
     file.write_bytes(file.read_bytes()[:200])
     assert np.array_equal(features_now(), first) and calls == [4, 8, 10]
     mirrored = encoder.encode(torch.from_numpy(PIXELS[:, :, ::-1].copy()))
