@@ -23,7 +23,7 @@ from torch import Tensor
 from metadiff_cli.commands.options import checkpoint_path
 from metadiff_cli.core.adaptation import adapt_classifier
 from metadiff_cli.core.device import pick_device
-from metadiff_cli.core.features import ImageEncoder
+from metadiff_cli.core.features import Encoding, ImageEncoder
 from metadiff_cli.core.inference import Sampling
 from metadiff_cli.core.model import Model, SavedClassifier, load_model
 from metadiff_cli.core.saved import Origin, load_classifier, save_classifier
@@ -268,9 +268,9 @@ def _items(X: Images) -> list[ImageLike]:
 
 def _encode(items: Sequence[ImageLike], images: ImageEncoder, batch: int) -> tuple[Tensor, tuple[bytes, ...]]:
     """Features (n, D) and digests, a batch of pixels in memory at a time."""
-    parts, digests = [], []
+    encode, parts, digests = Encoding(images, batch), [], []
     for pixels in batched(_pixels(items, images.size), batch):
-        parts.append(images.encode(torch.from_numpy(np.stack(pixels))))
+        parts.append(encode(np.stack(pixels)))
         digests += [digest_of(single) for single in pixels]
     return torch.cat(parts), tuple(digests)
 

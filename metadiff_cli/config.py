@@ -125,6 +125,7 @@ class FeaturesConfig(Section):
         None  # pixels; larger than in training may show more (Touvron et al. 2019)
     )
     half: bool = False  # round the encoder's matrices to fp16: a checkpoint of half the size
+    store: Literal["fp32", "fp16", "bf16"] = "fp32"  # as which features are kept on disk; computed with in fp32
 
 
 class TaskSpaceConfig(Section):

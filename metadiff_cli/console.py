@@ -18,7 +18,7 @@ from rich.table import Table
 PLAIN_EVERY = 10.0  # seconds between two progress lines where no bar can be drawn
 WIDE = 160  # columns of a table that goes to a file or a pipe
 
-Advance = Callable[[int, int], None]
+Advance = Callable[[int, int | None], None]  # done, and of how many where that is known
 
 
 class Screen:
@@ -112,7 +112,8 @@ class SparseLines:
     def __init__(self, screen: Screen, label: str) -> None:
         self.screen, self.label, self.last = screen, label, time.monotonic()
 
-    def __call__(self, done: int, total: int, text: str = "") -> None:
+    def __call__(self, done: int, total: int | None, text: str = "") -> None:
         if time.monotonic() - self.last >= PLAIN_EVERY:
             self.last = time.monotonic()
-            self.screen.note(f"{self.label}: {done}/{total} {text}".rstrip())
+            of = "" if total is None else f"/{total}"
+            self.screen.note(f"{self.label}: {done}{of} {text}".rstrip())

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NAMES = ["training", "memory", "sampling", "evaluation", "extraction", "pretraining", "adapt"]
+NAMES = [
+    "training",
+    "memory",
+    "sampling",
+    "evaluation",
+    "extraction",
+    "pretraining",
+    "adapt",
+    "large",
+    "large-bank",
+    "soak",
+]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -26,6 +37,8 @@ def test_every_benchmark_runs_and_tells_its_ratios() -> None:
     for result in document["results"].values():
         assert result["rows"] and result["ratios"]
         assert all(ratio["value"] >= 0 or "growth" in ratio["name"] for ratio in result["ratios"])
+    lost = {ratio["name"]: ratio for ratio in document["results"]["soak"]["ratios"]}
+    assert all(ratio["reached"] for name, ratio in lost.items() if "MB" not in name)  # eight runs say little of memory
     difference = document["results"]["evaluation"]["notes"][0]
     assert difference.endswith(": 0.00 points")  # both ways of evaluating give the same
 

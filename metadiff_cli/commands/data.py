@@ -104,7 +104,8 @@ def verify(
     from metadiff_cli.data.verify import verify as verify_data
 
     screen = Screen(quiet=quiet)
-    dataset = open_dataset(folder, layout=layout)
+    with screen.progress("finding images") as advance:
+        dataset = open_dataset(folder, layout=layout, progress=advance)
     with screen.progress("reading images") as advance:
         report = verify_data(dataset, workers=num_workers, progress=advance)
     if as_json:

@@ -48,7 +48,8 @@ def feature_bank(images: ImageEncoder, source: Source, split: str, config: Confi
     with screen.progress(f"features of {split} images") as advance:
         return build_bank(
             images, decoded.images, decoded.labels, decoded.classes,
-            folder=cache_dir() / "features", key=decoded.key, batch=config.runtime.batch_size, progress=advance,
+            folder=cache_dir() / "features", key=decoded.key, batch=config.runtime.batch_size,
+            store=config.features.store, progress=advance,
         )  # fmt: skip
 
 

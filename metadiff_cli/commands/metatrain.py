@@ -11,8 +11,6 @@ from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from metadiff_cli.commands.workspace import Run, Source
@@ -171,20 +169,18 @@ def _learn(
     config: Config, images: "ImageEncoder", base: "FeatureBank", val: "FeatureBank | None", run: "Run", screen: Screen
 ) -> tuple["Learner", dict[str, Any], str]:
     """Task space, denoiser and tuning; what became of the learned part; the kind of denoiser that is kept."""
-    import torch
-
     from metadiff_cli.core.denoiser import AnalyticDenoiser
     from metadiff_cli.core.domain import shared_of
     from metadiff_cli.core.inference import Learner, Tuning
     from metadiff_cli.core.tuning import fit_tuning
 
     kind = config.denoiser.kind
-    space = (_paper_space if kind == "paper" else _task_space)(config, base, val, images.device, screen)
-    targets = space.to_task(torch.stack([c.mean(dim=0) for c in _by_class(base)]).to(images.device))
+    space, means = (_paper_space if kind == "paper" else _task_space)(config, base, val, images.device, screen)
+    targets = space.to_task(means.float().to(images.device))
     learner = Learner(space, AnalyticDenoiser(), False, Tuning(shared=shared_of(kind)), targets)
     learned: dict[str, Any] = {"kind": kind, "kept": False, "gain": None, "ci95": None}
     if kind != "analytic":
-        learner, learned = _train_denoiser(config, learner, base, val, run, screen, images.device)
+        learner, learned = _train_denoiser(config, learner, base, means, val, run, screen, images.device)
     if val is not None:
         learner = learner.tuned(
             fit_tuning(learner, val, images.device, seed=config.seed, query=config.evaluation.query)
@@ -196,40 +192,33 @@ def _learn(
 
 def _task_space(
     config: Config, base: "FeatureBank", val: "FeatureBank | None", device: Any, screen: Screen
-) -> "TaskSpace":
-    """The task space of the base classes, its shrinkage as configured or as validation classes prefer."""
+) -> tuple["TaskSpace", "Tensor"]:
+    """The task space of the base classes, its shrinkage as configured or as validation classes prefer; their means."""
     from metadiff_cli.core.task_space import class_statistics
     from metadiff_cli.core.tuning import SHRINKAGE, choose_shrinkage
 
-    statistics = class_statistics(_by_class(base))
+    statistics = class_statistics(base.by_class())
     shrink, floor = config.space.shrink, config.space.floor
     if shrink == "auto":
         shrink = SHRINKAGE[0]
         if val is not None:
             shrink = choose_shrinkage(statistics, floor, val, device, seed=config.seed)
             screen.detail(f"shrinkage {shrink[0]:g} within classes and {shrink[1]:g} between, by validation classes")
-    return statistics.task_space(*shrink, floor).to(device)
+    return statistics.task_space(*shrink, floor).to(device), statistics.means
 
 
 def _paper_space(
     config: Config, base: "FeatureBank", val: "FeatureBank | None", device: Any, screen: Screen
-) -> "TaskSpace":
-    from metadiff_cli.core.task_space import identity_space
+) -> tuple["TaskSpace", "Tensor"]:
+    from metadiff_cli.core.task_space import class_means, identity_space
 
-    return identity_space(_by_class(base)).to(device)
-
-
-def _by_class(bank: "FeatureBank") -> "Iterator[Tensor]":
-    """The features (n_c, D) of each class, one class in memory at a time."""
-    import numpy as np
-    import torch
-
-    return (torch.from_numpy(np.array(bank.features[rows])) for rows in bank.class_indices())
+    means = class_means(base.by_class())
+    return identity_space(means.unsqueeze(1)).to(device), means  # each class as its mean alone: its space is the same
 
 
 def _train_denoiser(
-    config: Config, learner: "Learner", base: "FeatureBank", val: "FeatureBank | None", run: "Run", screen: Screen,
-    device: Any,
+    config: Config, learner: "Learner", base: "FeatureBank", means: "Tensor", val: "FeatureBank | None", run: "Run",
+    screen: Screen, device: Any,
 ) -> tuple["Learner", dict[str, Any]]:  # fmt: skip
     """Train, select by the paired gain over `analytic`, and confirm the choice on fresh episodes."""
     from dataclasses import replace
@@ -238,7 +227,9 @@ def _train_denoiser(
     from metadiff_cli.core.metatraining import MetaTrainer
     from metadiff_cli.core.tuning import paired_gain
 
-    trainer = MetaTrainer(base, learner.space, config.denoiser, config.metatrain, seed=config.seed, device=device)
+    trainer = MetaTrainer(
+        base, learner.space, config.denoiser, config.metatrain, seed=config.seed, device=device, means=means
+    )
     e, m = config.evaluation, config.metatrain
     selection = Protocol(e.way, e.shot, e.query, m.validation_episodes, config.seed + 1)
 

@@ -172,7 +172,7 @@ def _reading(bank: "FeatureBank", method: "Method", device: "torch.device") -> "
         parts = []
         for i in range(0, len(episodes.labels), 8):
             part = Episodes(*(array[i : i + 8] for array in vars(episodes).values()))
-            own, queries = (torch.from_numpy(bank.features[rows]).to(device) for rows in (part.support, part.query))
+            own, queries = (bank.take(rows).to(device) for rows in (part.support, part.query))
             parts.append(method(own, queries, part, first + i))
         return torch.cat(parts)
 

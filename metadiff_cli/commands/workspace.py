@@ -71,7 +71,8 @@ def open_source(config: Config, data: Path | None, screen: Screen) -> Source:
             )  # fmt: skip
     else:
         root = data or data_dir(config.data.name)
-        dataset = open_dataset(root, layout=config.data.layout, seed=config.seed)
+        with screen.progress("finding images") as advance:
+            dataset = open_dataset(root, layout=config.data.layout, seed=config.seed, progress=advance)
     for note in dataset.notes:
         screen.note(note)
     return Source(dataset, config, screen)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metadiff_cli.core.features import ImageEncoder
+from metadiff_cli.core.features import Encoding, ImageEncoder
 from metadiff_cli.core.inference import Sampling, adapt_tasks, seeds_of
 from metadiff_cli.core.model import Model, SavedClassifier
 from metadiff_cli.core.support import (
@@ -56,21 +56,22 @@ def encode_images(
     progress: Progress = lambda done, total: None,
 ) -> Iterator[list[Encoded]]:
     """The files in order, a batch at a time: no more than one batch, and what is being decoded, is in memory."""
+    encode = Encoding(images, batch)
     waiting: list[tuple[str, np.ndarray | str]] = []
     decoded = decode_images([Path(path) for path in paths], images.size, workers=workers)
     for i, (path, (_, pixels)) in enumerate(zip(paths, decoded, strict=True)):
         waiting.append((path, pixels))
         progress(i + 1, len(paths))
         if len(waiting) == batch:
-            yield _encode_batch(waiting, images)
+            yield _encode_batch(waiting, encode)
             waiting = []
     if waiting:
-        yield _encode_batch(waiting, images)
+        yield _encode_batch(waiting, encode)
 
 
-def _encode_batch(waiting: list[tuple[str, np.ndarray | str]], images: ImageEncoder) -> list[Encoded]:
+def _encode_batch(waiting: list[tuple[str, np.ndarray | str]], encode: Encoding) -> list[Encoded]:
     arrays = [pixels for _, pixels in waiting if not isinstance(pixels, str)]
-    features = iter(images.encode(torch.from_numpy(np.stack(arrays)))) if arrays else iter(())
+    features = iter(encode(np.stack(arrays))) if arrays else iter(())
     return [
         Encoded(path, None, reason=pixels)
         if isinstance(pixels, str)
@@ -117,11 +118,10 @@ def adapt_classifier(
 ) -> SavedClassifier:
     """Draw a classifier for a support set, guided by a pool where there is one. Raises DataError for one class only."""
     require_classes(support)
-    z, valid = support.padded()
     order = torch.arange(len(support.classes)).unsqueeze(0)  # classes are sorted by name already
     pool = None if pool is None else pool.without(support.digests)
     task = adapt_tasks(
-        model.learner, z, sampling, ranks=order, seeds=seeds_of(seed, 0, 1), valid=valid,
+        model.learner, support.task(), sampling, ranks=order, seeds=seeds_of(seed, 0, 1),
         pool=None if pool is None else pool.features.unsqueeze(0),
     )  # fmt: skip
     return SavedClassifier(model.images, task, support.classes)

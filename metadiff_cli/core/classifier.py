@@ -1,7 +1,7 @@
 """The cosine classifier, its support gradient, calibration of its confidence, and the choice of the guidance scale."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metadiff_cli.core.denoiser import SupportStats
+from metadiff_cli.core.support import TaskSupport
 from metadiff_cli.core.tables import TaskTable
 from metadiff_cli.core.task_space import TaskSpace
 
@@ -117,70 +118,62 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> fl
 
 
 def leave_one_out_guidance(
-    z: Tensor, space: TaskSpace, scale: float, valid: Tensor | None = None, default: Tensor | float = 1.0
+    support: TaskSupport, space: TaskSpace, scale: float, default: Tensor | float = 1.0
 ) -> Tensor:
-    """Guidance scale a per task (B,), from the support features z (B, N, K, D) alone.
+    """Guidance scale a per task (B,), from the support alone.
 
     For every a of the grid, each support image is classified with its own class's weight made without it, the others'
     with all images; the a with the lowest cross-entropy is taken, `default` being favoured by LOO_PENALTY (design,
-    "How far to trust the prior"). Classes with one image say nothing about a. `valid` (B, N, K) where shots differ;
+    "How far to trust the prior"). Classes with one image say nothing about a.
+
     `space` and `default` may be the tasks' own.
     """
-    tasks, ways, shots, _ = z.shape
-    mask = torch.ones(tasks, ways, shots, dtype=torch.bool, device=z.device) if valid is None else valid
-    usable = mask & (mask.sum(dim=2, keepdim=True) >= 2)
-    usual = torch.as_tensor(default, dtype=z.dtype, device=z.device).expand(tasks)
-    losses = []
-    for a, logits in leave_one_out_logits(z, space, mask):
+    usual = torch.as_tensor(default, dtype=support.z.dtype, device=support.z.device).expand(len(support.z))
+    usable = support.count.squeeze(1) >= 2  # (N,)
+    if not bool(usable.any()):
+        return usual
+    losses = support.z.new_zeros(len(LOO_GRID), len(support.z))
+    for part in support.parts():
+        index = part.labels.view(1, -1, 1).expand(len(part.z), -1, 1)
+        for i, (_, logits) in enumerate(leave_one_out_logits(part, space)):
+            loss = -F.log_softmax(scale * logits, dim=-1).gather(2, index).squeeze(-1)  # (B, n)
+            losses[i] += (loss * usable[part.labels]).sum(dim=1)
+    for i, a in enumerate(LOO_GRID):
         distance = (a / usual).log().abs() / math.log(GUIDANCE_GRID[1])
-        index = torch.arange(ways, device=z.device).view(1, ways, 1, 1).expand(tasks, ways, shots, 1)
-        loss = -F.log_softmax(scale * logits, dim=-1).gather(3, index).squeeze(-1)
-        losses.append((loss * usable).sum(dim=(1, 2)) + LOO_PENALTY * distance.clamp(max=len(LOO_GRID)))
-    grid = torch.tensor(LOO_GRID, device=z.device)
-    return torch.where(usable.flatten(1).any(dim=1), grid[torch.stack(losses).argmin(dim=0)], usual)
+        losses[i] += LOO_PENALTY * distance.clamp(max=len(LOO_GRID))
+    return torch.tensor(LOO_GRID, device=losses.device)[losses.argmin(dim=0)]
 
 
-def leave_one_out_logits(z: Tensor, space: TaskSpace, mask: Tensor) -> Iterator[tuple[float, Tensor]]:
-    """(a, unscaled logits (B, N, K, N) of the support images) for every guidance scale a of LOO_GRID.
+def leave_one_out_logits(support: TaskSupport, space: TaskSpace) -> Iterator[tuple[float, Tensor]]:
+    """(a, unscaled logits (B, n, N) of the support images) for every guidance scale a of LOO_GRID.
 
     Each image meets the other classes' weights made of all their images, and that of its own class made without it.
-    Classes of one image have nothing left for themselves; `mask` (B, N, K) marks the real images.
+    Classes of one image have nothing left for themselves.
     """
-
-    def back(w: Tensor) -> Tensor:
-        return space.plain(space.to_feature(w))
-
-    v = _by_image(space.to_task, z)
-    count = mask.sum(dim=2, keepdim=True).unsqueeze(-1).to(v)  # (B, N, 1, 1)
-    noise = space.precision.sqrt()
-    mean, without = _with_and_without(v, mask, count)
-    z = _by_image(space.plain, z)
-    plain = _left_out_cosines(*_with_and_without(z, mask, count), z)  # what is left when the prior counts for nothing
+    v, mean, labels = space.to_task(support.z), space.to_task(support.means), support.labels
+    noise, left = space.precision.sqrt(), support.count[labels] - 1  # (n, 1)
+    z, centres = space.plain(support.z), space.plain(support.means)
+    without = left_out_means(v, mean, support)
+    # what is left when the prior counts for nothing
+    plain = _left_out_cosines(centres, left_out_means(z, centres, support), z, labels)
     for a in LOO_GRID:
         if a == PROTOTYPE:
             yield a, plain
             continue
-        evidence, rest = (n * a * space.precision for n in (count, count - 1))
+        evidence, rest = (n * a * space.precision for n in (support.count, left))  # (N, D), (n, D)
         full, own = evidence / (1 + evidence) * mean, rest / (1 + rest) * without
-        whitened = _left_out_cosines(full * noise, own * noise, v * noise)
-        features = _left_out_cosines(_by_image(back, full), _by_image(back, own), z)
-        yield a, blend(whitened, features, a)
+        whitened = _left_out_cosines(full * noise, own * noise, v * noise, labels)
+        full, own = (space.plain(space.to_feature(w)) for w in (full, own))
+        yield a, blend(whitened, _left_out_cosines(full, own, z, labels), a)
 
 
-def _by_image(change: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """`change`, which takes (B, Q, D), of all the images of z (B, N, K, D)."""
-    return change(z.flatten(1, 2)).view(z.shape)
+def left_out_means(z: Tensor, means: Tensor, support: TaskSupport) -> Tensor:
+    """For each image z (B, n, D), the mean of its class without it; `means` (B, N, D). Alone in its class, zero."""
+    count = support.count[support.labels]  # (n, 1)
+    return (count * means[:, support.labels] - z) / (count - 1).clamp_min(1)
 
 
-def _with_and_without(v: Tensor, mask: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Class means (B, N, 1, D) of v (B, N, K, D), and the means (B, N, K, D) without each image."""
-    mean = (v * mask.unsqueeze(-1)).sum(dim=2, keepdim=True) / count.clamp_min(1)
-    return mean, (count * mean - v) / (count - 1).clamp_min(1)
-
-
-def _left_out_cosines(full: Tensor, own: Tensor, z: Tensor) -> Tensor:
-    """Cosines (B, N, K, N) of z (B, N, K, D) to the classes' weights `full` (B, N, 1, D), its own class's in `own`."""
-    tasks, ways, shots, size = z.shape
-    logits = cosine_logits(z.reshape(tasks, ways * shots, size), full.squeeze(2)).view(tasks, ways, shots, ways)
-    index = torch.arange(ways, device=z.device).view(1, ways, 1, 1).expand(tasks, ways, shots, 1)
-    return logits.scatter(3, index, F.cosine_similarity(z, own, dim=-1).unsqueeze(-1))
+def _left_out_cosines(full: Tensor, own: Tensor, z: Tensor, labels: Tensor) -> Tensor:
+    """Cosines (B, n, N) of z (B, n, D) to the classes' weights `full` (B, N, D), to its own class's in `own`."""
+    index = labels.view(1, -1, 1).expand(len(z), -1, 1)
+    return cosine_logits(z, full).scatter(2, index, F.cosine_similarity(z, own, dim=-1).unsqueeze(-1))

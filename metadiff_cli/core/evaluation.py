@@ -18,7 +18,6 @@ from metadiff_cli.core.inference import (
     Learner,
     Sampling,
     adapt_tasks,
-    class_means,
     ranks_of,
     seeds_of,
 )
@@ -86,8 +85,7 @@ def prototype_method(learner: Learner) -> Method:
     """The cosine to the class mean of the same features, raw or centred as validation classes preferred."""
 
     def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
-        means, _ = class_means(support)
-        return cosine_logits(query, means, *prototype_form(learner, support)).softmax(dim=-1)
+        return cosine_logits(query, support.mean(dim=2), *prototype_form(learner, support)).softmax(dim=-1)
 
     return run
 
@@ -137,8 +135,8 @@ def evaluate(
         indices, protocol.way, protocol.shot, protocol.query,
         count=protocol.episodes, batch=batch, seed=protocol.seed, imbalance=protocol.imbalance,
     ):  # fmt: skip
-        support = torch.from_numpy(bank.features[episodes.support]).to(device)  # (B, N, K, D)
-        query = torch.from_numpy(bank.features[episodes.query]).to(device)  # (B, M, D)
+        support = bank.take(episodes.support).to(device)  # (B, N, K, D)
+        query = bank.take(episodes.query).to(device)  # (B, M, D)
         labels = torch.from_numpy(episodes.labels).to(device)
         for name, method in methods.items():
             scores[name].add(method(support, query, episodes, done), labels)

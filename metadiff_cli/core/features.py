@@ -5,22 +5,29 @@ works on features, so an episode costs an index and no forward pass.
 """
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor
 
 from metadiff_cli.core.encoders import Encoder
+from metadiff_cli.data.mapped import release
 from metadiff_cli.data.transforms import normalise
-from metadiff_cli.errors import DataError
+from metadiff_cli.errors import DataError, MetaDiffError
 from metadiff_cli.paths import atomic
 
 Progress = Callable[[int, int], None]
 VERSION = 1  # of the computation below: part of the key, so that old files are not taken for new ones
+SHARD = 2048  # images whose features make a file while a bank is made: no more is lost when that is interrupted
+# bf16 as the integers of its bits: NumPy knows no such type
+STORES: dict[str, type[np.generic]] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.int16}
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,10 @@ class ImageEncoder:
 
 @dataclass(frozen=True)
 class FeatureBank:
-    """Features (n, D) of labelled images; `features` may be memory-mapped."""
+    """Features (n, D) of labelled images; `features` may be memory-mapped, in one of the types of STORES.
+
+    In the place of features there may be pixels (n, S * S * 3) uint8.
+    """
 
     features: np.ndarray
     labels: np.ndarray
@@ -74,9 +84,18 @@ class FeatureBank:
         order = np.argsort(self.labels, kind="stable")
         return np.split(order, np.searchsorted(self.labels[order], np.arange(1, len(self.classes))))
 
-    def tensor(self, device: torch.device) -> Tensor:
-        """All features (n, D) on a device."""
-        return torch.from_numpy(np.array(self.features)).to(device)
+    def take(self, rows: np.ndarray) -> Tensor:
+        """Features (..., D) in float32 of rows (...); pixels stay uint8."""
+        found = torch.from_numpy(self.features[rows])
+        if found.dtype == torch.int16:
+            found = found.view(torch.bfloat16)
+        return found if found.dtype == torch.uint8 else found.float()
+
+    def by_class(self) -> Iterator[Tensor]:
+        """The features (n_c, D) of each class; one class is in memory at a time."""
+        for rows in self.class_indices():
+            yield self.take(rows)
+            release(self.features)
 
 
 def every_other(bank: FeatureBank, first: int) -> FeatureBank:
@@ -85,13 +104,57 @@ def every_other(bank: FeatureBank, first: int) -> FeatureBank:
     return FeatureBank(bank.features[chosen], bank.labels[chosen] // 2, bank.classes[first::2])
 
 
-def extract(
-    encoder: ImageEncoder, images: np.ndarray, batch: int, progress: Progress = lambda done, total: None
-) -> Iterator[Tensor]:
-    """Features (B, D) of images (n, S, S, 3) uint8, batch after batch."""
-    for start in range(0, len(images), batch):
-        features = encoder.encode(torch.from_numpy(np.array(images[start : start + batch])))
-        progress(min(start + batch, len(images)), len(images))
+class Encoding:
+    """Pixels to features in passes of at most `batch` images.
+
+    A pass that does not fit into the device's memory is halved, and so are all after it.
+    """
+
+    def __init__(self, encoder: ImageEncoder, batch: int) -> None:
+        self.encoder, self.batch = encoder, batch
+
+    def __call__(self, pixels: np.ndarray) -> Tensor:
+        """Features (n, D) of pixels (n, S, S, 3) uint8.
+
+        Raises DataError for features that are not finite, MetaDiffError when a single image does not fit.
+        """
+        parts: list[Tensor] = []
+        start = 0
+        while start < len(pixels):
+            found = self._pass(pixels[start : start + self.batch])
+            if found is None:
+                self._halve()
+            else:
+                parts.append(found)
+                start += len(found)
+        z = torch.cat(parts)
+        if not bool(torch.isfinite(z).all()):
+            raise DataError("the encoder gives features that are not finite", hint="use another encoder")
+        return z
+
+    def _pass(self, pixels: np.ndarray) -> Tensor | None:
+        """None where memory does not suffice; the failed pass is forgotten here, as its error holds on to it."""
+        try:
+            return self.encoder.encode(torch.from_numpy(np.array(pixels)))
+        except torch.OutOfMemoryError:
+            return None
+
+    def _halve(self) -> None:
+        if self.batch == 1:
+            raise MetaDiffError("one image does not fit into the device's memory", hint="use --device cpu")
+        self.batch = max(1, self.batch // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def extract(encode: Encoding, images: np.ndarray, progress: Progress = lambda done, total: None) -> Iterator[Tensor]:
+    """Features (B, D) of images (n, S, S, 3) uint8, batch after batch. Raises as `Encoding` does."""
+    start = 0
+    while start < len(images):
+        features = encode(images[start : start + encode.batch])
+        start += len(features)
+        release(images)
+        progress(start, len(images))
         yield features
 
 
@@ -104,35 +167,74 @@ def build_bank(
     folder: Path,
     key: str,
     batch: int,
+    store: str = "fp32",
     progress: Progress = lambda done, total: None,
 ) -> FeatureBank:
-    """The features of a data set, from `folder` when they are there, else computed and kept.
+    """The features of a data set, from `folder` when they are there, else computed and kept as `store` (of STORES).
 
-    `key` names the images; together with the encoder's key it names the file. Raises DataError when the encoder gives
-    features that are not finite.
+    `key` names the images; together with the encoder's key it names the file. Features are kept in shards on the way,
+    and an interrupted extraction goes on after the last one. Raises as `Encoding` does.
     """
-    path = folder / f"{encoder.key}-{key[:32]}.npy"
-    shape = (len(labels), encoder.feature_size)
-    kept = _open(path, shape)
+    name = f"{encoder.key}-{key[:32]}" + ("" if store == "fp32" else f"-{store}")
+    path, shape, dtype = folder / f"{name}.npy", (len(labels), encoder.feature_size), np.dtype(STORES[store])
+    kept = _open(path, shape, dtype)
     if kept is None:
-        with atomic(path) as temporary:
-            out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-            start = 0
-            for part in extract(encoder, images, batch, progress):
-                if not bool(torch.isfinite(part).all()):
-                    raise DataError("the encoder gives features that are not finite", hint="use another encoder")
-                out[start : start + len(part)] = part.cpu().numpy()
-                start += len(part)
-            out.flush()
-            del out
-        kept = np.load(path, mmap_mode="r", allow_pickle=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            kept = _open(path, shape, dtype)  # perhaps another process was faster
+            if kept is None:
+                parts = folder / f"{name}.parts"
+                with atomic(path) as temporary:
+                    _join(_shards(encoder, images, parts, batch, dtype, progress), temporary, shape, dtype)
+                shutil.rmtree(parts, ignore_errors=True)
+                kept = np.load(path, mmap_mode="r", allow_pickle=False)
     return FeatureBank(kept, np.asarray(labels), classes)
 
 
-def _open(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+def _shards(
+    encoder: ImageEncoder, images: np.ndarray, folder: Path, batch: int, dtype: np.dtype, progress: Progress
+) -> Iterator[np.ndarray]:
+    """Features of SHARD images after another, each from its file or computed and kept."""
+    encode = Encoding(encoder, batch)
+    for start in range(0, len(images), SHARD):
+        stop = min(start + SHARD, len(images))
+        path = folder / f"{start // SHARD:06d}.npy"
+        shard = _open(path, (stop - start, encoder.feature_size), dtype)
+        if shard is None:
+            further = partial(_further, progress, start, len(images))
+            shard = np.concatenate([_stored(z, dtype) for z in extract(encode, images[start:stop], further)])
+            with atomic(path) as temporary, temporary.open("wb") as file:
+                np.save(file, shard)
+        else:
+            progress(stop, len(images))
+        yield shard
+
+
+def _further(progress: Progress, start: int, total: int, done: int, _: int) -> None:
+    """Progress of a shard as progress of the whole."""
+    progress(start + done, total)
+
+
+def _join(shards: Iterator[np.ndarray], path: Path, shape: tuple[int, int], dtype: np.dtype) -> None:
+    """One array file from shards, written in sequence: a memory-mapped one would end the process on a full disk."""
+    with path.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for shard in shards:
+            file.write(np.ascontiguousarray(shard).data)
+
+
+def _stored(features: Tensor, dtype: np.dtype) -> np.ndarray:
+    """Features in the type that is kept."""
+    if dtype == np.int16:
+        return features.to(torch.bfloat16).view(torch.int16).cpu().numpy()
+    return features.cpu().numpy().astype(dtype, copy=False)
+
+
+def _open(path: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray | None:
     """The kept file, or None when it is missing or damaged (it is then made again)."""
     try:
         kept: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return kept if kept.shape == shape and kept.dtype == np.float32 else None
+    return kept if kept.shape == shape and kept.dtype == dtype else None

@@ -18,8 +18,9 @@ from metadiff_cli.core.denoiser import AnalyticDenoiser, SupportStats
 from metadiff_cli.core.diffusion import Denoises, Noise, Schedule, ddim, ddpm, finish
 from metadiff_cli.core.domain import SHARED, Usual, domain_of, trusted_guidance
 from metadiff_cli.core.episodes import episode_batches
-from metadiff_cli.core.features import FeatureBank, ImageEncoder, extract
+from metadiff_cli.core.features import Encoding, FeatureBank, ImageEncoder, extract
 from metadiff_cli.core.pool import Guide, PoolGuidance, pool_guide
+from metadiff_cli.core.support import TaskSupport
 from metadiff_cli.core.task_space import TaskSpace
 
 
@@ -67,16 +68,6 @@ class Learner:
         return replace(self, denoiser=AnalyticDenoiser(), learned=False)
 
 
-def class_means(z: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Means (B, N, D) and counts (B, N, 1) of support features z (B, N, K, D); `valid` (B, N, K) where shots differ."""
-    tasks, ways, shots, _ = z.shape
-    if valid is None:
-        return z.mean(dim=2), z.new_full((tasks, ways, 1), shots)
-    mask = valid.to(z).unsqueeze(-1)
-    count = mask.sum(dim=2)
-    return (z * mask).sum(dim=2) / count.clamp_min(1), count
-
-
 @dataclass(frozen=True)
 class TaskClassifier:
     """Classifiers of B tasks: weights (M, B, N, D) in feature space, guidance scale (a number or (B,)), logit scale."""
@@ -104,39 +95,40 @@ class TaskClassifier:
 @torch.inference_mode()
 def adapt_tasks(
     learner: Learner,
-    z: Tensor,
+    support: Tensor | TaskSupport,
     sampling: Sampling,
     *,
     ranks: Tensor,
     seeds: Sequence[int],
-    valid: Tensor | None = None,
     pool: Tensor | None = None,
     pool_guidance: PoolGuidance | None = None,
 ) -> TaskClassifier:
-    """Classifiers from support features z (B, N, K, D), `valid` (B, N, K) marking the real ones where shots differ.
+    """Classifiers from support features (B, N, K, D), or from a `TaskSupport` where shots differ.
 
     `ranks` (B, N) are the positions of the classes in an order that does not depend on how they are given; `seeds` one
     per task. `pool` (B, P, D) are unlabelled images of the same tasks. (Design, section 2.)
     """
-    means, count = class_means(z, valid)
-    scale = learner.tuning.calibration.scale(z.shape[1], float(count.mean()))
-    stats = SupportStats(learner.space.to_task(means), count, learner.space.precision.view(1, 1, -1))
+    if isinstance(support, Tensor):
+        support = TaskSupport.even(support)
+    tasks, ways, size = support.means.shape
+    scale = learner.tuning.calibration.scale(ways, float(support.count.mean()))
+    base, count = learner.space, support.count.expand(tasks, -1, -1)
+    stats = SupportStats(base.to_task(support.means), count, base.precision.view(1, 1, -1))
     domain = domain_of(stats, learner.tuning.shared)
-    space = learner.space.around(learner.space.to_feature(domain))
-    guidance = _guidance(learner.tuning, space, z, stats, sampling, valid, scale)
+    space = base.around(base.to_feature(domain))
+    guidance = _guidance(learner.tuning, space, support, stats, sampling, scale)
     stats = replace(stats, mean=stats.mean - domain).scaled(guidance)
     guide = None
     if pool is not None and pool.shape[1] > 0:
         guide = pool_guide(space, stats, pool, guidance, scale, pool_guidance or learner.tuning.pool)
-    noise = Noise(seeds, ranks, z.shape[-1], sampling.temperature, z.device)
+    noise = Noise(seeds, ranks, size, sampling.temperature, support.z.device)
     samples = [_sample(learner, stats, sampling, noise, guide) for _ in range(sampling.samples)]
     return TaskClassifier(space, torch.stack([space.to_feature(w) for w in samples]), guidance, scale)
 
 
 def _guidance(
-    tuning: Tuning, space: TaskSpace, z: Tensor, stats: SupportStats, sampling: Sampling, valid: Tensor | None,
-    scale: float,
-) -> Tensor | float:  # fmt: skip
+    tuning: Tuning, space: TaskSpace, support: TaskSupport, stats: SupportStats, sampling: Sampling, scale: float
+) -> Tensor | float:
     """The scale a: as asked for, else by leave-one-out, and where no class has two images by what the task looks like.
 
     `space` is that of the tasks, `stats` are in the space of the base classes.
@@ -144,9 +136,9 @@ def _guidance(
     if sampling.guidance is not None:
         return sampling.guidance
     default = tuning.guidance if tuning.usual is None else trusted_guidance(stats, tuning.usual, tuning.guidance)
-    if z.shape[2] == 1:
+    if len(support.labels) == len(support.count):
         return default
-    return leave_one_out_guidance(z, space, scale, valid, default)
+    return leave_one_out_guidance(support, space, scale, default)
 
 
 def _sample(
@@ -194,7 +186,7 @@ def quick_accuracy(
     query = min(15, min(len(i) for i in indices) - 1)
     if len(classes) < 5 or query < 1:
         return None
-    z = torch.cat([part.float() for part in extract(encoder, images[rows], batch)])
+    z = torch.cat([part.float() for part in extract(Encoding(encoder, batch), images[rows])])
     hits = []
     for part in episode_batches(indices, 5, 1, query, count=episodes, batch=100, seed=seed):
         support, queries = z[part.support].squeeze(2), z[part.query]

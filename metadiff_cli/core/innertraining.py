@@ -137,13 +137,13 @@ class InnerTrainer:
     def _fetch(self, rows: np.ndarray) -> Tensor:
         """Features or pixels (..., D) of rows (...), turned where the row says so."""
         turns, rows = np.divmod(rows, len(self.bank.labels))
-        values = self.bank.features[rows]
+        values = self.bank.take(rows)
         for q in (1, 2, 3):
-            if (turned := turns == q).any():
+            if (turned := torch.from_numpy(turns == q)).any():
                 side = math.isqrt(values.shape[-1] // 3)
-                squares = values[turned].reshape(-1, side, side, 3)
-                values[turned] = np.rot90(squares, q, axes=(1, 2)).reshape(len(squares), -1)
-        return torch.from_numpy(values).to(self.device)
+                squares = values[turned].view(-1, side, side, 3)
+                values[turned] = squares.rot90(q, dims=(1, 2)).flatten(1)
+        return values.to(self.device)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the next step depends on, as tensors by name and plain values."""

@@ -29,7 +29,7 @@ from metadiff_cli.core.diffusion import Schedule, add_noise
 from metadiff_cli.core.domain import domain_of, shared_of
 from metadiff_cli.core.episodes import Episodes, check_episodes, training_batch
 from metadiff_cli.core.features import FeatureBank
-from metadiff_cli.core.task_space import TaskSpace
+from metadiff_cli.core.task_space import TaskSpace, class_means
 from metadiff_cli.errors import MetaDiffError
 
 LOGIT_SCALE = 10.0  # of the cross-entropy of held-out images in training
@@ -69,8 +69,12 @@ class MetaTrainer:
         *,
         seed: int,
         device: torch.device,
+        means: Tensor | None = None,
     ) -> None:
-        """Raises DataError when the base classes have too few images for the episodes asked for."""
+        """`means` (C, D) of the classes spare a pass through the bank where they are known.
+
+        Raises DataError when the base classes have too few images for the episodes asked for.
+        """
         self.bank, self.config, self.seed, self.device = bank, config, seed, device
         self.kind = denoiser.kind
         self.shared = shared_of(denoiser.kind)
@@ -79,10 +83,10 @@ class MetaTrainer:
         self.abar = self.schedule.abar.float().to(device)
         self.indices = bank.class_indices()
         check_episodes(self.indices, bank.classes, min(config.ways[0], 2), config.shots[1], config.query)
-        self.sums = torch.stack(
-            [torch.from_numpy(bank.features[rows]).double().sum(dim=0) for rows in self.indices]
-        ).to(device, torch.float32)  # (C, D)
-        self.counts = torch.tensor([len(rows) for rows in self.indices], device=device, dtype=torch.float32)
+        counts = torch.tensor([len(rows) for rows in self.indices], dtype=torch.float64)
+        means = class_means(bank.by_class()) if means is None else means.cpu()
+        self.sums = (means * counts.unsqueeze(1)).to(device, torch.float32)  # (C, D)
+        self.counts = counts.to(device, torch.float32)
         torch.manual_seed(seed)
         size = bank.features.shape[1]
         self.denoiser = build_denoiser(denoiser.kind, size, denoiser.width, denoiser.depth, denoiser.dropout).to(device)
@@ -154,8 +158,8 @@ class MetaTrainer:
     def loss(self, episodes: Episodes, generator: torch.Generator) -> Tensor:
         """The training loss of a batch of tasks (design, "Training loss")."""
         self.denoiser.train()
-        support = torch.from_numpy(self.bank.features[episodes.support]).to(self.device)  # (B, N, K, D)
-        query = torch.from_numpy(self.bank.features[episodes.query]).to(self.device)  # (B, M, D)
+        support = self.bank.take(episodes.support).to(self.device)  # (B, N, K, D)
+        query = self.bank.take(episodes.query).to(self.device)  # (B, M, D)
         stats = support_stats(self.space.to_task(support), self.space.precision)
         domain = domain_of(stats, self.shared)
         stats = replace(stats, mean=stats.mean - domain)

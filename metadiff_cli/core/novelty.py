@@ -41,7 +41,7 @@ def measure_novelty(
         bank.class_indices(), protocol.way, protocol.shot, protocol.query,
         count=min(EPISODES, protocol.episodes), batch=25, seed=protocol.seed, imbalance=protocol.imbalance,
     ):  # fmt: skip
-        support = torch.from_numpy(bank.features[part.support]).to(targets.device)
+        support = bank.take(part.support).to(targets.device)
         seeds = seeds_of(protocol.seed, 0, len(support))
         classifier = adapt_tasks(learner, support, sampling, ranks=ranks_of(part.classes), seeds=seeds)
         nearest.append(_nearest(learner.space.to_task(classifier.weights).flatten(0, -2), targets))

@@ -5,7 +5,7 @@ in a saved classifier. Images stand in the order of class and digest, so that no
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,39 @@ from metadiff_cli.errors import DataError
 
 FEWEST_CLASSES = 2
 SHOWN = 5  # examples of one kind of trouble in a message
+
+
+@dataclass(frozen=True)
+class TaskSupport:
+    """Support features z (B, n, D) of B tasks, side by side: `labels` (n,) say which class an image is of.
+
+    `means` (B, N, D) are those of the classes and `count` (N, 1) their images; classes may differ in size.
+    """
+
+    z: Tensor
+    labels: Tensor
+    means: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, z: Tensor, labels: Tensor) -> "TaskSupport":
+        """From features (B, n, D) and labels (n,) 0 .. N - 1, each of which occurs."""
+        means = torch.stack([z[:, labels == c].mean(dim=1) for c in range(int(labels.max()) + 1)], dim=1)
+        return cls(z, labels, means, torch.bincount(labels).unsqueeze(1).to(z))
+
+    @classmethod
+    def even(cls, z: Tensor) -> "TaskSupport":
+        """From features (B, N, K, D) where all classes have K images."""
+        _, ways, shots, _ = z.shape
+        labels = torch.arange(ways, device=z.device).repeat_interleave(shots)
+        return cls(z.flatten(1, 2), labels, z.mean(dim=2), z.new_full((ways, 1), shots))
+
+    def parts(self, values: int = 16_000_000) -> Iterator["TaskSupport"]:
+        """The same classes with some of the images after another, whose features are about `values` numbers."""
+        step = max(1, values // (len(self.z) * self.z.shape[2]))
+        for start in range(0, len(self.labels), step):
+            rows = slice(start, start + step)
+            yield TaskSupport(self.z[:, rows], self.labels[rows], self.means, self.count)
 
 
 @dataclass(frozen=True)
@@ -53,15 +86,10 @@ class SupportSet:
         """The path of each digest."""
         return dict(zip(self.digests, self.paths, strict=True))
 
-    def padded(self) -> tuple[Tensor, Tensor]:
-        """Features (1, N, K, D), K the largest class, and which of them are real (1, N, K)."""
-        counts = list(self.counts().values())
-        z = self.features.new_zeros(1, len(counts), max(counts), self.features.shape[1])
-        valid = torch.zeros(z.shape[:3], dtype=torch.bool, device=z.device)
-        for label, count in enumerate(counts):
-            z[0, label, :count] = self.features[torch.from_numpy(self.labels == label)]
-            valid[0, label, :count] = True
-        return z, valid
+    def task(self) -> TaskSupport:
+        """Its features as those of one task."""
+        labels = torch.from_numpy(self.labels).to(self.features.device)
+        return TaskSupport.of(self.features.unsqueeze(0), labels)
 
     def examples(self) -> list[Example]:
         """Its images one by one."""

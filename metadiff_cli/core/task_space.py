@@ -9,10 +9,13 @@ and an image is its class mean plus noise of variance 1 / lambda_d. (Design, sec
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from metadiff_cli.errors import DataError
+
+CHUNK = 4096  # images whose products are summed at once
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,9 @@ class TaskSpace:
 
 @dataclass(frozen=True)
 class ClassStatistics:
-    """Of the features of base classes, in float64: mean of the class means (D,), S_w and S_b (D, D)."""
+    """Of the features of base classes, in float64: class means (C, D), their mean (D,), S_w and S_b (D, D)."""
 
+    means: Tensor
     mean: Tensor
     within: Tensor
     between: Tensor
@@ -96,7 +100,7 @@ def class_statistics(classes: Iterable[Tensor]) -> ClassStatistics:
     within = scatter / max(total - count, 1)
     mean = means.mean(dim=0)
     centred = means - mean
-    return ClassStatistics(mean, within, centred.T @ centred / (count - 1) - within * inverse_counts)
+    return ClassStatistics(means, mean, within, centred.T @ centred / (count - 1) - within * inverse_counts)
 
 
 def fit_task_space(
@@ -106,9 +110,14 @@ def fit_task_space(
     return class_statistics(classes).task_space(shrink_within, shrink_between, floor)
 
 
+def class_means(classes: Iterable[Tensor]) -> Tensor:
+    """Means (C, D) in float64 of classes of features (n_c, D). Raises DataError as `class_statistics` does."""
+    return _enough([_mean(features) for features in classes])
+
+
 def identity_space(classes: Iterable[Tensor]) -> TaskSpace:
     """Features as they are, but for one common scale that gives class means unit mean square (denoiser `paper`)."""
-    means, _, _, _ = _moments(classes)
+    means = class_means(classes)
     scale = 1.0 / means.pow(2).mean().sqrt().clamp_min(1e-12)
     eye = torch.eye(means.shape[1], dtype=torch.float64)
     zero, one = torch.zeros_like(means[0]), torch.ones_like(means[0])
@@ -119,21 +128,42 @@ def _moments(classes: Iterable[Tensor]) -> tuple[Tensor, Tensor, int, float]:
     """Class means (C, D), within-class scatter (D, D), number of images, mean of 1 / n_c; in float64."""
     means, within, total, inverse = [], None, 0, 0.0
     for features in classes:
-        if len(features) == 0:
-            raise DataError("a base class has no images", hint="remove its folder, or add images to it")
-        x = features.to(torch.float64)
-        if not bool(torch.isfinite(x).all()):
-            raise DataError("features of the base classes are not finite", hint="train or choose another encoder")
-        mean = x.mean(dim=0)
-        rest = x - mean
-        scatter = rest.T @ rest
-        within = scatter if within is None else within.add_(scatter)
+        mean = _mean(features)
+        within = torch.zeros(len(mean), len(mean), dtype=torch.float64) if within is None else within
+        _add_scatter(within, features, mean)
         means.append(mean)
-        total += len(x)
-        inverse += 1.0 / len(x)
-    if within is None or len(means) < 2:
+        total += len(features)
+        inverse += 1.0 / len(features)
+    stacked = _enough(means)
+    assert within is not None
+    return stacked, within, total, inverse / len(means)
+
+
+def _enough(means: list[Tensor]) -> Tensor:
+    """Class means (C, D). Raises DataError for fewer than two classes."""
+    if len(means) < 2:
         raise DataError("a task space needs at least 2 base classes", hint="add class folders to the training split")
-    return torch.stack(means), within, total, inverse / len(means)
+    return torch.stack(means)
+
+
+def _mean(features: Tensor) -> Tensor:
+    """Mean (D,) in float64 of the features (n, D) of a class, a chunk at a time."""
+    if len(features) == 0:
+        raise DataError("a base class has no images", hint="remove its folder, or add images to it")
+    total = torch.stack([part.double().sum(dim=0) for part in torch.split(features, CHUNK)]).sum(dim=0)
+    if not bool(torch.isfinite(total).all()):  # one value that is not finite makes the sum so
+        raise DataError("features of the base classes are not finite", hint="train or choose another encoder")
+    return total / len(features)
+
+
+def _add_scatter(scatter: Tensor, features: Tensor, mean: Tensor) -> None:
+    """Add the sum of (z - mean)(z - mean)' over features (n, D) to `scatter` (D, D), which is in float64.
+
+    Products are taken in the features' own precision: the differences have no more digits than that.
+    """
+    for part in torch.split(features, CHUNK):
+        rest = (part - mean).to(features.dtype).numpy()
+        scatter += torch.from_numpy(np.matmul(rest.T, rest))  # NumPy sees the symmetry and does half the work
 
 
 def _shrink(s: Tensor, share: float) -> Tensor:

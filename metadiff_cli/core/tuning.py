@@ -15,7 +15,7 @@ from metadiff_cli.core.domain import Usual, shift_of
 from metadiff_cli.core.episodes import Episodes, episode_batches
 from metadiff_cli.core.evaluation import Protocol, evaluate, mean_interval, method_of, run_through
 from metadiff_cli.core.features import FeatureBank
-from metadiff_cli.core.inference import Learner, Sampling, Tuning, adapt_tasks, class_means, ranks_of, seeds_of
+from metadiff_cli.core.inference import Learner, Sampling, Tuning, adapt_tasks, ranks_of, seeds_of
 from metadiff_cli.core.tables import TaskTable
 from metadiff_cli.core.task_space import ClassStatistics
 
@@ -91,8 +91,8 @@ class _Tasks:
         """Cosines (M, N) of all queries of all episodes, and their labels (M,)."""
         values, labels = [], []
         for part in episode_batches(self.indices, way, shot, self.query, count=EPISODES, batch=25, seed=self.seed):
-            support = torch.from_numpy(self.bank.features[part.support]).to(self.device)
-            query = torch.from_numpy(self.bank.features[part.query]).to(self.device)
+            support = self.bank.take(part.support).to(self.device)
+            query = self.bank.take(part.query).to(self.device)
             values.append(cosines(support, query, part).flatten(0, 1).cpu())
             labels.append(torch.from_numpy(part.labels).flatten())
         return torch.cat(values), torch.cat(labels)
@@ -117,7 +117,7 @@ def _logits(learner: Learner, guidance: float | None = None) -> Cosines:
 
 def _prototype(learner: Learner) -> Cosines:
     centre = learner.space.mean if learner.tuning.centred_prototype else None
-    return lambda support, query, episodes: cosine_logits(query, class_means(support)[0], centre=centre)
+    return lambda support, query, episodes: cosine_logits(query, support.mean(dim=2), centre=centre)
 
 
 def _usual(learner: Learner, tasks: _Tasks, pairs: Sequence[tuple[int, int]]) -> Usual:

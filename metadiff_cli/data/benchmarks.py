@@ -36,7 +36,7 @@ def split_lists(name: str) -> dict[str, Any]:
     return lists
 
 
-def open_detected(root: Path, seed: int) -> Dataset:
+def open_detected(root: Path, seed: int, scan: Scan) -> Dataset:
     """A benchmark that shows itself by its folders and files, else class folders."""
     csv_files = any((root / f"{name}.csv").is_file() for name in SPLITS) and (root / "images").is_dir()
     drawings = any((root / inner).is_dir() for inner in (OMNIGLOT_FOLDER, "images_background", "images_evaluation"))
@@ -44,32 +44,32 @@ def open_detected(root: Path, seed: int) -> Dataset:
     if (root / "CUB_200_2011" / "images").is_dir():
         found = "cub"
     if found is None:
-        return open_folder(root, seed)
-    dataset = LAYOUTS[found](root, seed)
+        return open_folder(root, seed, scan)
+    dataset = LAYOUTS[found](root, seed, scan)
     return replace(dataset, notes=(f"{root} is read as {found}", *dataset.notes))
 
 
-def open_mini_imagenet(root: Path, seed: int) -> Dataset:
+def open_mini_imagenet(root: Path, seed: int, scan: Scan) -> Dataset:
     """images/ with train.csv, val.csv, test.csv (Ravi & Larochelle 2017), or class folders named by WordNet id."""
     if any((root / f"{name}.csv").is_file() for name in SPLITS):
         return _from_csv(root)
-    return _from_lists(root, "mini-imagenet")
+    return _from_lists(root, "mini-imagenet", scan)
 
 
-def open_tiered_imagenet(root: Path, seed: int) -> Dataset:
+def open_tiered_imagenet(root: Path, seed: int, scan: Scan) -> Dataset:
     """Class folders named by WordNet id, in train/, val/, test/ or together (Ren et al. 2018)."""
-    return _from_lists(root, "tiered-imagenet")
+    return _from_lists(root, "tiered-imagenet", scan)
 
 
-def open_cub(root: Path, seed: int) -> Dataset:
+def open_cub(root: Path, seed: int, scan: Scan) -> Dataset:
     """CUB_200_2011/images/<class>/, split as Chen et al. 2019 do."""
     for inner in ("CUB_200_2011/images", "images"):
         if (root / inner).is_dir():
-            return _from_lists(root / inner, "cub")
-    return _from_lists(root, "cub")
+            return _from_lists(root / inner, "cub", scan)
+    return _from_lists(root, "cub", scan)
 
 
-def open_omniglot(root: Path, seed: int) -> Dataset:
+def open_omniglot(root: Path, seed: int, scan: Scan) -> Dataset:
     """omniglot-py/images_{background,evaluation}/<alphabet>/<character>/, split as Vinyals et al. 2016 do."""
     base = root / OMNIGLOT_FOLDER if (root / OMNIGLOT_FOLDER).is_dir() else root
     folders: dict[str, dict[str, Path]] = {}
@@ -85,16 +85,16 @@ def open_omniglot(root: Path, seed: int) -> Dataset:
                         folders[split][f"{alphabet}/{character}"] = folder
                     else:
                         missing += 1
-    return _known_folders(base, "omniglot", folders, wanted, missing)
+    return _known_folders(base, "omniglot", folders, wanted, missing, scan)
 
 
-def open_cifar_fs(root: Path, seed: int) -> Dataset:
+def open_cifar_fs(root: Path, seed: int, scan: Scan) -> Dataset:
     """CIFAR-100 as torchvision lays it out, with the class split of CIFAR-FS (Bertinetto et al. 2019)."""
     wanted = {split: [fine for _, fine in pairs] for split, pairs in split_lists("cifar-fs").items()}
     return _cifar(root, "cifar-fs", lambda data: wanted)
 
 
-def open_fc100(root: Path, seed: int) -> Dataset:
+def open_fc100(root: Path, seed: int, scan: Scan) -> Dataset:
     """CIFAR-100 as torchvision lays it out, split by superclass (Oreshkin et al. 2018)."""
     lists = split_lists("fc100")
 
@@ -107,7 +107,7 @@ def open_fc100(root: Path, seed: int) -> Dataset:
     return _cifar(root, "fc100", wanted)
 
 
-def _from_lists(root: Path, name: str) -> Dataset:
+def _from_lists(root: Path, name: str, scan: Scan) -> Dataset:
     """Class folders, in split folders or together, against the published lists."""
     lists: dict[str, list[str]] = split_lists(name)
     inside = [split for split in SPLITS if (root / split).is_dir()]
@@ -118,30 +118,30 @@ def _from_lists(root: Path, name: str) -> Dataset:
     wanted = sum(len(lists[split]) for split in places)
     missing = wanted - sum(len(found) for found in folders.values())
     if missing == wanted:
-        return _own_split_folders(root, name, inside)
-    dataset = _known_folders(root, name, folders, wanted, missing)
+        return _own_split_folders(root, name, inside, scan)
+    dataset = _known_folders(root, name, folders, wanted, missing, scan)
     used = {folder for found in folders.values() for folder in found.values()}
     unused = sum(folder not in used for place in dict.fromkeys(places.values()) for folder in subfolders(place))
     note = f"{unused} folders are not among the classes of {name} here and are left out"
     return replace(dataset, notes=(*dataset.notes, note)) if unused else dataset
 
 
-def _own_split_folders(root: Path, name: str, inside: list[str]) -> Dataset:
+def _own_split_folders(root: Path, name: str, inside: list[str], scan: Scan) -> Dataset:
     """Split folders whose classes have other names than the published lists are taken at their word."""
     if not inside:
         raise DataError(
             f"{root} has none of the classes of {name}", hint="give its folder, or --set data.layout=folder"
         )
-    scan = Scan()
     splits = {split: scan_classes(root / split, name=split, scan=scan) for split in inside}
     note = f"the classes of {root} do not have the names of {name}: its own train, val, test folders are used"
     return Dataset(name, str(root), splits, (note,), scan.skipped)
 
 
-def _known_folders(root: Path, name: str, folders: dict[str, dict[str, Path]], wanted: int, missing: int) -> Dataset:
+def _known_folders(
+    root: Path, name: str, folders: dict[str, dict[str, Path]], wanted: int, missing: int, scan: Scan
+) -> Dataset:
     if missing == wanted:
         raise DataError(f"{root} has none of the classes of {name}", hint="check --data; the README shows the layout")
-    scan = Scan()
     splits = {s: from_folders(found, name=s, root=root, scan=scan) for s, found in folders.items() if found}
     notes = (f"{missing} of the {wanted} classes of {name} are not there",) if missing else ()
     return Dataset(name, str(root), splits, notes, scan.skipped)
@@ -284,7 +284,7 @@ def load_pickle(path: Path) -> dict[str, Any]:
     return data
 
 
-LAYOUTS: dict[str, Callable[[Path, int], Dataset]] = {
+LAYOUTS: dict[str, Callable[[Path, int, Scan], Dataset]] = {
     "mini-imagenet": open_mini_imagenet,
     "tiered-imagenet": open_tiered_imagenet,
     "cub": open_cub,

@@ -24,10 +24,12 @@ from PIL import Image
 
 from metadiff_cli.data.folders import Split
 from metadiff_cli.data.images import load_square, to_square
+from metadiff_cli.data.mapped import release
 from metadiff_cli.errors import DataError
 from metadiff_cli.paths import atomic, write_text
 
 VERSION = 1  # of the decoding: part of every key
+RELEASE = 1024  # images after which the memory of those that are written is given back
 WINDOW = 8  # images under way per worker: bounds the memory, keeps the order
 
 Progress = Callable[[int, int], None]
@@ -232,6 +234,8 @@ def _decode_into(
                 broken.append((i, pixels))
             else:
                 out[i - len(broken)] = pixels
+            if i % RELEASE == 0:
+                release(out)
             progress(i + 1, total)
         out.flush()
         del out

@@ -4,7 +4,7 @@ import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -41,30 +41,48 @@ class Dataset:
     skipped: int = 0
 
 
+Progress = Callable[[int, int | None], None]
+
+
+def no_progress(done: int, total: int | None) -> None:
+    """Report nothing."""
+
+
 @dataclass
 class Scan:
-    """Of a walk through folders: files that are no images, and folders that cannot be listed (None: they raise)."""
+    """Of a walk through folders: files that are no images, and folders that cannot be listed (None: they raise).
+
+    `progress` is told the number of images found so far after every class.
+    """
 
     skipped: int = 0
     unreadable: list[tuple[Path, str]] | None = None
+    progress: Progress = field(default=no_progress, repr=False)
+    found: int = 0
+
+    def add(self, images: int) -> None:
+        """Count further images."""
+        self.found += images
+        self.progress(self.found, None)
 
 
-def open_dataset(root: Path, *, layout: str = "auto", seed: int = 0) -> Dataset:
+def open_dataset(root: Path, *, layout: str = "auto", seed: int = 0, progress: Progress = no_progress) -> Dataset:
     """Find the splits below `root`. Raises DataError with the next step when there is nothing to use.
 
     `layout` is "auto", "folder" or a known benchmark (data/benchmarks.py). "auto" knows the benchmarks whose folders
-    could not be classes, and takes everything else as class folders.
+    could not be classes, and takes everything else as class folders. `progress` is told the images found so far; how
+    many there will be is not known.
     """
     from metadiff_cli.data.benchmarks import LAYOUTS, open_detected  # they build on the functions below
 
-    openers: dict[str, Callable[[Path, int], Dataset]] = {"auto": open_detected, "folder": open_folder, **LAYOUTS}
+    openers: dict[str, Callable[[Path, int, Scan], Dataset]] = {"auto": open_detected, "folder": open_folder, **LAYOUTS}
     if layout not in openers:
         close = difflib.get_close_matches(layout, openers, n=1)
         raise ConfigError(
             f"unknown layout '{layout}'", hint=f"did you mean '{close[0]}'?" if close else ", ".join(openers)
         )
     check_folder(root)
-    return openers[layout](root, seed)
+    return openers[layout](root, seed, Scan(progress=progress))
 
 
 def check_folder(root: Path) -> None:
@@ -75,10 +93,9 @@ def check_folder(root: Path) -> None:
         raise DataError(f"{root} is a file, not a folder", hint="give the folder that holds the class folders")
 
 
-def open_folder(root: Path, seed: int) -> Dataset:
+def open_folder(root: Path, seed: int, scan: Scan) -> Dataset:
     """root/{train,val,test}/<class>/* where the only children are such splits, else root/<class>/* split by class."""
     children, name = subfolders(root), root.resolve().name  # "." has no name of its own
-    scan = Scan()
     if children and all(child.name in SPLITS for child in children):
         splits = {child.name: scan_classes(child, name=child.name, scan=scan) for child in children}
         return Dataset(name, str(root), _ordered(splits), skipped=scan.skipped)
@@ -114,6 +131,7 @@ def from_folders(folders: dict[str, Path], *, name: str, root: Path, scan: Scan)
         found = list(walk_images(folders[cls], scan))
         if not found:
             raise DataError(f"class '{cls}' in {root} has no images", hint="add images to its folder, or remove it")
+        scan.add(len(found))
         paths += [str(path) for path in found]
         labels += [label] * len(found)
     return Split(name, classes, tuple(paths), tuple(labels), str(root))

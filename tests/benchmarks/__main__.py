@@ -13,7 +13,7 @@ import torch
 
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError
-from tests.benchmarks import adapting, images, learning
+from tests.benchmarks import adapting, images, large, learning, soak
 from tests.benchmarks.common import TINY, Report, Sizes
 
 BENCHMARKS: dict[str, Callable[[Sizes], Report]] = {
@@ -24,6 +24,9 @@ BENCHMARKS: dict[str, Callable[[Sizes], Report]] = {
     "extraction": images.extraction,
     "pretraining": images.pretraining,
     "adapt": images.adapting,
+    "large": large.images,
+    "large-bank": large.bank,
+    "soak": soak.soak,
 }
 
 

@@ -43,6 +43,14 @@ class Sizes:
     samples: int = 16
     episodes: int = 600
     draw_episodes: int = 25
+    large_images: tuple[int, ...] = (1_000, 10_000, 100_000)
+    large_side: int = 28  # pixels
+    large_classes: int = 1000
+    large_per_class: int = 1300
+    large_features: int = 512
+    soak_runs: int = 200
+    soak_steps: int = 5000
+    soak_processes: int = 32
     rounds: int = 3
     seconds: float = 2.0  # at least, of one timing
 
@@ -50,7 +58,8 @@ class Sizes:
 TINY = Sizes(
     features=16, classes=8, per_class=24, batch=2, query=2, inner=(1, 2), memory_inner=(1, 3), image=32, images=12,
     pretrain_batch=4, pretrain_steps=1, train_steps=2, slow_steps=4, fast_steps=2, draw_steps=3, samples=2, episodes=4,
-    draw_episodes=2, rounds=1, seconds=0.0,
+    draw_episodes=2, large_images=(20, 40), large_classes=12, large_per_class=24, large_features=16, soak_runs=8,
+    soak_steps=40, soak_processes=3, rounds=1, seconds=0.0,
 )  # fmt: skip
 
 
@@ -115,7 +124,7 @@ def feature_bank(sizes: Sizes, seed: int = 0) -> FeatureBank:
     noise = rng.normal(size=(sizes.classes, sizes.per_class, sizes.features)) * 3.0 * spread[::-1]
     z = (means + noise).reshape(-1, sizes.features).astype(np.float32)
     z /= np.linalg.norm(z, axis=1, keepdims=True)
-    return FeatureBank(z, np.repeat(np.arange(sizes.classes), sizes.per_class), _names(sizes))
+    return FeatureBank(z, np.repeat(np.arange(sizes.classes), sizes.per_class), class_names(sizes.classes))
 
 
 def pixel_bank(sizes: Sizes) -> FeatureBank:
@@ -123,11 +132,12 @@ def pixel_bank(sizes: Sizes) -> FeatureBank:
     rng = np.random.default_rng(0)
     count = sizes.classes * min(sizes.per_class, sizes.shot + sizes.query)
     pixels = rng.integers(0, 256, (count, sizes.image**2 * 3), dtype=np.uint8)
-    return FeatureBank(pixels, np.repeat(np.arange(sizes.classes), count // sizes.classes), _names(sizes))
+    return FeatureBank(pixels, np.repeat(np.arange(sizes.classes), count // sizes.classes), class_names(sizes.classes))
 
 
-def _names(sizes: Sizes) -> tuple[str, ...]:
-    return tuple(f"c{i}" for i in range(sizes.classes))
+def class_names(count: int) -> tuple[str, ...]:
+    """Names of as many classes."""
+    return tuple(f"c{i}" for i in range(count))
 
 
 def write_images(folder: Path, count: int, size: int, seed: int) -> None:

@@ -44,11 +44,14 @@ with torch.inference_mode():
 """
 
 
-def frozen_encoder(sizes: Sizes) -> ImageEncoder:
-    """A randomly initialised encoder with both views; speed does not depend on the weights."""
+def frozen_encoder(sizes: Sizes, side: int | None = None) -> ImageEncoder:
+    """A randomly initialised encoder with both views, for images of `side` pixels where it is not that of the sizes.
+
+    Speed does not depend on the weights.
+    """
     torch.manual_seed(0)
     encoder = build_encoder(sizes.encoder).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return ImageEncoder(encoder, sizes.encoder, sizes.image, (0.5,) * 3, (0.25,) * 3, True, CPU)
+    return ImageEncoder(encoder, sizes.encoder, side or sizes.image, (0.5,) * 3, (0.25,) * 3, True, CPU)
 
 
 def extraction(sizes: Sizes) -> Report:

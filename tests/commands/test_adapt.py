@@ -47,6 +47,24 @@ def test_json_has_the_fields_of_the_design(cli: CLI, photos: Path, checkpoint: P
         assert 0 < p["confidence"] <= 1 and p["top"][0]["confidence"] >= p["top"][1]["confidence"]
 
 
+def test_workers_and_batches_do_not_change_the_result(cli: CLI, photos: Path, checkpoint: Path) -> None:
+    once = adapt_json(cli, photos, checkpoint, "--num-workers", "1")
+    assert adapt_json(cli, photos, checkpoint, "--num-workers", "5") == once
+    alone = adapt_json(cli, photos, checkpoint, "--batch-size", "1")
+    assert labels(alone) == labels(once)
+    for p, q in zip(once["predictions"], alone["predictions"], strict=True):
+        assert p["confidence"] == pytest.approx(q["confidence"], abs=1e-4)
+
+
+def test_an_encoder_that_gives_no_numbers_is_an_error(cli: CLI, photos: Path, checkpoint: Path, tmp_path: Path) -> None:
+    kept = load_checkpoint(checkpoint)
+    broken = {n: t * float("nan") if n == "encoder.blocks.0.conv.weight" else t for n, t in kept.tensors.items()}
+    save_checkpoint(tmp_path / "broken.safetensors", kept.kind, broken, kept.header)
+    result = cli("adapt", "--support", photos / "support", "--query", photos / "query", "--checkpoint",
+                 tmp_path / "broken.safetensors", "--json")  # fmt: skip
+    assert result.code == 3 and "not finite" in result.err and result.out == ""
+
+
 def test_flat_colours_are_told_apart(cli: CLI, photos: Path, checkpoint: Path) -> None:
     found = labels(adapt_json(cli, photos, checkpoint))
     right = sum(Path(path).stem == label for path, label in found.items())

@@ -38,6 +38,25 @@ def test_the_configuration_of_a_run_can_be_given_back(small_run: Path, cli: CLI,
     assert again == (small_run / "checkpoint.safetensors").read_bytes()  # same settings, same bytes
 
 
+def test_neither_workers_nor_an_empty_cache_change_a_byte(
+    tmp_path: Path, cli: CLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for c in range(24):
+        for i in range(8):
+            paint(tmp_path / "data" / f"{c:02d}" / f"{i}.png", (10 * c, 120, 250 - 10 * c), seed=100 * c + i, size=20)
+    found = []
+    for workers in ("1", "4"):
+        monkeypatch.setenv("METADIFF_CACHE_DIR", str(tmp_path / f"cache{workers}"))
+        out = tmp_path / workers
+        result = cli("metatrain", "--data", tmp_path / "data", "--out", out, "--num-workers", workers, "--json",
+                     "--set", "data.size=16", "--set", "metatrain.ways=[3,4]", "--set", "metatrain.shots=[1,2]",
+                     "--set", "metatrain.query=3", "--set", "evaluation.way=3", *SMALL)  # fmt: skip
+        assert result.code == 0, result.err
+        found.append([(out / name).read_bytes() for name in ("encoder.safetensors", "checkpoint.safetensors")])
+        found[-1].append(json.loads(result.out)["methods"])
+    assert found[0] == found[1]
+
+
 def test_the_result_has_controls_with_intervals(small_run: Path) -> None:
     document = json.loads((small_run / "result.json").read_text())
     assert document["schema"] == "metadiff.evaluate/1"

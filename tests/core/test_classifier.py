@@ -23,6 +23,7 @@ from metadiff_cli.core.classifier import (
     task_logits,
 )
 from metadiff_cli.core.denoiser import support_stats
+from metadiff_cli.core.support import TaskSupport
 from metadiff_cli.core.task_space import TaskSpace
 
 
@@ -95,12 +96,12 @@ def test_leave_one_out_equals_adapting_without_the_image() -> None:
     g = torch.Generator().manual_seed(0)
     z, precision = torch.randn(1, 3, 4, 6, generator=g), torch.linspace(0.2, 4, 6)
     space = replace(space_of(precision), centre=torch.full((6,), 0.5))
-    for a, logits in leave_one_out_logits(z, space, torch.ones(1, 3, 4, dtype=torch.bool)):
+    for a, logits in leave_one_out_logits(TaskSupport.even(z), space):
         for c, k in ((0, 0), (2, 3)):
             kept = [torch.cat([z[0, i, :k], z[0, i, k + 1 :]]) if i == c else z[0, i] for i in range(3)]
             w = torch.stack([a * len(x) * precision / (1 + a * len(x) * precision) * x.mean(0) for x in kept])
             expected = task_logits(z[:, c, k : k + 1], w.unsqueeze(0), space, a)[0, 0]
-            assert torch.allclose(logits[0, c, k], expected, atol=1e-4), a
+            assert torch.allclose(logits[0, 4 * c + k], expected, atol=1e-4), a
 
 
 def space_of(precision: Tensor) -> TaskSpace:
@@ -110,7 +111,8 @@ def space_of(precision: Tensor) -> TaskSpace:
 
 def test_one_image_per_class_takes_the_default() -> None:
     z = torch.randn(3, 5, 1, 8)
-    assert leave_one_out_guidance(z, space_of(torch.ones(8)), 10.0, default=4.0).tolist() == [4.0] * 3
+    support = TaskSupport.even(z)
+    assert leave_one_out_guidance(support, space_of(torch.ones(8)), 10.0, default=4.0).tolist() == [4.0] * 3
 
 
 def test_a_wrong_prior_is_trusted_less_than_a_right_one() -> None:
@@ -122,17 +124,20 @@ def test_a_wrong_prior_is_trusted_less_than_a_right_one() -> None:
     right[..., :8] = 2 * torch.randn(40, 5, 1, 8, generator=g)
     wrong[..., 8:] = 2 * torch.randn(40, 5, 1, 8, generator=g)
     noise = torch.randn(40, 5, 5, 16, generator=g) * precision.rsqrt().clamp(max=2.0)
-    chosen_right = leave_one_out_guidance(right + noise, space_of(precision), 10.0)
-    chosen_wrong = leave_one_out_guidance(wrong + 0.3 * noise, space_of(precision), 10.0)
+    chosen_right = leave_one_out_guidance(TaskSupport.even(right + noise), space_of(precision), 10.0)
+    chosen_wrong = leave_one_out_guidance(TaskSupport.even(wrong + 0.3 * noise), space_of(precision), 10.0)
     assert float(chosen_wrong.log().mean()) > float(chosen_right.log().mean()) + math.log(2)
     assert set(chosen_right.tolist()) <= set(GUIDANCE_GRID)
 
 
-def test_padding_changes_nothing() -> None:
+def test_a_few_images_at_a_time_give_the_same_cosines() -> None:
+    """Classes of 1, 2 and 5 images, in any order."""
     g = torch.Generator().manual_seed(0)
-    z = torch.randn(1, 4, 3, 8, generator=g)
-    padded = torch.cat([z, torch.randn(1, 4, 2, 8, generator=g)], dim=2)
-    valid = torch.zeros(1, 4, 5, dtype=torch.bool)
-    valid[:, :, :3] = True
-    space = space_of(torch.linspace(0.1, 2, 8))
-    assert torch.equal(leave_one_out_guidance(padded, space, 10.0, valid), leave_one_out_guidance(z, space, 10.0))
+    labels = torch.tensor([0, 2, 1, 2, 2, 1, 2, 2])
+    support = TaskSupport.of(torch.randn(1, 8, 6, generator=g), labels)
+    space = space_of(torch.linspace(0.2, 4, 6))
+    whole = dict(leave_one_out_logits(support, space))
+    parts = [dict(leave_one_out_logits(part, space)) for part in support.parts(values=18)]
+    assert len(parts) == 3
+    for a, logits in whole.items():
+        assert torch.allclose(torch.cat([part[a] for part in parts], dim=1), logits, atol=1e-5)

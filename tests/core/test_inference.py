@@ -17,6 +17,7 @@ from metadiff_cli.core.inference import (
     seeds_of,
 )
 from metadiff_cli.core.pool import PoolGuidance
+from metadiff_cli.core.support import TaskSupport
 from metadiff_cli.core.task_space import fit_task_space
 
 SIZE = 24
@@ -84,12 +85,25 @@ def test_the_order_of_support_images_does_not_matter(any_learner: Learner) -> No
     assert torch.allclose(adapt(any_learner, z), adapt(any_learner, z[:, :, [2, 0, 3, 1]]), atol=1e-4)
 
 
-def test_padding_does_not_matter(any_learner: Learner) -> None:
-    z = world(5, 4, seed=1).unsqueeze(0)
-    padded = torch.cat([z, torch.randn(1, 5, 3, SIZE)], dim=2)
-    valid = torch.zeros(1, 5, 7, dtype=torch.bool)
-    valid[:, :, :4] = True
-    assert torch.allclose(adapt(any_learner, padded, valid=valid), adapt(any_learner, z), atol=1e-4)
+def test_images_side_by_side_are_those_of_even_classes(any_learner: Learner) -> None:
+    z = world(5, 4, seed=1)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    support = TaskSupport.of(z.flatten(0, 1)[order].unsqueeze(0), torch.arange(5).repeat_interleave(4)[order])
+    ranks, seeds = torch.arange(5).unsqueeze(0), seeds_of(0, 0, 1)
+    shuffled = adapt_tasks(any_learner, support, Sampling(), ranks=ranks, seeds=seeds).weights
+    assert torch.allclose(shuffled, adapt(any_learner, z.unsqueeze(0)), atol=1e-4)
+
+
+def test_an_image_more_changes_the_weight_of_its_class_alone(learner: Learner) -> None:
+    """But for what the classes share, which moves all of them a little."""
+    learner = learner.tuned(replace(learner.tuning, shared=0.0))
+    z, labels = world(3, 3, seed=1).flatten(0, 1)[:7].unsqueeze(0), torch.tensor([0, 0, 0, 1, 1, 1, 2])
+    ranks, seeds, fixed = torch.arange(3).unsqueeze(0), seeds_of(0, 0, 1), Sampling(guidance=4.0)
+    few, more = (
+        adapt_tasks(learner, TaskSupport.of(z[:, rows], labels[rows]), fixed, ranks=ranks, seeds=seeds).weights[0, 0]
+        for rows in ([0, 3, 4, 5, 6], list(range(7)))
+    )
+    assert torch.allclose(few[1:], more[1:], atol=1e-5) and not torch.allclose(few[0], more[0], atol=1e-2)
 
 
 def test_it_is_better_than_the_prototype_in_its_own_world(learner: Learner) -> None:

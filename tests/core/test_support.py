@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metadiff_cli.core.support import Example, SupportSet, digest_of, pool_of, require_classes, support_of
+from metadiff_cli.core.support import Example, SupportSet, TaskSupport, digest_of, pool_of, require_classes, support_of
 from metadiff_cli.errors import DataError
 
 
@@ -56,10 +56,18 @@ def test_one_class_is_nothing_to_tell_apart() -> None:
         require_classes(support_of([example("a", 1), example("a", 2)]))
 
 
-def test_padding_marks_what_is_real() -> None:
-    z, valid = support_of([example("a", 1), example("b", 2), example("b", 3)]).padded()
-    assert z.shape == (1, 2, 2, 3) and valid.tolist() == [[[True, False], [True, True]]]
-    assert sorted(z[0, 1, :, 0].tolist()) == [2, 3] and z[0, 0, 1].abs().sum() == 0
+def test_a_task_has_its_means_and_counts() -> None:
+    task = support_of([example("a", 1), example("b", 2), example("b", 3)]).task()
+    assert task.z.shape == (1, 3, 3) and task.count.tolist() == [[1.0], [2.0]]
+    assert torch.equal(task.means[0], torch.tensor([[1.0] * 3, [2.5] * 3]))
+
+
+def test_a_class_of_thousands_takes_no_more_than_its_images() -> None:
+    """Beside 99 classes of one image: padded to the largest, they would take a hundred times the memory."""
+    labels = torch.cat([torch.arange(100), torch.zeros(5000, dtype=torch.long)])
+    task = TaskSupport.of(torch.ones(1, 5100, 4), labels)
+    assert task.z.numel() == 5100 * 4 and task.means.shape == (1, 100, 4) and float(task.count[0]) == 5001
+    assert [len(part.labels) for part in task.parts(values=4 * 2000)] == [2000, 2000, 1100]
 
 
 def test_pools_hold_each_picture_once_and_none_that_is_labelled() -> None:

@@ -1,7 +1,5 @@
 """Encoders, augmentation, pretraining and meta-training on small arrays."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,7 @@ import torch
 from metadiff_cli.config import AugmentConfig, DenoiserConfig, MetatrainConfig, PretrainConfig
 from metadiff_cli.core.encoders import Conv4, DropBlock, build_encoder
 from metadiff_cli.core.episodes import training_batch
-from metadiff_cli.core.features import FeatureBank, ImageEncoder, build_bank
+from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.metatraining import MetaTrainer, MetaValidation
 from metadiff_cli.core.pretraining import Heads, Pairs, PretrainEpoch, Pretrainer, learning_rate, pair_logits
 from metadiff_cli.core.task_space import fit_task_space
@@ -189,24 +187,3 @@ def test_meta_training_lowers_its_loss_and_uses_the_average(kind: str) -> None:
 def test_too_few_images_for_training_are_named() -> None:
     with pytest.raises(DataError, match="class 'c0' has 6 images"):
         meta_of(bank_of(images=6))
-
-
-def test_the_feature_bank_is_made_once_and_mended(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
-    encoder = ImageEncoder(build_encoder("conv4"), "conv4", 32, (0.5,) * 3, (0.25,) * 3, True, CPU)
-    calls = []
-
-    def build() -> FeatureBank:
-        calls.clear()
-        labels = np.repeat([0, 1], 5)
-        return build_bank(encoder, pixels, labels, ("a", "b"), folder=tmp_path, key="k" * 32, batch=4,
-                          progress=lambda done, total: calls.append(done))  # fmt: skip
-
-    first = np.array(build().features)
-    assert calls == [4, 8, 10] and np.allclose(np.linalg.norm(first, axis=1), 1, atol=1e-5)
-    assert np.array_equal(build().features, first) and calls == []
-    (file,) = tmp_path.glob("*.npy")
-    file.write_bytes(file.read_bytes()[:200])
-    assert np.array_equal(build().features, first) and calls == [4, 8, 10]
-    mirrored = encoder.encode(torch.from_numpy(pixels[:, :, ::-1].copy()))
-    assert torch.allclose(mirrored, torch.from_numpy(first), atol=1e-5)  # averaged over both views

@@ -61,6 +61,13 @@ def test_a_class_beside_train_makes_train_a_class(tmp_path: Path) -> None:
     assert dataset.splits["test"].classes == ("bus", "train")
 
 
+def test_scanning_tells_how_many_images_it_found(tmp_path: Path) -> None:
+    seen: list[tuple[int, int | None]] = []
+    touch(tmp_path, "a/1.png", "a/2.png", "a/notes.txt", "b/1.png", "c/1.png")
+    open_dataset(tmp_path, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(2, None), (3, None), (4, None)]
+
+
 def test_class_folders_are_split_by_class_and_it_is_said(tmp_path: Path) -> None:
     dataset = open_dataset(class_folders(tmp_path, 20), seed=3)
     assert [len(s.classes) for s in dataset.splits.values()] == [13, 3, 4]
