@@ -199,8 +199,8 @@ class Ema:
         """Take in the current parameters."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, parameter in module.named_parameters():
-            self.average[name].lerp_(parameter.detach(), 1 - decay)
+        current = dict(module.named_parameters())
+        torch._foreach_lerp_(list(self.average.values()), [current[name] for name in self.average], 1 - decay)
 
     def state(self) -> dict[str, Tensor]:
         """The averaged parameters by name."""

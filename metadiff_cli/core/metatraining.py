@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metadiff_cli.config import DenoiserConfig, MetatrainConfig
-from metadiff_cli.core.classifier import task_logits
 from metadiff_cli.core.denoiser import (
     Ema,
     PaperDenoiser,
@@ -32,6 +31,7 @@ from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.task_space import TaskSpace, class_means
 from metadiff_cli.errors import MetaDiffError
 
+IN_MEMORY = 1 << 30  # bytes of base images in task space; a larger bank is projected task by task
 LOGIT_SCALE = 10.0  # of the cross-entropy of held-out images in training
 
 
@@ -55,6 +55,25 @@ class MetaValidation:
     gain: float | None
     ci95: float | None
     best: bool
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Held-out images v (B, M, D) in task space, their squared lengths (B, M) in the metric of the noise, and the
+    domain (B, 1, D) that they are taken relative to. They are the largest thing of a step, so nothing of their size is
+    made anew."""
+
+    points: Tensor
+    squares: Tensor
+    domain: Tensor
+
+    def cosines(self, w: Tensor, precision: Tensor) -> Tensor:
+        """Cosines (B, M, N) of v - domain to w (B, N, D) in the metric diag(precision)."""
+        scaled, moved = w * precision, self.domain * precision  # (B, N, D), (B, 1, D)
+        inner = self.points @ scaled.mT - self.domain @ scaled.mT
+        squares = self.squares.unsqueeze(-1) - 2 * self.points @ moved.mT + self.domain @ moved.mT  # (B, M, 1)
+        lengths = squares.clamp_min(1e-12).sqrt() * (w * scaled).sum(dim=-1).clamp_min(1e-12).sqrt().unsqueeze(1)
+        return inner / lengths
 
 
 class MetaTrainer:
@@ -83,14 +102,17 @@ class MetaTrainer:
         self.abar = self.schedule.abar.float().to(device)
         self.indices = bank.class_indices()
         check_episodes(self.indices, bank.classes, min(config.ways[0], 2), config.shots[1], config.query)
-        counts = torch.tensor([len(rows) for rows in self.indices], dtype=torch.float64)
-        means = class_means(bank.by_class()) if means is None else means.cpu()
-        self.sums = (means * counts.unsqueeze(1)).to(device, torch.float32)  # (C, D)
-        self.counts = counts.to(device, torch.float32)
+        means = class_means(bank.by_class()) if means is None else means
+        self.counts = torch.tensor([len(rows) for rows in self.indices], device=device, dtype=torch.float32)
+        self.sums = self.space.to_task(means.float().to(device)) * self.counts.unsqueeze(1)  # (C, D)
+        self.points = self._project(np.arange(len(bank.labels))) if _is_small(bank) else None
+        self.squares = None if self.points is None else self._squares(self.points)
         torch.manual_seed(seed)
         size = bank.features.shape[1]
         self.denoiser = build_denoiser(denoiser.kind, size, denoiser.width, denoiser.depth, denoiser.dropout).to(device)
-        self.optimiser = torch.optim.AdamW(self.denoiser.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.optimiser = torch.optim.AdamW(
+            self.denoiser.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=device.type == "cpu"
+        )
         self.ema = Ema(self.denoiser, config.ema)
         self.step = 0
         self.best: dict[str, Tensor] = {}
@@ -158,12 +180,10 @@ class MetaTrainer:
     def loss(self, episodes: Episodes, generator: torch.Generator) -> Tensor:
         """The training loss of a batch of tasks (design, "Training loss")."""
         self.denoiser.train()
-        support = self.bank.take(episodes.support).to(self.device)  # (B, N, K, D)
-        query = self.bank.take(episodes.query).to(self.device)  # (B, M, D)
-        stats = support_stats(self.space.to_task(support), self.space.precision)
+        support, query = self._points(episodes.support), self._points(episodes.query)  # (B, N, K, D), (B, M, D)
+        stats = support_stats(support, self.space.precision)
         domain = domain_of(stats, self.shared)
         stats = replace(stats, mean=stats.mean - domain)
-        space = self.space.around(self.space.to_feature(domain))
         w0 = self.targets(episodes, support, query) - domain
         t = torch.randint(1, self.schedule.steps + 1, (len(w0),), generator=generator)
         abar = self.abar[t.to(self.device)]
@@ -172,22 +192,40 @@ class MetaTrainer:
         if isinstance(self.denoiser, PaperDenoiser):
             error: Tensor = F.mse_loss(self.denoiser.epsilon(w, abar, stats), noise)
             return error
-        return self._weighted_loss(w, w0, abar, stats, space, query, torch.from_numpy(episodes.labels).to(self.device))
+        labels = torch.from_numpy(episodes.labels).to(self.device)
+        squares = self._squares(query) if self.squares is None else self.squares[torch.from_numpy(episodes.query)]
+        return self._weighted_loss(w, w0, abar, stats, Queries(query, squares.to(self.device), domain), labels)
+
+    def _points(self, rows: np.ndarray) -> Tensor:
+        """Images (..., D) in task space of rows (...) of the bank."""
+        if self.points is not None:
+            return self.points[torch.from_numpy(rows).to(self.device)]
+        return self._project(rows)
+
+    def _squares(self, points: Tensor) -> Tensor:
+        """Squared lengths (...) of points (..., D) in the metric of the noise."""
+        return points.square() @ self.space.precision
+
+    def _project(self, rows: np.ndarray) -> Tensor:
+        return self.space.to_task(self.bank.take(rows).to(self.device))
 
     def _weighted_loss(
-        self, w: Tensor, w0: Tensor, abar: Tensor, stats: SupportStats, space: TaskSpace, query: Tensor, labels: Tensor
+        self, w: Tensor, w0: Tensor, abar: Tensor, stats: SupportStats, queries: "Queries", labels: Tensor
     ) -> Tensor:
-        """Precision-weighted ||x0 - w0||^2 per dimension, plus kappa times the held-out cross-entropy."""
+        """Precision-weighted ||x0 - w0||^2 per dimension, plus kappa times the held-out cross-entropy.
+
+        That is of the whitened cosines alone, which need no product with the basis: nothing here leaves the task space.
+        """
         x0: Tensor = self.denoiser(w, abar, stats)
         _, pi = gaussian_posterior(w, abar, stats)
         loss: Tensor = (pi * (x0 - w0).square()).mean()
         if self.config.kappa == 0:
             return loss
-        logits = task_logits(query, space.to_feature(x0), space, 1.0, LOGIT_SCALE)  # (B, M, N)
+        logits = LOGIT_SCALE * queries.cosines(x0, self.space.precision)  # (B, M, N)
         return loss + self.config.kappa * F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     def targets(self, episodes: Episodes, support: Tensor, query: Tensor) -> Tensor:
-        """w_0 (B, N, D): class means in task space without the images of the episode at hand."""
+        """w_0 (B, N, D): class means without the images of the episode at hand, `support` (B, N, K, D) and `query`."""
         tasks, ways, shots, size = support.shape
         classes = torch.from_numpy(episodes.classes).to(self.device)
         held_out = query.view(tasks, ways, -1, size)  # balanced: the queries of a class stand together
@@ -195,7 +233,7 @@ class MetaTrainer:
         left = self.counts[classes] - shots - held_out.shape[2]
         sums = torch.where(left.unsqueeze(-1) > 0, self.sums[classes] - used, self.sums[classes])
         left = torch.where(left > 0, left, self.counts[classes])
-        return self.space.to_task(sums / left.unsqueeze(-1))
+        return sums / left.unsqueeze(-1)
 
     def _lr(self) -> float:
         """Warm up over the first twentieth, then a cosine to zero."""
@@ -222,6 +260,11 @@ class MetaTrainer:
         self.ema.updates, self.best = int(plain["updates"]), part("best")
         restore_adam(self.denoiser, self.optimiser, part)
         self.step, self.best_gain, self.history = int(plain["step"]), plain["best"], list(plain["history"])
+
+
+def _is_small(bank: FeatureBank) -> bool:
+    """Whether its images may stay in memory in task space, where no step has to bring them there."""
+    return 4 * bank.features.size <= IN_MEMORY
 
 
 def adam_tensors(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

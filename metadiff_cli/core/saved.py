@@ -44,7 +44,7 @@ def save_classifier(path: Path, classifier: SavedClassifier, origin: Origin) -> 
     tensors = model_tensors(classifier.images, learner)
     tensors |= {
         "weights": classifier.task.weights,
-        "mean": classifier.task.space.mean,
+        "mean": classifier.task.space.mean.reshape(1, 1, -1),
         "support.features": support.features,
         "support.labels": torch.from_numpy(support.labels),
         "support.digests": _bytes_tensor(support.digests),

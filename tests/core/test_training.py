@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from metadiff_cli.config import AugmentConfig, DenoiserConfig, MetatrainConfig, PretrainConfig
+from metadiff_cli.core import metatraining
+from metadiff_cli.core.classifier import cosine_logits
 from metadiff_cli.core.encoders import Conv4, DropBlock, build_encoder
 from metadiff_cli.core.episodes import training_batch
 from metadiff_cli.core.features import FeatureBank
-from metadiff_cli.core.metatraining import MetaTrainer, MetaValidation
+from metadiff_cli.core.metatraining import MetaTrainer, MetaValidation, Queries
 from metadiff_cli.core.pretraining import Heads, Pairs, PretrainEpoch, Pretrainer, learning_rate, pair_logits
 from metadiff_cli.core.task_space import fit_task_space
 from metadiff_cli.data.transforms import Augmentation, affine_maps, augment, normalise, rotate_quarters
@@ -155,16 +157,27 @@ def meta_of(bank: FeatureBank, kind: str = "unet", **settings: object) -> MetaTr
     return MetaTrainer(bank, space, denoiser, MetatrainConfig.model_validate(values), seed=0, device=CPU)
 
 
-def test_targets_leave_out_the_images_of_the_episode() -> None:
+@pytest.mark.parametrize("in_memory", [0, 1 << 20])
+def test_targets_leave_out_the_images_of_the_episode(in_memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the bank is projected at once or task by task."""
+    monkeypatch.setattr(metatraining, "IN_MEMORY", in_memory)
     bank = bank_of()
     trainer = meta_of(bank)
+    assert (trainer.points is None) == (in_memory == 0)
     e = training_batch(trainer.indices, (5, 5), (3, 3), 4, batch=2, seed=0, step=0)
-    support, query = torch.from_numpy(bank.features[e.support]), torch.from_numpy(bank.features[e.query])
-    targets = trainer.targets(e, support, query)
+    targets = trainer.targets(e, trainer._points(e.support), trainer._points(e.query))
     used = set(e.support[0, 0]) | set(e.query[0, :4])
     left = [row for row in trainer.indices[e.classes[0, 0]] if row not in used]
     expected = trainer.space.to_task(torch.from_numpy(bank.features[left]).mean(dim=0))
     assert len(left) == 5 and torch.allclose(targets[0, 0], expected, atol=1e-4)
+
+
+def test_cosines_of_queries_are_those_of_the_moved_images_in_the_metric_of_the_noise() -> None:
+    g = torch.Generator().manual_seed(0)
+    v, domain, w = (torch.randn(2, n, 6, generator=g) for n in (7, 1, 3))
+    precision = torch.linspace(0.1, 3, 6)
+    found = Queries(v, v.square() @ precision, domain).cosines(w, precision)
+    assert torch.allclose(found, cosine_logits((v - domain) * precision.sqrt(), w * precision.sqrt()), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["unet", "paper"])
