@@ -271,7 +271,8 @@ def _follow(trainer: "MetaTrainer", validate: Any, run: "Run", config: Config, s
                 run.save_metrics(trainer.history, "metatrain")
                 tensors, plain = trainer.state()
                 save_checkpoint(state, "state", tensors, {"plain": plain})
-            update(record.step, record.steps, f"loss {record.loss:.3f}")
+            if record is not None:
+                update(record.step, record.steps, f"loss {record.loss:.3f}")
 
 
 def _verdict(learned: dict[str, Any]) -> str:

@@ -296,4 +296,5 @@ def _follow(trainer: "InnerTrainer", validate: Any, name: str, run: "Run", scree
                 run.save_metrics(trainer.history, "metatrain")
                 tensors, plain = trainer.state()
                 save_checkpoint(state, "state", tensors, {"plain": plain, "method": name})
-            update(record.step, record.steps, f"loss {record.loss:.3f}")
+            if record is not None:
+                update(record.step, record.steps, f"loss {record.loss:.3f}")

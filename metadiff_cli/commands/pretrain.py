@@ -88,7 +88,7 @@ def pretrain_encoder(config: Config, source: "Source", run: "Run", screen: Scree
                 _end_epoch(run, trainer, record, header, screen)
                 tensors, plain = trainer.state()
                 save_checkpoint(state, "state", tensors, {"plain": plain, "config": header["config"]})
-            else:
+            elif record is not None:
                 update(*_position(record, config.pretrain.epochs))
     path = kept_encoder(encoder_key(config, source.split("train"), val))
     save_checkpoint(path, "encoder", _best(trainer), {**header, "metrics": {"validation": trainer.best_validation}})
