@@ -75,6 +75,11 @@ class InnerTrainer:
         chosen.load_state_dict(self.best or self.learner.state_dict())
         return chosen.eval()
 
+    @property
+    def position(self) -> str:
+        """How far the training is."""
+        return f"step {self.step} of {self.config.steps}"
+
     def run(
         self, validate: Callable[[InnerLearner], tuple[float, float] | None]
     ) -> Iterator[InnerStep | InnerValidation | None]:

@@ -99,6 +99,14 @@ class MetaTrainer:
         self.best_gain: float | None = None
         self.history: list[dict[str, Any]] = []
 
+    def start_from(self, denoiser: nn.Module) -> None:
+        """Begin with the parameters of another denoiser. Raises ValueError when it is of another size."""
+        try:
+            self.denoiser.load_state_dict(denoiser.state_dict())
+        except RuntimeError as error:
+            raise ValueError("a denoiser of another size") from error
+        self.ema = Ema(self.denoiser, self.config.ema)
+
     def averaged(self) -> nn.Module:
         """The denoiser with the averaged parameters, in evaluation mode; the trained one stays as it is."""
         return self._with(self.ema.state())
@@ -106,6 +114,11 @@ class MetaTrainer:
     def chosen(self) -> nn.Module:
         """The denoiser with the best averaged parameters so far."""
         return self._with(self.best or self.ema.state())
+
+    @property
+    def position(self) -> str:
+        """How far the training is."""
+        return f"step {self.step} of {self.config.steps}"
 
     def run(
         self, validate: Callable[[nn.Module], tuple[float, float] | None]

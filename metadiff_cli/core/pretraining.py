@@ -173,6 +173,12 @@ class Pretrainer:
         return self.size
 
     @property
+    def position(self) -> str:
+        """How far the training is."""
+        done = f"epoch {self.epoch} of {self.config.epochs}"
+        return f"{done} and {self.step} of {self.steps} steps" if self.step else done
+
+    @property
     def steps(self) -> int:
         """Steps of an epoch; the incomplete last batch is left out, as it upsets BatchNorm."""
         return max(1, len(self.labels) // self.config.batch)

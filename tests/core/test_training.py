@@ -218,7 +218,7 @@ def restored(trainer: Trainer, fresh: Trainer, path: Path) -> Trainer:
      *((stop, {"stages": [[0.5, 16], [0.5, 32]]}) for stop in (2, 4, 5))],
 )  # fmt: skip
 def test_pretraining_goes_on_exactly_from_any_yield(stop: int, settings: dict[str, object], tmp_path: Path) -> None:
-    """48 images in batches of 16: three steps and the record of an epoch, twice. After `stop` yields all is made anew."""
+    """48 images in batches of 16: three steps and an epoch, twice; after `stop` yields all is made anew."""
 
     def make() -> Pretrainer:
         trainer = trainer_of(**settings)
