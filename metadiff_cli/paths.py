@@ -14,6 +14,8 @@ import platformdirs
 APP = "metadiff"
 LEFTOVER = re.compile(r"\..+\.tmp|\.tmp\w{6}")  # files that `atomic`, or safetensors inside of it, had begun
 
+LONG = 200  # bytes of a file's name, of which most file systems take 255
+
 
 def cache_dir() -> Path:
     """What can be made again: decoded images, features, encoders found by preset."""
@@ -59,7 +61,8 @@ def atomic(path: Path, *, new: bool = False) -> Iterator[Path]:
     FileExistsError where there is one already. An OSError, as of a full disk, names `path` when it names no file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
+    short = path.name if len(os.fsencode(path.name)) < LONG else path.name[:40]  # of four bytes each at most
+    handle, name = tempfile.mkstemp(prefix=f".{short}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -98,10 +101,14 @@ def reserve(path: Path) -> None:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what writers that were killed had begun; only for whoever is alone in a folder."""
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what writers that were killed had begun, of the file `name` or of all.
+
+    Only for whoever holds the lock of that file, or of the folder.
+    """
+    wanted = LEFTOVER if name is None else re.compile(rf"\.{re.escape(name)}\.\w+\.tmp")
     for path in folder.iterdir():
-        if LEFTOVER.fullmatch(path.name) and not path.is_dir():
+        if wanted.fullmatch(path.name) and not path.is_dir():
             path.unlink(missing_ok=True)
 
 

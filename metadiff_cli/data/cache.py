@@ -25,7 +25,7 @@ from metadiff_cli.data.folders import Split
 from metadiff_cli.data.images import load_square, to_square
 from metadiff_cli.data.mapped import release
 from metadiff_cli.errors import DataError
-from metadiff_cli.paths import atomic, reserve, writable, write_text
+from metadiff_cli.paths import atomic, reserve, sweep, writable, write_text
 
 VERSION = 1  # of the decoding: part of every key
 RELEASE = 1024  # images after which the memory of those that are written is given back
@@ -225,6 +225,7 @@ def _decode_into(
 ) -> list[tuple[int, str]]:
     broken: list[tuple[int, str]] = []
     total = len(split.paths)
+    sweep(array.parent, array.name)
     _check_room(array.parent, total * size * size * 3)
     with atomic(array) as temporary:
         out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(total, size, size, 3))

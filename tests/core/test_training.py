@@ -215,6 +215,7 @@ def restored(trainer: Trainer, fresh: Trainer, path: Path) -> Trainer:
 @pytest.mark.parametrize(
     ("stop", "settings"),
     [(1, {}), (3, {"rotation_weight": 1.0}), (4, {}), (6, {"rotated_classes": True}), (8, {}),
+     (2, {"objective": "pairs", "batch": 8}),
      *((stop, {"stages": [[0.5, 16], [0.5, 32]]}) for stop in (2, 4, 5))],
 )  # fmt: skip
 def test_pretraining_goes_on_exactly_from_any_yield(stop: int, settings: dict[str, object], tmp_path: Path) -> None:
