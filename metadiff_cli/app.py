@@ -1,6 +1,8 @@
 """The Typer app: registers the commands, and the one boundary that turns errors into messages and exit codes."""
 
+import errno
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -24,7 +26,7 @@ from metadiff_cli.commands import (
     pretrain,
 )
 from metadiff_cli.console import Screen
-from metadiff_cli.errors import MetaDiffError
+from metadiff_cli.errors import MetaDiffError, Stopped
 
 app = typer.Typer(
     name="metadiff",
@@ -62,10 +64,6 @@ def root(
     """Learn to classify images from a handful of examples per class, by diffusion over classifier weights."""
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived; not an Exception, so that nothing on the way up swallows it."""
-
-
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code (see README for the meanings)."""
     previous = signal.signal(signal.SIGTERM, _on_sigterm)
@@ -79,9 +77,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         Screen().error("interrupted", None)
         return 130
-    except Terminated:
-        Screen().error("terminated", None)
-        return 143
+    except Stopped as stopped:
+        again = _again(sys.argv[1:] if arguments is None else arguments) if stopped.resumable else None
+        Screen().error("terminated" if stopped.exit_code == 143 else "interrupted", again)
+        return stopped.exit_code
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -91,6 +90,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, previous)
 
 
+def _again(arguments: Sequence[str]) -> str:
+    """The command line that goes on with what this one began."""
+    given = [a for a in arguments if a not in ("--overwrite", "--resume")]
+    return f"metadiff {shlex.join(given)} --resume"
+
+
 def _unforeseen(error: Exception) -> int:
     """Usage errors of Typer show themselves; of anything else one line is shown, the rest with METADIFF_DEBUG=1."""
     show, code = getattr(error, "show", None), getattr(error, "exit_code", 1)
@@ -98,11 +103,21 @@ def _unforeseen(error: Exception) -> int:
         show()
         return int(code)
     _trace()
+    if isinstance(error, OSError) and error.strerror:
+        Screen().error(*_of_the_system(error))
+        return 1
     kind = type(error).__name__
     Screen().error(
         f"{kind}: {error}" if str(error) else kind, "run it again with METADIFF_DEBUG=1 to see where it failed"
     )
     return 1
+
+
+def _of_the_system(error: OSError) -> tuple[str, str | None]:
+    """Message and hint of what the system refused, as to write to a full disk."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}", "make room, and run it again" if full else None
 
 
 def _trace() -> None:
@@ -111,4 +126,4 @@ def _trace() -> None:
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+    raise Stopped(number)

@@ -362,18 +362,18 @@ def merge_layers(given: Sequence[Layer]) -> dict[str, Any]:
 
 def origins(given: Sequence[Layer]) -> dict[str, str]:
     """For every dotted key, the layer that its value comes from, or "default"."""
-    found = dict.fromkeys(_keys(Config().model_dump()), "default")
+    found = dict.fromkeys(flat(Config().model_dump()), "default")
     for name, layer in given:
-        found |= {key: name for key in _keys(layer) if key in found}
+        found |= {key: name for key in flat(layer) if key in found}
     return found
 
 
-def _keys(values: Mapping[str, Any], before: str = "") -> list[str]:
-    return [
-        key
-        for name, value in values.items()
-        for key in (_keys(value, f"{before}{name}.") if isinstance(value, dict) else [f"{before}{name}"])
-    ]
+def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """The values of nested mappings by dotted key."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
+    return found
 
 
 def check(values: dict[str, Any]) -> Config:

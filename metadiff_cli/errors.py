@@ -37,3 +37,12 @@ class GateError(MetaDiffError):
     """A gate such as `--fail-under` was not met; the results themselves are fine."""
 
     exit_code = 5
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM asked the command to stop; not an Exception, so that nothing on the way up swallows it."""
+
+    def __init__(self, number: int, *, resumable: bool = False) -> None:
+        """`number` is the signal's; `resumable` says that --resume goes on from what is saved."""
+        super().__init__(number)
+        self.exit_code, self.resumable = 128 + number, resumable

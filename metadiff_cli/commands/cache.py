@@ -26,7 +26,8 @@ KINDS = {
     "features": "features of images, made again by the encoder",
     "encoders": "encoders that `metatrain` finds by settings and data; trained again, which can take hours",
 }
-OURS = re.compile(r"\.?s?[0-9a-f]{31,}\b.*")  # our names begin with a hash: anything else there is not ours to delete
+# our names begin with a hash, and `.tmp` with six letters is of safetensors: anything else is not ours to delete
+OURS = re.compile(r"\.?s?[0-9a-f]{31,}\b.*|\.tmp\w{6}")
 
 
 @dataclass(frozen=True)

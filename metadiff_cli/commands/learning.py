@@ -49,7 +49,7 @@ def feature_bank(images: ImageEncoder, source: Source, split: str, config: Confi
         return build_bank(
             images, decoded.images, decoded.labels, decoded.classes,
             folder=cache_dir() / "features", key=decoded.key, batch=config.runtime.batch_size,
-            store=config.features.store, progress=advance,
+            store=config.features.store, progress=advance, note=screen.note,
         )  # fmt: skip
 
 

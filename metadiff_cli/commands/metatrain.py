@@ -1,5 +1,6 @@
 """`metadiff metatrain`: fit task space and denoiser on the base classes; ends with a checkpoint and a table."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +14,11 @@ from metadiff_cli.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from metadiff_cli.commands.starting import Start
     from metadiff_cli.commands.workspace import Run, Source
     from metadiff_cli.core.features import FeatureBank, ImageEncoder
     from metadiff_cli.core.inference import Learner
-    from metadiff_cli.core.metatraining import MetaTrainer
+    from metadiff_cli.core.metatraining import MetaStep, MetaTrainer, MetaValidation
     from metadiff_cli.core.task_space import TaskSpace
 
 METHODS = completions.METHODS
@@ -33,6 +35,7 @@ def metatrain(
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
+    init_from: options.InitFrom = None,
     dry_run: options.DryRun = False,
     config: options.ConfigFile = None,
     settings: options.Settings = None,
@@ -71,17 +74,19 @@ def metatrain(
 
         return show_plan("metatrain", resolved, data, screen, as_json=as_json, encoder=file)
     from metadiff_cli.commands.learning import show_result
+    from metadiff_cli.commands.starting import Start
     from metadiff_cli.commands.workspace import CHECKPOINT, open_run, open_source
 
-    run = open_run(out or Path("runs") / resolved.name, "metatrain", overwrite=overwrite, resume=resume)
-    run.save_config(resolved)
-    source = open_source(resolved, data, screen)
-    if method == "metadiff":
-        result = train_model(resolved, source, run, file, screen)
-    else:
-        result = methods.train_method(method, resolved, source, run, file, screen)
-    run.save_json("result.json", result)
-    run.save_manifest(data=source.dataset.root, encoder=str(file) if file else None)
+    start = Start.of(file, init_from, method)
+    place = out or Path("runs") / resolved.name
+    with open_run(place, "metatrain", resolved, overwrite=overwrite, resume=resume) as run:
+        source = open_source(resolved, data, screen)
+        if method == "metadiff":
+            result = train_model(resolved, source, run, start, screen)
+        else:
+            result = methods.train_method(method, resolved, source, run, start, screen)
+        run.save_json("result.json", result)
+        run.save_manifest(data=source.dataset.root, encoder=str(file) if file else None)
     if as_json:
         screen.json({**result, "checkpoint": str(run.folder / CHECKPOINT)})
         return
@@ -91,7 +96,7 @@ def metatrain(
     screen.text(f"checkpoint: {run.folder / CHECKPOINT}")
 
 
-def train_model(config: Config, source: "Source", run: "Run", file: Path | None, screen: Screen) -> dict[str, Any]:
+def train_model(config: Config, source: "Source", run: "Run", start: "Start", screen: Screen) -> dict[str, Any]:
     """All stages; returns the result document with what became of the learned part under `learned`."""
     from metadiff_cli.commands.card import model_card
     from metadiff_cli.commands.learning import feature_bank, measure, sampling_of
@@ -99,10 +104,11 @@ def train_model(config: Config, source: "Source", run: "Run", file: Path | None,
     from metadiff_cli.core.evaluation import Protocol
     from metadiff_cli.core.model import Model, save_model
 
-    images = _encoder(config, source, run, file, screen)
+    images = _encoder(config, source, run, start, screen)
     base = feature_bank(images, source, "train", config, screen)
     val = feature_bank(images, source, "val", config, screen) if source.has("val") else None
-    learner, learned, kind = _learn(config, images, base, val, run, screen)
+    identity = start.identity(config, "metadiff", source, images)
+    learner, learned, kind = _learn(config, images, base, val, run, screen, start, identity)
     header: dict[str, Any] = {
         "config": config.model_dump(mode="json", exclude={"runtime"}),
         "classes": list(base.classes),
@@ -126,47 +132,55 @@ def train_model(config: Config, source: "Source", run: "Run", file: Path | None,
 
 
 def frozen_parts(
-    config: Config, source: "Source", run: "Run", file: Path | None, screen: Screen
+    config: Config, source: "Source", run: "Run", start: "Start", screen: Screen
 ) -> tuple["ImageEncoder", "FeatureBank", "FeatureBank | None", "Learner"]:
     """Encoder, features of base and validation classes, and the analytic learner: where a baseline starts."""
     from metadiff_cli.commands.learning import feature_bank
 
-    images = _encoder(config, source, run, file, screen)
+    images = _encoder(config, source, run, start, screen)
     base = feature_bank(images, source, "train", config, screen)
     val = feature_bank(images, source, "val", config, screen) if source.has("val") else None
     analytic = config.model_copy(update={"denoiser": config.denoiser.model_copy(update={"kind": "analytic"})})
-    learner, _, _ = _learn(analytic, images, base, val, run, screen)
+    learner, _, _ = _learn(analytic, images, base, val, run, screen, start, {})
     return images, base, val, learner
 
 
-def _encoder(config: Config, source: "Source", run: "Run", file: Path | None, screen: Screen) -> "ImageEncoder":
+def _encoder(config: Config, source: "Source", run: "Run", start: "Start", screen: Screen) -> "ImageEncoder":
     """The encoder that was given, else the kept one of these settings and images, else a new one."""
-    import shutil
-
     from metadiff_cli.commands.pretrain import pretrain_encoder
+    from metadiff_cli.commands.resuming import file_digest
     from metadiff_cli.commands.workspace import ENCODER, encoder_key, kept_encoder
     from metadiff_cli.core.device import keep_freed_memory, pick_device, set_threads
     from metadiff_cli.core.model import load_encoder
+    from metadiff_cli.paths import copy_file
 
     keep_freed_memory()
     set_threads(config.runtime.threads)
     device = pick_device(config.runtime.device)
+    file = start.encoder
     if file is None:
         val = source.split("val") if source.has("val") else None
-        file = kept_encoder(encoder_key(config, source.split("train"), val))
+        file = kept_encoder(encoder_key(config, source.split("train"), val, file_digest(start.init)))
         if file.is_file():
             screen.note("taking the encoder that these settings and images gave before")
         else:
-            pretrain_encoder(config, source, run, screen)
+            _, file = pretrain_encoder(config, source, run, screen, start.init)
     f = config.features
     images = load_encoder(file, device, mirror=f.mirror, half=f.half, size=f.size)
     if file.resolve() != (run.folder / ENCODER).resolve():
-        shutil.copyfile(file, run.folder / ENCODER)
+        copy_file(file, run.folder / ENCODER)
     return images
 
 
 def _learn(
-    config: Config, images: "ImageEncoder", base: "FeatureBank", val: "FeatureBank | None", run: "Run", screen: Screen
+    config: Config,
+    images: "ImageEncoder",
+    base: "FeatureBank",
+    val: "FeatureBank | None",
+    run: "Run",
+    screen: Screen,
+    start: "Start",
+    identity: dict[str, Any],
 ) -> tuple["Learner", dict[str, Any], str]:
     """Task space, denoiser and tuning; what became of the learned part; the kind of denoiser that is kept."""
     from metadiff_cli.core.denoiser import AnalyticDenoiser
@@ -180,7 +194,9 @@ def _learn(
     learner = Learner(space, AnalyticDenoiser(), False, Tuning(shared=shared_of(kind)), targets)
     learned: dict[str, Any] = {"kind": kind, "kept": False, "gain": None, "ci95": None}
     if kind != "analytic":
-        learner, learned = _train_denoiser(config, learner, base, means, val, run, screen, images.device)
+        learner, learned = _train_denoiser(
+            config, learner, base, means, val, run, screen, images.device, start, identity
+        )
     if val is not None:
         learner = learner.tuned(
             fit_tuning(learner, val, images.device, seed=config.seed, query=config.evaluation.query)
@@ -218,11 +234,13 @@ def _paper_space(
 
 def _train_denoiser(
     config: Config, learner: "Learner", base: "FeatureBank", means: "Tensor", val: "FeatureBank | None", run: "Run",
-    screen: Screen, device: Any,
+    screen: Screen, device: Any, start: "Start", identity: dict[str, Any],
 ) -> tuple["Learner", dict[str, Any]]:  # fmt: skip
     """Train, select by the paired gain over `analytic`, and confirm the choice on fresh episodes."""
     from dataclasses import replace
 
+    from metadiff_cli.commands.resuming import follow
+    from metadiff_cli.commands.workspace import STATE
     from metadiff_cli.core.evaluation import Protocol
     from metadiff_cli.core.metatraining import MetaTrainer
     from metadiff_cli.core.tuning import paired_gain
@@ -230,6 +248,7 @@ def _train_denoiser(
     trainer = MetaTrainer(
         base, learner.space, config.denoiser, config.metatrain, seed=config.seed, device=device, means=means
     )
+    start.begin(trainer, config)
     e, m = config.evaluation, config.metatrain
     selection = Protocol(e.way, e.shot, e.query, m.validation_episodes, config.seed + 1)
 
@@ -238,7 +257,10 @@ def _train_denoiser(
             return None
         return paired_gain(replace(learner, denoiser=denoiser, learned=True), val, selection, device)
 
-    _follow(trainer, validate, run, config, screen)
+    follow(
+        trainer, validate, partial(_show, run, trainer, screen), label="meta-training", state=run.folder / STATE,
+        identity=identity, screen=screen,
+    )  # fmt: skip
     candidate = replace(learner, denoiser=trainer.chosen(), learned=True)
     learned: dict[str, Any] = {"kind": config.denoiser.kind, "kept": val is None, "gain": None, "ci95": None}
     if val is not None:
@@ -250,28 +272,17 @@ def _train_denoiser(
     return candidate if learned["kept"] else learner, learned
 
 
-def _follow(trainer: "MetaTrainer", validate: Any, run: "Run", config: Config, screen: Screen) -> None:
-    """Run the training, show it, and write state and metrics at each validation."""
-    from metadiff_cli.commands.workspace import STATE
-    from metadiff_cli.core.checkpoint import load_checkpoint, save_checkpoint
+def _show(run: "Run", trainer: "MetaTrainer", screen: Screen, record: "MetaStep | MetaValidation", update: Any) -> bool:
+    """Draw a record; at a validation write the metrics, and have the state saved."""
     from metadiff_cli.core.metatraining import MetaValidation
 
-    state = run.folder / STATE
-    if state.is_file():
-        kept = load_checkpoint(state, "state")
-        if "method" in kept.header:
-            raise ConfigError(f"{state} is the state of another method", hint="give another --out, or --overwrite")
-        trainer.restore(kept.part, kept.header["plain"])
-        screen.note(f"going on after step {trainer.step} of {config.metatrain.steps}")
-    with screen.status("meta-training") as update:
-        for record in trainer.run(validate):
-            if isinstance(record, MetaValidation):
-                gain = "" if record.gain is None else f"  gain over analytic {record.gain:+.2f} ± {record.ci95:.2f}"
-                screen.note(f"step {record.step}/{record.steps}  loss {record.loss:.3f}{gain}{'  best' * record.best}")
-                run.save_metrics(trainer.history, "metatrain")
-                tensors, plain = trainer.state()
-                save_checkpoint(state, "state", tensors, {"plain": plain})
-            update(record.step, record.steps, f"loss {record.loss:.3f}")
+    update(record.step, record.steps, f"loss {record.loss:.3f}")
+    if not isinstance(record, MetaValidation):
+        return False
+    gain = "" if record.gain is None else f"  gain over analytic {record.gain:+.2f} ± {record.ci95:.2f}"
+    screen.note(f"step {record.step}/{record.steps}  loss {record.loss:.3f}{gain}{'  best' * record.best}")
+    run.save_metrics(trainer.history, "metatrain")
+    return True
 
 
 def _verdict(learned: dict[str, Any]) -> str:

@@ -13,17 +13,18 @@ from metadiff_cli.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import torch
 
+    from metadiff_cli.commands.starting import Start
     from metadiff_cli.commands.workspace import Run, Source
     from metadiff_cli.core.evaluation import Method, Protocol
     from metadiff_cli.core.features import FeatureBank
-    from metadiff_cli.core.innertraining import InnerTrainer
+    from metadiff_cli.core.innertraining import InnerStep, InnerTrainer, InnerValidation
     from metadiff_cli.core.trained import TrainedMethod
 
 FILE = ".safetensors"
 
 
 def train_method(
-    name: str, config: Config, source: "Source", run: "Run", encoder: Path | None, screen: Screen
+    name: str, config: Config, source: "Source", run: "Run", start: "Start", screen: Screen
 ) -> dict[str, Any]:
     """All stages of a baseline, down to its checkpoint; returns the result document."""
     from metadiff_cli.commands.workspace import CHECKPOINT
@@ -32,8 +33,9 @@ def train_method(
     from metadiff_cli.core.trained import save_method
 
     frozen = name in ON_FEATURES
-    method, base, val = (_on_features if frozen else _on_images)(name, config, source, run, encoder, screen)
-    method = _train(method, config, base, val, run, screen)
+    method, base, val = (_on_features if frozen else _on_images)(name, config, source, run, start, screen)
+    identity = start.identity(config, name, source, method.images if frozen else None)
+    method = _train(method, config, base, val, run, screen, identity)
     e = config.evaluation
     protocol = Protocol(e.way, e.shot, e.query, e.episodes, config.seed)
     split = "test" if source.has("test") else "val" if val is not None else "train"
@@ -186,21 +188,21 @@ def _unused(name: str, taken: set[str]) -> str:
 
 
 def _on_features(
-    name: str, config: Config, source: "Source", run: "Run", encoder: Path | None, screen: Screen
+    name: str, config: Config, source: "Source", run: "Run", start: "Start", screen: Screen
 ) -> tuple["TrainedMethod", "FeatureBank", "FeatureBank | None"]:
     """An untrained baseline over the features of the run's encoder, with base and validation classes."""
     from metadiff_cli.commands.metatrain import frozen_parts
     from metadiff_cli.core.innerloop import FrozenLearner
     from metadiff_cli.core.trained import TrainedMethod
 
-    images, base, val, analytic = frozen_parts(config, source, run, encoder, screen)
+    images, base, val, analytic = frozen_parts(config, source, run, start, screen)
     inner = FrozenLearner(name, config.evaluation.way, analytic.space.mean, config.baselines.frozen)
     header = _header(name, config, base)
     return TrainedMethod(name, images, inner, analytic, header), base, val
 
 
 def _on_images(
-    name: str, config: Config, source: "Source", run: "Run", encoder: Path | None, screen: Screen
+    name: str, config: Config, source: "Source", run: "Run", start: "Start", screen: Screen
 ) -> tuple["TrainedMethod", "FeatureBank", "FeatureBank | None"]:
     """An untrained baseline over images, with base and validation classes; its encoder starts at random."""
     import torch
@@ -211,8 +213,10 @@ def _on_images(
     from metadiff_cli.core.trained import TrainedMethod
     from metadiff_cli.data.cache import channel_statistics
 
-    if encoder is not None:
-        raise ConfigError(f"{name} trains an encoder of its own", hint="leave --encoder FILE out, or give a name")
+    if start.encoder or start.init:
+        raise ConfigError(
+            f"{name} trains an encoder of its own", hint="leave --encoder FILE and --init-from out, or give a name"
+        )
     device, size = options.start(config), config.data.size
     mean, std = channel_statistics(source.split("train").images)
     shape = (size, tuple(mean), tuple(std))
@@ -238,11 +242,19 @@ def _header(name: str, config: Config, base: "FeatureBank") -> dict[str, Any]:
 
 
 def _train(
-    method: "TrainedMethod", config: Config, base: "FeatureBank", val: "FeatureBank | None", run: "Run", screen: Screen
+    method: "TrainedMethod",
+    config: Config,
+    base: "FeatureBank",
+    val: "FeatureBank | None",
+    run: "Run",
+    screen: Screen,
+    identity: dict[str, Any],
 ) -> "TrainedMethod":
     """The method with its learner trained; selected by accuracy on validation classes where there are some."""
     from dataclasses import replace
 
+    from metadiff_cli.commands.resuming import follow
+    from metadiff_cli.commands.workspace import STATE
     from metadiff_cli.core.innertraining import InnerTrainer
 
     b = config.baselines
@@ -253,7 +265,10 @@ def _train(
     )  # fmt: skip
     if val is None:
         screen.warn("no validation classes: the last parameters are kept, and nothing is selected")
-    _follow(trainer, partial(_validation, val, config), method.name, run, screen)
+    follow(
+        trainer, partial(_validation, val, config), partial(_show, run, trainer, screen),
+        label=f"training {method.name}", state=run.folder / STATE, identity=identity, screen=screen,
+    )  # fmt: skip
     return replace(method, inner=trainer.chosen())
 
 
@@ -275,25 +290,16 @@ def _validation(val: "FeatureBank | None", config: Config, learner: Any) -> tupl
     return mean_interval(100 * torch.cat(scores["learner"].accuracy))
 
 
-def _follow(trainer: "InnerTrainer", validate: Any, name: str, run: "Run", screen: Screen) -> None:
-    """Run the training, show it, and write state and metrics at each validation."""
-    from metadiff_cli.commands.workspace import STATE
-    from metadiff_cli.core.checkpoint import load_checkpoint, save_checkpoint
+def _show(
+    run: "Run", trainer: "InnerTrainer", screen: Screen, record: "InnerStep | InnerValidation", update: Any
+) -> bool:
+    """Draw a record; at a validation write the metrics, and have the state saved."""
     from metadiff_cli.core.innertraining import InnerValidation
 
-    state = run.folder / STATE
-    if state.is_file():
-        kept = load_checkpoint(state, "state")
-        if kept.header.get("method") != name:
-            raise ConfigError(f"{state} is the state of another method", hint="give another --out, or --overwrite")
-        trainer.restore(kept.part, kept.header["plain"])
-        screen.note(f"going on after step {trainer.step} of {trainer.config.steps}")
-    with screen.status(f"training {name}") as update:
-        for record in trainer.run(validate):
-            if isinstance(record, InnerValidation):
-                found = "" if record.validation is None else f"  validation {record.validation:.2f} ± {record.ci95:.2f}"
-                screen.note(f"step {record.step}/{record.steps}  loss {record.loss:.3f}{found}{'  best' * record.best}")
-                run.save_metrics(trainer.history, "metatrain")
-                tensors, plain = trainer.state()
-                save_checkpoint(state, "state", tensors, {"plain": plain, "method": name})
-            update(record.step, record.steps, f"loss {record.loss:.3f}")
+    update(record.step, record.steps, f"loss {record.loss:.3f}")
+    if not isinstance(record, InnerValidation):
+        return False
+    found = "" if record.validation is None else f"  validation {record.validation:.2f} ± {record.ci95:.2f}"
+    screen.note(f"step {record.step}/{record.steps}  loss {record.loss:.3f}{found}{'  best' * record.best}")
+    run.save_metrics(trainer.history, "metatrain")
+    return True

@@ -37,6 +37,12 @@ Overwrite = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the run in the run directory.", rich_help_panel=PLACES)
 ]
+InitFrom = Annotated[
+    Path | None,
+    typer.Option(
+        "--init-from", help="Start from the weights in an encoder or checkpoint file.", rich_help_panel=PLACES
+    ),
+]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML file laid over the preset.", rich_help_panel=COMMON)
 ]

@@ -234,11 +234,11 @@ def _meta_training(config: Config, size: int, device: "torch.device") -> tuple[l
 
 def _trained(config: Config, bank: Any, space: Any, device: "torch.device") -> tuple[Any, float]:
     """A trainer after a few steps, and the seconds of one of them."""
-    from metadiff_cli.core.metatraining import MetaTrainer
+    from metadiff_cli.core.metatraining import MetaTrainer, MetaValidation
 
     few = config.metatrain.model_copy(update={"steps": 2 * META_STEPS, "validate_every": META_STEPS})
     trainer = MetaTrainer(bank, space, config.denoiser, few, seed=config.seed, device=device)
-    ends = [time.perf_counter() for _ in trainer.run(lambda denoiser: None)]
+    ends = [time.perf_counter() for record in trainer.run(lambda denoiser: None) if isinstance(record, MetaValidation)]
     return trainer, (ends[1] - ends[0]) / META_STEPS
 
 

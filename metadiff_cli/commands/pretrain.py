@@ -1,5 +1,6 @@
 """`metadiff pretrain`: train an encoder on the base classes."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,7 @@ def pretrain(
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
+    init_from: options.InitFrom = None,
     dry_run: options.DryRun = False,
     config: options.ConfigFile = None,
     settings: options.Settings = None,
@@ -50,12 +52,15 @@ def pretrain(
 
         return show_plan("pretrain", resolved, data, screen, as_json=as_json)
     from metadiff_cli.commands.workspace import ENCODER, open_run, open_source
+    from metadiff_cli.core.checkpoint import read_header
 
-    run = open_run(out or Path("runs") / f"{resolved.name}-encoder", "pretrain", overwrite=overwrite, resume=resume)
-    run.save_config(resolved)
-    source = open_source(resolved, data, screen)
-    trainer = pretrain_encoder(resolved, source, run, screen)
-    run.save_manifest(data=source.dataset.root, classes=len(source.split("train").classes))
+    if init_from is not None:
+        read_header(init_from)  # raises when it is no such file
+    place = out or Path("runs") / f"{resolved.name}-encoder"
+    with open_run(place, "pretrain", resolved, overwrite=overwrite, resume=resume) as run:
+        source = open_source(resolved, data, screen)
+        trainer, _ = pretrain_encoder(resolved, source, run, screen, init_from)
+        run.save_manifest(data=source.dataset.root, classes=len(source.split("train").classes))
     result = {
         "schema": "metadiff.pretrain/1",
         "encoder": str(run.folder / ENCODER),
@@ -69,35 +74,38 @@ def pretrain(
         screen.text(f"encoder: {result['encoder']}  (prototype, 5-way 1-shot, validation classes: {shown})")
 
 
-def pretrain_encoder(config: Config, source: "Source", run: "Run", screen: Screen) -> "Pretrainer":
-    """Train into the run directory, from its state file when there is one; the best encoder is also kept by its key."""
+def pretrain_encoder(
+    config: Config, source: "Source", run: "Run", screen: Screen, init: Path | None = None
+) -> tuple["Pretrainer", Path]:
+    """Train into the run directory, from its state file when there is one, else from the weights in the file `init`.
+
+    The best encoder is also kept by its key, in the file that is returned.
+    """
+    from metadiff_cli.commands.resuming import file_digest, follow
+    from metadiff_cli.commands.starting import Start
     from metadiff_cli.commands.workspace import ENCODER_STATE, encoder_key, kept_encoder
-    from metadiff_cli.core.checkpoint import load_checkpoint, save_checkpoint
-    from metadiff_cli.core.pretraining import PretrainEpoch
+    from metadiff_cli.core.checkpoint import save_checkpoint
+    from metadiff_cli.paths import cache_dir
 
-    val = source.split("val") if source.has("val") else None
-    trainer, header = _new_trainer(config, source)
-    state = run.folder / ENCODER_STATE
-    if state.is_file():
-        kept = load_checkpoint(state, "state")
-        trainer.restore(kept.part, kept.header["plain"])
-        screen.note(f"going on after epoch {trainer.epoch} of {config.pretrain.epochs}")
-    with screen.status("pretraining") as update:
-        for record in trainer.run(_validation(config, source, header["image"])):
-            if isinstance(record, PretrainEpoch):
-                _end_epoch(run, trainer, record, header, screen)
-                tensors, plain = trainer.state()
-                save_checkpoint(state, "state", tensors, {"plain": plain, "config": header["config"]})
-            else:
-                update(*_position(record, config.pretrain.epochs))
-    path = kept_encoder(encoder_key(config, source.split("train"), val))
+    train, val = source.split("train"), source.split("val") if source.has("val") else None
+    trainer, header = _new_trainer(config, source, init)
+    follow(
+        trainer, _validation(config, source, header["image"]), partial(_show, run, trainer, header, screen),
+        label="pretraining", state=run.folder / ENCODER_STATE, screen=screen,
+        identity=Start(init=init).identity(config, "pretrain", source),
+    )  # fmt: skip
+    _save_best(run, trainer, header)
+    path = kept_encoder(encoder_key(config, train, val, file_digest(init)))
+    if (cache := cache_dir()) not in path.parents:
+        screen.note(f"{cache / 'encoders'} cannot be written to: the encoder is kept in {path.parent}")
     save_checkpoint(path, "encoder", _best(trainer), {**header, "metrics": {"validation": trainer.best_validation}})
-    return trainer
+    return trainer, path
 
 
-def _new_trainer(config: Config, source: "Source") -> tuple["Pretrainer", dict[str, Any]]:
+def _new_trainer(config: Config, source: "Source", init: Path | None) -> tuple["Pretrainer", dict[str, Any]]:
     import torch
 
+    from metadiff_cli.commands.starting import encoder_weights
     from metadiff_cli.core.device import keep_freed_memory, pick_device, set_threads
     from metadiff_cli.core.encoders import build_encoder
     from metadiff_cli.core.pretraining import Pretrainer
@@ -108,8 +116,11 @@ def _new_trainer(config: Config, source: "Source") -> tuple["Pretrainer", dict[s
     train = source.split("train")
     mean, std = channel_statistics(train.images)
     torch.manual_seed(config.seed)
+    encoder = build_encoder(config.encoder)
+    if init is not None:
+        encoder.load_state_dict(encoder_weights(init, config.encoder))
     trainer = Pretrainer(
-        build_encoder(config.encoder), config.pretrain, train.images, train.labels, classes=len(train.classes),
+        encoder, config.pretrain, train.images, train.labels, classes=len(train.classes),
         size=config.data.size, mean=mean, std=std, seed=config.seed, device=pick_device(config.runtime.device),
     )  # fmt: skip
     header = {
@@ -130,12 +141,16 @@ def _position(record: "PretrainStep", epochs: int) -> tuple[int, int, str]:
     return done, epochs * record.steps, f"epoch {record.epoch} loss {record.loss:.3f} train {record.accuracy:.1f} %"
 
 
-def _end_epoch(
-    run: "Run", trainer: "Pretrainer", record: "PretrainEpoch", header: dict[str, Any], screen: Screen
-) -> None:
-    from metadiff_cli.commands.workspace import ENCODER
-    from metadiff_cli.core.checkpoint import save_checkpoint
+def _show(
+    run: "Run", trainer: "Pretrainer", header: dict[str, Any], screen: Screen,
+    record: "PretrainStep | PretrainEpoch", update: Any,
+) -> bool:  # fmt: skip
+    """Draw a record; at the end of an epoch write metrics and the best encoder, and have the state saved."""
+    from metadiff_cli.core.pretraining import PretrainEpoch
 
+    if not isinstance(record, PretrainEpoch):
+        update(*_position(record, trainer.config.epochs))
+        return False
     shown = "" if record.validation is None else f"  5-way 1-shot on validation classes {record.validation:.1f} %"
     screen.note(
         f"epoch {record.epoch}/{record.epochs} ({record.size} px)  loss {record.loss:.3f}"
@@ -143,8 +158,17 @@ def _end_epoch(
     )
     run.save_metrics(trainer.history, "pretrain")
     if record.best:
-        metrics = {"epoch": record.epoch, "validation": record.validation}
-        save_checkpoint(run.folder / ENCODER, "encoder", _best(trainer), {**header, "metrics": metrics})
+        _save_best(run, trainer, header)
+    return True
+
+
+def _save_best(run: "Run", trainer: "Pretrainer", header: dict[str, Any]) -> None:
+    from metadiff_cli.commands.workspace import ENCODER
+    from metadiff_cli.core.checkpoint import save_checkpoint
+
+    best = next(row for row in reversed(trainer.history) if row["best"])
+    metrics = {key: best[key] for key in ("epoch", "validation")}
+    save_checkpoint(run.folder / ENCODER, "encoder", _best(trainer), {**header, "metrics": metrics})
 
 
 def _validation(config: Config, source: "Source", image: dict[str, Any]) -> Any:

@@ -5,23 +5,29 @@ import hashlib
 import json
 import platform
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from metadiff_cli import __version__
-from metadiff_cli.config import Config, to_yaml
+from metadiff_cli.commands.resuming import depends, refuse_changes
+from metadiff_cli.config import Config, check, read_yaml, to_yaml
 from metadiff_cli.console import Screen
 from metadiff_cli.data.cache import DecodedSplit, decode_split
 from metadiff_cli.data.folders import Dataset, Split, open_dataset, require_split
 from metadiff_cli.data.glyphs import glyph_dataset
-from metadiff_cli.errors import ConfigError, MetaDiffError
-from metadiff_cli.paths import cache_dir, data_dir, write_text
+from metadiff_cli.errors import ConfigError, MetaDiffError, Stopped
+from metadiff_cli.paths import LEFTOVER, cache_dir, data_dir, sweep, writable, write_text
 
 BROKEN_SHOWN = 5  # broken images that are named; the others are counted
+CONFIG, LOCK = "config.yaml", ".lock"
 ENCODER, CHECKPOINT = "encoder.safetensors", "checkpoint.safetensors"
 ENCODER_STATE, STATE = "encoder-state.safetensors", "state.safetensors"  # of unfinished trainings
 
@@ -88,7 +94,7 @@ class Run:
 
     def save_config(self, config: Config) -> None:
         """Write config.yaml: everything that the results depend on and can be given to `--config`."""
-        write_text(self.folder / "config.yaml", to_yaml(config))
+        write_text(self.folder / CONFIG, to_yaml(config))
 
     def save_metrics(self, rows: list[dict[str, Any]], stage: str) -> None:
         """Write all rows so far to metrics.csv, or to <stage>-metrics.csv for a stage before the run's own."""
@@ -127,39 +133,81 @@ class _Lines:
         self.write: Callable[[str], None] = lines.append
 
 
-def open_run(out: Path, command: str, *, overwrite: bool, resume: bool) -> Run:
-    """Make or take the run directory. Raises ConfigError when it has contents and neither flag is given."""
+@contextmanager
+def open_run(out: Path, command: str, config: Config, *, overwrite: bool, resume: bool) -> Iterator[Run]:
+    """Make or take the run directory, for this process alone, with the configuration in it.
+
+    Raises ConfigError when it has contents and neither flag is given, or was begun with other settings. An interruption
+    or an error of the system within is told with the way to go on.
+    """
     if overwrite and resume:
         raise ConfigError("--overwrite and --resume exclude each other", hint="give one of them")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file, not a folder", hint="give another --out")
-    if out.is_dir() and any(out.iterdir()) and not resume:
-        if not overwrite:
-            raise ConfigError(
-                f"run directory {out} is not empty", hint="add --resume or --overwrite, or give another --out"
-            )
-        _clear(out)
+    _check_contents(out, overwrite=overwrite, resume=resume)
+    with _alone(out):
+        sweep(out)
+        if overwrite:
+            _clear(out)
+        elif (out / CONFIG).is_file():
+            before = depends(check(read_yaml(out / CONFIG)))
+            refuse_changes(before, depends(config), out)
+        run = Run(out, command, time.time())
+        try:
+            run.save_config(config)
+            yield run
+        except KeyboardInterrupt:
+            raise Stopped(signal.SIGINT, resumable=True) from None
+        except Stopped as stopped:
+            raise Stopped(stopped.exit_code - 128, resumable=True) from None
+        except OSError as error:
+            place = f" ({error.filename})" if error.filename else ""
+            raise MetaDiffError(
+                f"{error.strerror or error}{place}; what was saved in {out} before is whole",
+                hint="make room or mend the folder, and go on with --resume",
+            ) from error
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep other processes from the run directory; the system drops the lock of one that was killed."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(f"another process works in {out}", hint="wait for it, or give another --out") from error
     except OSError as error:
         raise MetaDiffError(
             f"run directory {out} cannot be made ({error.strerror})", hint="give another --out"
         ) from error
-    return Run(out, command, time.time())
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_contents(out: Path, *, overwrite: bool, resume: bool) -> None:
+    """A folder with contents needs a flag, and has to look like a run directory."""
+    inside = [path for path in out.iterdir() if not LEFTOVER.fullmatch(path.name)] if out.is_dir() else []
+    if not [path for path in inside if path.name != LOCK]:
+        return
+    if not (overwrite or resume):
+        raise ConfigError(
+            f"run directory {out} is not empty", hint="add --resume or --overwrite, or give another --out"
+        )
+    if not (out / CONFIG).is_file():
+        raise ConfigError(f"{out} does not look like a run directory", hint="empty it yourself or give another --out")
 
 
 def _clear(folder: Path) -> None:
-    """Empty a run directory, but never a folder that does not look like one."""
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(
-            f"{folder} does not look like a run directory", hint="empty it yourself or give another --out"
-        )
     for child in folder.iterdir():
-        shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+        if child.name != LOCK:
+            shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
 
 
-def encoder_key(config: Config, train: DecodedSplit, val: DecodedSplit | None) -> str:
-    """Name of the encoder that these settings and these images give."""
+def encoder_key(config: Config, train: DecodedSplit, val: DecodedSplit | None, init: str | None = None) -> str:
+    """Name of the encoder that these settings and these images give, from the weights of the file `init`."""
     settings = {
         "encoder": config.encoder,
         "seed": config.seed,
@@ -168,12 +216,15 @@ def encoder_key(config: Config, train: DecodedSplit, val: DecodedSplit | None) -
         "train": train.key,
         "val": val.key if val else None,
     }
+    if init is not None:
+        settings["init"] = init
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def kept_encoder(key: str) -> Path:
-    """Where the encoder of a key is kept for later runs."""
-    return cache_dir() / "encoders" / f"{key}.safetensors"
+    """Where the encoder of a key is kept for later runs, or will be."""
+    path = cache_dir() / "encoders" / f"{key}.safetensors"
+    return path if path.is_file() else writable(path.parent) / path.name
 
 
 def _versions() -> dict[str, str]:

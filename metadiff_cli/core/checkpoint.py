@@ -7,6 +7,7 @@ what the kind needs: `config`, `classes`, `image` (size, mean, std), `encoder`, 
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from metadiff_cli import __version__
 from metadiff_cli.core.layout import check_layout, parse_json
 from metadiff_cli.errors import CheckpointError
-from metadiff_cli.paths import atomic
+from metadiff_cli.paths import atomic, usual_mode
 
 FORMAT = 1
 KEY = "metadiff"
@@ -50,14 +51,24 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Write a checkpoint of `kind`; the same tensors and header give the same bytes."""
+    """Write a checkpoint of `kind`; the same tensors and header give the same bytes. Raises OSError."""
     assert kind in KINDS, kind
     full = {**header, "format": FORMAT, "kind": kind, "package": __version__}
     text = json.dumps(full, sort_keys=True, ensure_ascii=False, allow_nan=False)
     # a clone of each: safetensors refuses tensors that share memory, and views would be written whole
     plain = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
     with atomic(path) as temporary:
-        save_file(plain, temporary, metadata={KEY: text})
+        try:
+            save_file(plain, temporary, metadata={KEY: text})
+        except SafetensorError as error:
+            raise _system_error(error) from error
+        temporary.chmod(usual_mode())  # safetensors puts a file of its own there
+
+
+def _system_error(error: SafetensorError) -> OSError:
+    """What the system said, of which safetensors keeps the text."""
+    found = re.search(r"os error (\d+)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else OSError(str(error))
 
 
 def load_checkpoint(path: Path, kind: str | None = None) -> Checkpoint:

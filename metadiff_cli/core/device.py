@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from metadiff_cli.errors import ConfigError
 
@@ -70,3 +71,22 @@ def set_threads(threads: int | None) -> None:
     """Number of CPU threads of one operation; None leaves torch's choice."""
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def default_noise(device: torch.device) -> dict[str, Tensor]:
+    """States of the default generators of the CPU and of a device."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_default_noise(states: dict[str, Tensor], device: torch.device) -> None:
+    """Put back what `default_noise` gave; a run that goes on elsewhere draws other numbers on the new device."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])

@@ -21,7 +21,7 @@ from metadiff_cli.core.encoders import Encoder
 from metadiff_cli.data.mapped import release
 from metadiff_cli.data.transforms import normalise
 from metadiff_cli.errors import DataError, MetaDiffError
-from metadiff_cli.paths import atomic
+from metadiff_cli.paths import atomic, sweep, writable
 
 Progress = Callable[[int, int], None]
 VERSION = 1  # of the computation below: part of the key, so that old files are not taken for new ones
@@ -169,20 +169,25 @@ def build_bank(
     batch: int,
     store: str = "fp32",
     progress: Progress = lambda done, total: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> FeatureBank:
     """The features of a data set, from `folder` when they are there, else computed and kept as `store` (of STORES).
 
     `key` names the images; together with the encoder's key it names the file. Features are kept in shards on the way,
-    and an interrupted extraction goes on after the last one. Raises as `Encoding` does.
+    and an interrupted extraction goes on after the last one. A folder that cannot be written to is replaced by a
+    temporary one, which `note` is told. Raises as `Encoding` does.
     """
     name = f"{encoder.key}-{key[:32]}" + ("" if store == "fp32" else f"-{store}")
     path, shape, dtype = folder / f"{name}.npy", (len(labels), encoder.feature_size), np.dtype(STORES[store])
-    kept = _open(path, shape, dtype)
+    kept = _open(path, shape, dtype)  # no lock: files appear whole, and the folder may be read-only
     if kept is None:
-        folder.mkdir(parents=True, exist_ok=True)
+        if (place := writable(folder)) != folder:
+            note(f"{folder} cannot be written to: features are kept in {place}")
+            folder, path = place, place / path.name
         with FileLock(f"{path}.lock"):
             kept = _open(path, shape, dtype)  # perhaps another process was faster
             if kept is None:
+                sweep(folder, path.name)
                 parts = folder / f"{name}.parts"
                 with atomic(path) as temporary:
                     _join(_shards(encoder, images, parts, batch, dtype, progress), temporary, shape, dtype)

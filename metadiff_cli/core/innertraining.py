@@ -18,7 +18,7 @@ from metadiff_cli.config import InnerLoop
 from metadiff_cli.core.episodes import Episodes, check_episodes, training_batch
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.innerloop import InnerLearner
-from metadiff_cli.core.metatraining import adam_tensors, restore_adam
+from metadiff_cli.core.metatraining import adam_tensors, restore_adam, validation_due
 from metadiff_cli.errors import MetaDiffError
 
 REPORT_EVERY = 20  # steps
@@ -64,6 +64,7 @@ class InnerTrainer:
         self.learner = learner.to(device)
         self.optimiser = torch.optim.Adam(self.learner.parameters(), lr=config.lr)
         self.step = 0
+        self.seen = torch.zeros(3, dtype=torch.float64)  # loss, accuracy, steps since the last validation
         self.best: dict[str, Tensor] = {}
         self.best_validation: float | None = None
         self.history: list[dict[str, Any]] = []
@@ -74,32 +75,43 @@ class InnerTrainer:
         chosen.load_state_dict(self.best or self.learner.state_dict())
         return chosen.eval()
 
+    @property
+    def position(self) -> str:
+        """How far the training is."""
+        return f"step {self.step} of {self.config.steps}"
+
     def run(
         self, validate: Callable[[InnerLearner], tuple[float, float] | None]
-    ) -> Iterator[InnerStep | InnerValidation]:
-        """Train the steps that are left; `validate` gives the accuracy of the learner and its interval."""
-        seen = torch.zeros(3, dtype=torch.float64)
-        while self.step < self.config.steps:
-            seen += self._train_step()
-            self.step += 1
-            loss, accuracy, count = seen.tolist()
-            now = InnerStep(self.step, self.config.steps, loss / count, 100 * accuracy / count)
-            if self.step % self.config.validate_every == 0 or self.step == self.config.steps:
-                yield self._validate(validate, now)
-                seen.zero_()
-            elif self.step % REPORT_EVERY == 0:
-                yield now
+    ) -> Iterator[InnerStep | InnerValidation | None]:
+        """Train the steps that are left; `validate` gives the accuracy of the learner and its interval.
 
-    def _validate(
-        self, validate: Callable[[InnerLearner], tuple[float, float] | None], now: InnerStep
-    ) -> InnerValidation:
+        None stands for a step without a record. At each yield and while `validate` runs, `state` is whole.
+        """
+        while self.step < self.config.steps or self._due():
+            if self._due():
+                yield self._validate(validate)
+                continue
+            self.seen += self._train_step()
+            self.step += 1
+            yield self._now() if self.step % REPORT_EVERY == 0 and not self._due() else None
+
+    def _due(self) -> bool:
+        """Whether a validation comes before the next step."""
+        return validation_due(self.step, self.history, self.config.validate_every, self.config.steps)
+
+    def _now(self) -> InnerStep:
+        loss, accuracy, count = self.seen.tolist()
+        return InnerStep(self.step, self.config.steps, loss / count, 100 * accuracy / count)
+
+    def _validate(self, validate: Callable[[InnerLearner], tuple[float, float] | None]) -> InnerValidation:
         measured = validate(self.learner)
         accuracy, ci95 = measured if measured else (None, None)
         best = accuracy is None or self.best_validation is None or accuracy > self.best_validation
         if best:
             self.best_validation = accuracy
             self.best = {name: t.detach().clone() for name, t in self.learner.state_dict().items()}
-        record = InnerValidation(**vars(now), validation=accuracy, ci95=ci95, best=best)
+        record = InnerValidation(**vars(self._now()), validation=accuracy, ci95=ci95, best=best)
+        self.seen.zero_()
         self.history.append(vars(record).copy())
         return record
 
@@ -120,7 +132,7 @@ class InnerTrainer:
             loss, accuracy = loss + share * float(part_loss.detach()), accuracy + share * part_accuracy
         if not math.isfinite(loss):
             raise MetaDiffError(
-                f"the loss became {loss} at step {self.step + 1}; the state of the last validation is kept",
+                f"the loss became {loss} at step {self.step + 1}; the best parameters so far are kept",
                 hint="try a lower rate or lr in --set baselines.images.rate=... or baselines.frozen.rate=...",
             )
         nn.utils.clip_grad_value_(self.learner.parameters(), LARGEST_SLOPE)
@@ -149,7 +161,8 @@ class InnerTrainer:
         """Everything that the next step depends on, as tensors by name and plain values."""
         tensors = {f"learner.{n}": t for n, t in self.learner.state_dict().items()}
         tensors |= {f"best.{n}": t for n, t in self.best.items()} | adam_tensors(self.learner, self.optimiser)
-        return tensors, {"step": self.step, "best": self.best_validation, "history": self.history}
+        plain = {"step": self.step, "seen": self.seen.tolist(), "best": self.best_validation, "history": self.history}
+        return tensors, plain
 
     def restore(self, part: Callable[[str], dict[str, Tensor]], plain: dict[str, Any]) -> None:
         """Go on from a `state`; `part(prefix)` gives the tensors below a prefix."""
@@ -157,6 +170,7 @@ class InnerTrainer:
         self.best = part("best")
         restore_adam(self.learner, self.optimiser, part)
         self.step, self.best_validation, self.history = int(plain["step"]), plain["best"], list(plain["history"])
+        self.seen.copy_(torch.tensor(plain["seen"], dtype=torch.float64))
 
 
 def _parts(episodes: Episodes, size: int) -> Iterator[Episodes]:

@@ -32,6 +32,7 @@ from metadiff_cli.core.task_space import TaskSpace, class_means
 from metadiff_cli.errors import MetaDiffError
 
 IN_MEMORY = 1 << 30  # bytes of base images in task space; a larger bank is projected task by task
+REPORT_EVERY = 20  # steps between two records
 LOGIT_SCALE = 10.0  # of the cross-entropy of held-out images in training
 
 
@@ -115,9 +116,18 @@ class MetaTrainer:
         )
         self.ema = Ema(self.denoiser, config.ema)
         self.step = 0
+        self.total, self.count = 0.0, 0  # of the losses since the last validation
         self.best: dict[str, Tensor] = {}
         self.best_gain: float | None = None
         self.history: list[dict[str, Any]] = []
+
+    def start_from(self, denoiser: nn.Module) -> None:
+        """Begin with the parameters of another denoiser. Raises ValueError when it is of another size."""
+        try:
+            self.denoiser.load_state_dict(denoiser.state_dict())
+        except RuntimeError as error:
+            raise ValueError("a denoiser of another size") from error
+        self.ema = Ema(self.denoiser, self.config.ema)
 
     def averaged(self) -> nn.Module:
         """The denoiser with the averaged parameters, in evaluation mode; the trained one stays as it is."""
@@ -127,27 +137,40 @@ class MetaTrainer:
         """The denoiser with the best averaged parameters so far."""
         return self._with(self.best or self.ema.state())
 
-    def run(self, validate: Callable[[nn.Module], tuple[float, float] | None]) -> Iterator[MetaStep | MetaValidation]:
-        """Train the steps that are left; `validate` gives the paired gain of a denoiser and its interval."""
-        total, count = 0.0, 0
-        while self.step < self.config.steps:
-            lr = self._lr()
-            total += self._train_step(lr)
-            count += 1
-            self.step += 1
-            if self.step % self.config.validate_every == 0 or self.step == self.config.steps:
-                yield self._validate(validate, total / count)
-                total, count = 0.0, 0
-            elif self.step % 20 == 0:
-                yield MetaStep(self.step, self.config.steps, total / count, lr)
+    @property
+    def position(self) -> str:
+        """How far the training is."""
+        return f"step {self.step} of {self.config.steps}"
 
-    def _validate(self, validate: Callable[[nn.Module], tuple[float, float] | None], loss: float) -> MetaValidation:
+    def run(
+        self, validate: Callable[[nn.Module], tuple[float, float] | None]
+    ) -> Iterator[MetaStep | MetaValidation | None]:
+        """Train the steps that are left; `validate` gives the paired gain of a denoiser and its interval.
+
+        None stands for a step without a record. At each yield and while `validate` runs, `state` is whole.
+        """
+        while self.step < self.config.steps or self._due():
+            if self._due():
+                yield self._validate(validate)
+                continue
+            lr = self._lr()
+            self.total += self._train_step(lr)
+            self.count, self.step = self.count + 1, self.step + 1
+            report = self.step % REPORT_EVERY == 0 and not self._due()
+            yield MetaStep(self.step, self.config.steps, self.total / self.count, lr) if report else None
+
+    def _due(self) -> bool:
+        """Whether a validation comes before the next step."""
+        return validation_due(self.step, self.history, self.config.validate_every, self.config.steps)
+
+    def _validate(self, validate: Callable[[nn.Module], tuple[float, float] | None]) -> MetaValidation:
         measured = validate(self.averaged())
         gain, ci95 = measured if measured else (None, None)
         best = gain is None or self.best_gain is None or gain > self.best_gain
         if best:
             self.best_gain, self.best = gain, self.ema.state()
-        record = MetaValidation(self.step, self.config.steps, loss, gain, ci95, best)
+        record = MetaValidation(self.step, self.config.steps, self.total / self.count, gain, ci95, best)
+        self.total, self.count = 0.0, 0
         self.history.append(vars(record).copy())
         return record
 
@@ -166,7 +189,7 @@ class MetaTrainer:
         if not math.isfinite(value):
             raise MetaDiffError(
                 f"the loss became {value} at step {self.step + 1}; the best denoiser so far is kept",
-                hint="try a lower --set metatrain.lr=... with --resume",
+                hint="try a lower --set metatrain.lr=... with --overwrite or another --out",
             )
         for group in self.optimiser.param_groups:
             group["lr"] = lr
@@ -250,7 +273,10 @@ class MetaTrainer:
         tensors = {f"denoiser.{n}": t for n, t in self.denoiser.state_dict().items()}
         tensors |= {f"ema.{n}": t for n, t in self.ema.average.items()} | {f"best.{n}": t for n, t in self.best.items()}
         tensors |= adam_tensors(self.denoiser, self.optimiser)
-        plain = {"step": self.step, "updates": self.ema.updates, "best": self.best_gain, "history": self.history}
+        plain = {
+            "step": self.step, "total": self.total, "count": self.count, "updates": self.ema.updates,
+            "best": self.best_gain, "history": self.history,
+        }  # fmt: skip
         return tensors, plain
 
     def restore(self, part: Callable[[str], dict[str, Tensor]], plain: dict[str, Any]) -> None:
@@ -260,6 +286,13 @@ class MetaTrainer:
         self.ema.updates, self.best = int(plain["updates"]), part("best")
         restore_adam(self.denoiser, self.optimiser, part)
         self.step, self.best_gain, self.history = int(plain["step"]), plain["best"], list(plain["history"])
+        self.total, self.count = float(plain["total"]), int(plain["count"])
+
+
+def validation_due(step: int, history: list[dict[str, Any]], every: int, steps: int) -> bool:
+    """Whether the validation after `step` steps is still to be made; `history` has those that were."""
+    done = history[-1]["step"] if history else 0
+    return step > done and (step % every == 0 or step == steps)
 
 
 def _is_small(bank: FeatureBank) -> bool:
@@ -279,6 +312,11 @@ def adam_tensors(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[st
 def restore_adam(module: nn.Module, optimiser: torch.optim.Optimizer, part: Callable[[str], dict[str, Tensor]]) -> None:
     """Put back what `adam_tensors` gave; `part(prefix)` gives the tensors below a prefix."""
     for name, parameter in module.named_parameters():
-        values = {key: t.to(parameter.device) for key, t in part(f"adam.{name}").items()}
+        values = part(f"adam.{name}")
         if values:
-            optimiser.state[parameter] = {**values, "step": values["step"].cpu()}
+            moments = {
+                key: torch.empty_like(parameter).copy_(t)  # in the parameter's memory format
+                for key, t in values.items()
+                if key != "step"
+            }
+            optimiser.state[parameter] = {"step": values["step"].cpu(), **moments}

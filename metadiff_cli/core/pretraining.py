@@ -1,7 +1,8 @@
 """Pretraining: an encoder by SGD on a cross-entropy, over the base classes with a head, or over those of an episode.
 
 `Pretrainer.run` is a generator of records; whoever consumes it draws the progress and writes the files. All randomness
-of an epoch comes from generators seeded by (seed, epoch), so the state at the end of an epoch is enough to go on.
+of an epoch comes from generators seeded by (seed, epoch), whose states within the epoch are part of `Pretrainer.state`:
+a run that goes on from there takes the same steps, bit for bit, as one that never stopped.
 """
 
 import math
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metadiff_cli.config import PretrainConfig
-from metadiff_cli.core.device import autocast
+from metadiff_cli.core.device import autocast, default_noise, set_default_noise
 from metadiff_cli.core.encoders import Encoder
 from metadiff_cli.data.transforms import Augmentation, augment, rotate_quarters
 from metadiff_cli.errors import DataError, MetaDiffError
@@ -153,6 +154,11 @@ class Pretrainer:
         self.heads.to(device)
         self.optimiser = self._new_optimiser()
         self.epoch = 0
+        self.step = 0  # of the epoch
+        self.generator = torch.Generator()
+        self.noise: dict[str, Tensor] = {}  # states of the default generators after the epoch's last step
+        self.sums = torch.zeros(3, device=device)  # loss, correct ones, images since the last record
+        self.reports: list[tuple[float, float]] = []  # loss and accuracy of the epoch's records so far
         self.best: dict[str, Tensor] = {}
         self.best_validation: float | None = None
         self.history: list[dict[str, Any]] = []
@@ -166,46 +172,73 @@ class Pretrainer:
                 return size
         return self.size
 
-    def run(self, validate: Callable[[Encoder], float | None]) -> Iterator[PretrainStep | PretrainEpoch]:
-        """Train the epochs that are left. After each, `validate` measures the encoder and the best one is kept."""
-        while self.epoch < self.config.epochs:
-            losses, hits = [], []
-            for record in self._train_epoch():
-                losses.append(record.loss)
-                hits.append(record.accuracy)
-                yield record
-            validation = validate(self.encoder.eval())
-            best = validation is None or self.best_validation is None or validation > self.best_validation
-            if best:
-                self.best_validation = validation
-                self.best = {name: t.detach().clone() for name, t in self.encoder.state_dict().items()}
-            self.epoch += 1
-            end = PretrainEpoch(
-                self.epoch, self.config.epochs, self.size_of(self.epoch - 1),
-                float(np.mean(losses)), float(np.mean(hits)), validation, best,
-            )  # fmt: skip
-            self.history.append(vars(end).copy())
-            yield end
+    @property
+    def position(self) -> str:
+        """How far the training is."""
+        done = f"epoch {self.epoch} of {self.config.epochs}"
+        return f"{done} and {self.step} of {self.steps} steps" if self.step else done
 
-    def _train_epoch(self) -> Iterator[PretrainStep]:
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch; the incomplete last batch is left out, as it upsets BatchNorm."""
+        return max(1, len(self.labels) // self.config.batch)
+
+    def run(self, validate: Callable[[Encoder], float | None]) -> Iterator[PretrainStep | PretrainEpoch | None]:
+        """Train the epochs that are left. After each, `validate` measures the encoder and the best one is kept.
+
+        None stands for a step without a record. At each yield and while `validate` runs, `state` is whole.
+        """
+        while self.epoch < self.config.epochs:
+            yield from self._train_epoch()
+            yield self._end_epoch(validate(self.encoder.eval()))
+
+    def _end_epoch(self, validation: float | None) -> PretrainEpoch:
+        best = validation is None or self.best_validation is None or validation > self.best_validation
+        if best:
+            self.best_validation = validation
+            self.best = {name: t.detach().clone() for name, t in self.encoder.state_dict().items()}
+        losses, hits = zip(*self.reports, strict=True)
+        self.epoch, self.step, self.reports = self.epoch + 1, 0, []
+        end = PretrainEpoch(
+            self.epoch, self.config.epochs, self.size_of(self.epoch - 1),
+            float(np.mean(losses)), float(np.mean(hits)), validation, best,
+        )  # fmt: skip
+        self.history.append(vars(end).copy())
+        return end
+
+    def _train_epoch(self) -> Iterator[PretrainStep | None]:
+        """The steps that are left of the epoch."""
         size = self.size_of(self.epoch)
         self._resize_heads(size)
         self.encoder.train()
-        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
-        torch.manual_seed(_mix(self.seed, self.epoch) + 1)  # DropBlock draws from the default generator of the device
+        order = self._start_generators()
+        while self.step < self.steps:
+            lr = learning_rate(self.config, (self.epoch + self.step / self.steps) / self.config.epochs)
+            index = order[self.step * self.config.batch : (self.step + 1) * self.config.batch]
+            self.sums += self._train_step(index, size, lr, self.generator)
+            self.step, self.noise = self.step + 1, default_noise(self.device)
+            yield self._report(lr) if self.step % REPORT_EVERY == 0 or self.step == self.steps else None
+            set_default_noise(self.noise, self.device)  # somebody else may have drawn meanwhile
+
+    def _report(self, lr: float) -> PretrainStep:
+        loss, correct, count = self.sums.tolist()
+        loss, accuracy = loss / ((self.step - 1) % REPORT_EVERY + 1), 100 * correct / count
+        self._check(loss)
+        self.sums.zero_()
+        self.reports.append((loss, accuracy))
+        return PretrainStep(self.epoch + 1, self.step, self.steps, loss, accuracy, lr)
+
+    def _start_generators(self) -> Tensor:
+        """The order of the epoch's images (n,), and all generators as they are before its step `self.step`."""
+        seed = _mix(self.seed, self.epoch)
+        generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.labels), generator=generator)
-        steps = max(1, len(order) // self.config.batch)  # the incomplete last batch is left out, as it upsets BatchNorm
-        total = torch.zeros(3, device=self.device)
-        for step in range(steps):
-            lr = learning_rate(self.config, (self.epoch + step / steps) / self.config.epochs)
-            index = order[step * self.config.batch : (step + 1) * self.config.batch]
-            total += self._train_step(index, size, lr, generator)
-            if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
-                loss, correct, count = total.tolist()
-                batches = (step % REPORT_EVERY) + 1
-                self._check(loss / batches)
-                yield PretrainStep(self.epoch + 1, step + 1, steps, loss / batches, 100 * correct / count, lr)
-                total.zero_()
+        if self.step == 0:
+            self.generator = generator
+            torch.manual_seed(seed + 1)  # DropBlock draws from the default generator of the device
+        else:
+            set_default_noise(self.noise, self.device)
+        return order
 
     def _train_step(self, index: Tensor, size: int, lr: float, generator: torch.Generator) -> Tensor:
         """One SGD step on the images `index`, or on pairs; returns loss, number of correct ones, number of images."""
@@ -250,8 +283,9 @@ class Pretrainer:
     def _check(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise MetaDiffError(
-                f"the loss became {loss} in epoch {self.epoch + 1}; the state of epoch {self.epoch} is kept",
-                hint="try a lower --set pretrain.lr=..., or --set pretrain.precision=fp32, with --resume",
+                f"the loss became {loss} in epoch {self.epoch + 1}; the best encoder so far is kept",
+                hint="try a lower --set pretrain.lr=..., or --set pretrain.precision=fp32, with --overwrite or another "
+                "--out; --init-from ENCODER starts from the one that is kept",
             )
 
     def _new_optimiser(self) -> torch.optim.SGD:
@@ -284,12 +318,24 @@ class Pretrainer:
                 self.optimiser.state[parameter]["momentum_buffer"] = like.copy_(buffer)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that the next epoch depends on, as tensors by name and plain values."""
+        """Everything that the next step depends on, as tensors by name and plain values; read between two steps.
+
+        Raises MetaDiffError where the loss is no number any more: such a state is not worth keeping.
+        """
+        sums = self.sums.tolist()
+        self._check(sums[0])
         parts = {"encoder": self.encoder.state_dict(), "heads": self.heads.state_dict()}
-        parts |= {"momentum": self._momentum(), "best": self.best}
+        parts |= {"momentum": self._momentum(), "best": self.best, "noise": self._generators()}
         tensors = {f"{part}.{name}": t for part, values in parts.items() for name, t in values.items()}
-        plain = {"epoch": self.epoch, "best": self.best_validation, "side": self.heads.side, "history": self.history}
+        plain = {
+            "epoch": self.epoch, "step": self.step, "sums": sums, "reports": self.reports,
+            "best": self.best_validation, "side": self.heads.side, "history": self.history,
+        }  # fmt: skip
         return tensors, plain
+
+    def _generators(self) -> dict[str, Tensor]:
+        """States of the generators; none at the start of an epoch, which seeds them."""
+        return {"images": self.generator.get_state(), **self.noise} if self.step else {}
 
     def restore(self, part: Callable[[str], dict[str, Tensor]], plain: dict[str, Any]) -> None:
         """Go on from a `state`; `part(prefix)` gives the tensors below a prefix."""
@@ -298,8 +344,13 @@ class Pretrainer:
         self.heads.to(self.device).load_state_dict(part("heads"))
         self.optimiser = self._new_optimiser()
         self._set_momentum(part("momentum"))
-        self.best = part("best")
-        self.epoch, self.best_validation, self.history = int(plain["epoch"]), plain["best"], list(plain["history"])
+        self.best, self.epoch, self.step = part("best"), int(plain["epoch"]), int(plain["step"])
+        self.noise = part("noise")
+        if self.step:
+            self.generator.set_state(self.noise.pop("images"))
+        self.sums.copy_(torch.tensor(plain["sums"]))
+        self.reports = [(float(loss), float(accuracy)) for loss, accuracy in plain["reports"]]
+        self.best_validation, self.history = plain["best"], list(plain["history"])
 
 
 def learning_rate(config: PretrainConfig, progress: float) -> float:

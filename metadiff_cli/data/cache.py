@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from metadiff_cli.data.folders import Split
 from metadiff_cli.data.images import load_square, to_square
 from metadiff_cli.data.mapped import release
 from metadiff_cli.errors import DataError
-from metadiff_cli.paths import atomic, write_text
+from metadiff_cli.paths import atomic, reserve, sweep, writable, write_text
 
 VERSION = 1  # of the decoding: part of every key
 RELEASE = 1024  # images after which the memory of those that are written is given back
@@ -77,7 +76,7 @@ def decode_split(
     found = _lookup(split, size, folder, signature)  # no lock: files appear whole, and the folder may be read-only
     if found is not None:
         return found
-    place = _writable(folder)
+    place = writable(folder)
     with FileLock(place / f"{signature}.lock"):
         found = _lookup(split, size, place, signature)
         if found is None:
@@ -226,9 +225,11 @@ def _decode_into(
 ) -> list[tuple[int, str]]:
     broken: list[tuple[int, str]] = []
     total = len(split.paths)
+    sweep(array.parent, array.name)
     _check_room(array.parent, total * size * size * 3)
     with atomic(array) as temporary:
         out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(total, size, size, 3))
+        reserve(temporary)
         for i, pixels in enumerate(_pixels(split, size, workers)):
             if isinstance(pixels, str):
                 broken.append((i, pixels))
@@ -278,27 +279,3 @@ def _check_classes(split: Split, broken: list[tuple[int, str]]) -> None:
     for label, cls in enumerate(split.classes):
         if label not in alive:
             raise DataError(f"none of the images of class '{cls}' can be read", hint="replace them or remove the class")
-
-
-def _writable(folder: Path) -> Path:
-    """`folder`, or where nothing can be written there, a new temporary folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        return _own_temporary()
-
-
-def _own_temporary() -> Path:
-    """One folder per user, found again by later runs; a new one where its name is taken by somebody else."""
-    user = os.getuid() if hasattr(os, "getuid") else None
-    place = Path(tempfile.gettempdir()) / f"metadiff-{user}"
-    try:
-        place.mkdir(mode=0o700, exist_ok=True)
-        status = place.lstat()
-        if user is not None and stat.S_ISDIR(status.st_mode) and status.st_uid == user:
-            return place
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="metadiff-"))

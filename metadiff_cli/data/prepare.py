@@ -17,6 +17,7 @@ from metadiff_cli.data.archives import Progress, unpack
 from metadiff_cli.data.folders import Dataset, open_dataset, subfolders
 from metadiff_cli.data.known import Known
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
+from metadiff_cli.paths import usual_mode
 
 DEEPEST = 3  # folders that an archive may wrap around a data set
 
@@ -72,16 +73,12 @@ def _new_folder(place: Path) -> Iterator[Path]:
 
 
 def _rename(found: Path, place: Path) -> None:
-    found.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the images from a group that shares the folder
+    if hasattr(os, "sync"):
+        os.sync()  # the images before the name that says they are there
+    found.chmod(usual_mode(0o777))  # mkdtemp's 0700 would hide the images from a group that shares the folder
     if place.is_dir():
         place.rmdir()  # empty: looked at before
     os.replace(found, place)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _find(known: Known, work: Path) -> Path:

@@ -1,13 +1,13 @@
 """Images into one folder per class. No file is ever overwritten: a free name is found, and identical content stays."""
 
-import errno
 import filecmp
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from metadiff_cli.paths import copy_file
 
 REJECTED = "_rejected"
 LONGEST = 120  # bytes of a folder's name: file systems take 255, encrypted ones less
@@ -80,27 +80,20 @@ def _candidates(folder: Path, name: str) -> Iterator[Path]:
 
 def _bring(image: Path, target: Path, move: bool) -> None:
     """Raises FileExistsError when `target` exists; leaves nothing half done."""
-    handle = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY)  # ours from here on
-    os.close(handle)
-    try:
-        if not (move and _renamed(image, target)):
-            shutil.copyfile(image, target)
-            shutil.copystat(image, target)
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
+    if not (move and _linked(image, target)):
+        copy_file(image, target, new=True)
     if move:
         image.unlink(missing_ok=True)
 
 
-def _renamed(image: Path, target: Path) -> bool:
-    """Whether renaming did it: not across file systems, and not for a link, which may lead nowhere from elsewhere."""
+def _linked(image: Path, target: Path) -> bool:
+    """Whether the image now has the second name: not across file systems, on some not at all, and no link of a link."""
     if image.is_symlink():
         return False
     try:
-        os.replace(image, target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
+        os.link(image, target)
+    except FileExistsError:
+        raise
+    except OSError:
         return False
     return True

@@ -12,7 +12,7 @@ from conftest import SMALL, Result, invoke, paint
 from typer.testing import CliRunner
 
 from metadiff_cli.app import app
-from metadiff_cli.core.checkpoint import load_checkpoint, read_header
+from metadiff_cli.core.checkpoint import read_header
 
 CLI = Callable[..., Result]
 
@@ -172,55 +172,6 @@ def test_overwrite_never_empties_a_folder_that_is_no_run(cli: CLI, tmp_path: Pat
     (tmp_path / "thesis.tex").write_text("years of work")
     result = cli("metatrain", "--preset", "glyphs-5w1s", "--out", tmp_path, "--overwrite", *SMALL)
     assert result.code == 2 and (tmp_path / "thesis.tex").exists()
-
-
-def test_resume_gives_the_same_bytes(tmp_path: Path, cli: CLI) -> None:
-    """Stopped after the first of two epochs, and started again."""
-    common = ["pretrain", "--preset", "glyphs-5w1s", "--json", *SMALL]
-    assert cli(*common, "--out", tmp_path / "whole").code == 0
-    from metadiff_cli.commands import pretrain as module
-
-    class Stop(Exception):
-        pass
-
-    original = module._end_epoch
-
-    def stop(run: Any, trainer: Any, record: Any, header: Any, screen: Any) -> None:
-        original(run, trainer, record, header, screen)
-        if record.epoch == 2:
-            raise Stop
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_end_epoch", stop)
-        assert cli(*common, "--out", tmp_path / "parts").code == 1
-    resumed = cli(*common, "--out", tmp_path / "parts", "--resume")
-    assert resumed.code == 0 and "going on after epoch 1" in resumed.err
-    files = [tmp_path / which / "encoder.safetensors" for which in ("whole", "parts")]
-    assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def test_metatrain_resumes_from_its_state(small_run: Path, tmp_path: Path, cli: CLI) -> None:
-    from metadiff_cli.core.metatraining import MetaTrainer
-
-    class Stop(Exception):
-        pass
-
-    original = MetaTrainer._train_step
-
-    def step(self: Any, lr: float) -> float:
-        if self.step == 4:
-            raise Stop
-        return original(self, lr)
-
-    common = ["metatrain", "--preset", "glyphs-5w1s", "--out", tmp_path / "run", "--json", *SMALL]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MetaTrainer, "_train_step", step)
-        assert cli(*common).code == 1
-    assert load_checkpoint(tmp_path / "run" / "state.safetensors", "state").header["plain"]["step"] == 3
-    assert cli(*common, "--resume").code == 0
-    assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == (
-        small_run / "checkpoint.safetensors"
-    ).read_bytes()
 
 
 def test_metatrain_with_a_given_encoder(small_run: Path, tmp_path: Path, cli: CLI) -> None:

@@ -1,11 +1,17 @@
 """Encoders, augmentation, pretraining and meta-training on small arrays."""
 
+import itertools
+from pathlib import Path
+from typing import TypeVar
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from metadiff_cli.config import AugmentConfig, DenoiserConfig, MetatrainConfig, PretrainConfig
 from metadiff_cli.core import metatraining
+from metadiff_cli.core.checkpoint import load_checkpoint, save_checkpoint
 from metadiff_cli.core.classifier import cosine_logits
 from metadiff_cli.core.encoders import Conv4, DropBlock, build_encoder
 from metadiff_cli.core.episodes import training_batch
@@ -14,8 +20,9 @@ from metadiff_cli.core.metatraining import MetaTrainer, MetaValidation, Queries
 from metadiff_cli.core.pretraining import Heads, Pairs, PretrainEpoch, Pretrainer, learning_rate, pair_logits
 from metadiff_cli.core.task_space import fit_task_space
 from metadiff_cli.data.transforms import Augmentation, affine_maps, augment, normalise, rotate_quarters
-from metadiff_cli.errors import ConfigError, DataError
+from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
 
+Trainer = TypeVar("Trainer", Pretrainer, MetaTrainer)
 CPU = torch.device("cpu")
 MEAN, STD = torch.tensor([0.5, 0.5, 0.5]), torch.tensor([0.25, 0.25, 0.25])
 
@@ -150,10 +157,10 @@ def bank_of(images: int = 12, size: int = 16) -> FeatureBank:
     return FeatureBank(z, np.repeat(np.arange(10), images), tuple(f"c{i}" for i in range(10)))
 
 
-def meta_of(bank: FeatureBank, kind: str = "unet", **settings: object) -> MetaTrainer:
+def meta_of(bank: FeatureBank, kind: str = "unet", dropout: float = 0.0, **settings: object) -> MetaTrainer:
     space = fit_task_space([torch.from_numpy(bank.features[rows]) for rows in bank.class_indices()])
     values = {"steps": 40, "batch": 8, "validate_every": 20, "query": 4, "lr": 3e-3, **settings}
-    denoiser = DenoiserConfig.model_validate({"kind": kind, "width": 32, "dropout": 0.0})
+    denoiser = DenoiserConfig.model_validate({"kind": kind, "width": 32, "dropout": dropout})
     return MetaTrainer(bank, space, denoiser, MetatrainConfig.model_validate(values), seed=0, device=CPU)
 
 
@@ -200,3 +207,93 @@ def test_meta_training_lowers_its_loss_and_uses_the_average(kind: str) -> None:
 def test_too_few_images_for_training_are_named() -> None:
     with pytest.raises(DataError, match="class 'c0' has 6 images"):
         meta_of(bank_of(images=6))
+
+
+class Dropped(nn.Module):
+    """An encoder's part that draws from the default generator, as DropBlock does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rand(())
+
+
+def restored(trainer: Trainer, fresh: Trainer, path: Path) -> Trainer:
+    """A fresh trainer with the state of another one, by way of a file."""
+    tensors, plain = trainer.state()
+    save_checkpoint(path, "state", tensors, {"plain": plain})
+    kept = load_checkpoint(path, "state")
+    fresh.restore(kept.part, kept.header["plain"])
+    return fresh
+
+
+@pytest.mark.parametrize(
+    ("stop", "settings"),
+    [(1, {}), (3, {"rotation_weight": 1.0}), (4, {}), (6, {"rotated_classes": True}), (8, {}),
+     (2, {"objective": "pairs", "cosine_head": 10.0, "batch": 8}),
+     *((stop, {"stages": [[0.5, 16], [0.5, 32]]}) for stop in (2, 4, 5))],
+)  # fmt: skip
+def test_pretraining_goes_on_exactly_from_any_yield(stop: int, settings: dict[str, object], tmp_path: Path) -> None:
+    """48 images in batches of 16: three steps and an epoch, twice; after `stop` yields all is made anew."""
+
+    def make() -> Pretrainer:
+        trainer = trainer_of(**settings)
+        trainer.encoder.blocks.append(Dropped())
+        return trainer
+
+    def validate(encoder: nn.Module) -> float:
+        return float(sum(p.detach().double().sum() for p in encoder.parameters()))
+
+    whole, parts = make(), make()
+    list(whole.run(validate))
+    list(itertools.islice(parts.run(validate), stop))
+    fresh = restored(parts, make(), tmp_path / "a.safetensors")
+    torch.rand(3)  # whatever else draws from the default generator
+    again = restored(fresh, make(), tmp_path / "b.safetensors")  # stopped before it has gone on
+    list(again.run(validate))
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert again.history == whole.history
+    (theirs, plain), (ours, ours_plain) = whole.state(), again.state()
+    assert plain == ours_plain and theirs.keys() == ours.keys()
+    assert all(torch.equal(t, ours[name]) for name, t in theirs.items())
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 5, 8])
+def test_meta_training_goes_on_exactly_from_any_yield(stop: int, tmp_path: Path) -> None:
+    """Six steps with validations after the third and the sixth; dropout draws from the default generator."""
+
+    def make() -> MetaTrainer:
+        return meta_of(bank_of(), steps=6, validate_every=3, dropout=0.2)
+
+    def validate(denoiser: nn.Module) -> tuple[float, float]:
+        return float(sum(p.detach().double().sum() for p in denoiser.parameters())), 0.1
+
+    whole, parts = make(), make()
+    assert len(list(whole.run(validate))) == 8
+    list(itertools.islice(parts.run(validate), stop))
+    fresh = restored(parts, make(), tmp_path / "a.safetensors")
+    torch.rand(3)
+    list(fresh.run(validate))
+    (theirs, plain), (ours, ours_plain) = whole.state(), fresh.state()
+    assert plain == ours_plain and theirs.keys() == ours.keys()
+    assert all(torch.equal(t, ours[name]) for name, t in theirs.items())
+
+
+def test_an_interrupted_validation_is_made_again(tmp_path: Path) -> None:
+    """Interrupted in its middle, where it has said nothing yet."""
+
+    def interrupt(module: nn.Module) -> tuple[float, float]:
+        raise KeyboardInterrupt
+
+    trainer, fresh = (meta_of(bank_of(), steps=3, validate_every=3) for _ in range(2))
+    with pytest.raises(KeyboardInterrupt):
+        list(trainer.run(interrupt))
+    restored(trainer, fresh, tmp_path / "state.safetensors")
+    (record,) = fresh.run(lambda module: (1.0, 0.1))
+    assert isinstance(record, MetaValidation) and (record.step, record.gain) == (3, 1.0)
+
+
+def test_a_state_without_a_loss_is_not_kept() -> None:
+    trainer = trainer_of()
+    next(trainer.run(lambda encoder: None))
+    trainer.sums[0] = float("nan")
+    with pytest.raises(MetaDiffError, match="loss became nan"):
+        trainer.state()

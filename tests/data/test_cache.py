@@ -211,7 +211,7 @@ def test_a_filled_cache_needs_no_writing(photos: Path, store: Path, monkeypatch:
     def refuse(folder: Path) -> Path:
         raise AssertionError("writes")
 
-    monkeypatch.setattr(cache, "_writable", refuse)
+    monkeypatch.setattr(cache, "writable", refuse)
     assert decode(photos, store).notes == ()
 
 

@@ -53,7 +53,7 @@ def test_move_across_file_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def refuse(source: Path, target: Path) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
-    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     image = file(tmp_path / "in" / "1.jpg", "content")
     placed = Sorter(tmp_path / "out", ["a"], move=True).place(image, "a")
     assert not image.exists() and placed.path.read_text() == "content"

@@ -1,0 +1,106 @@
+"""Runs that go on: a training with its state file, and the refusal of settings that are not those it began with."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from metadiff_cli import __version__
+from metadiff_cli.commands.signals import HeldSignals
+from metadiff_cli.config import Config, flat
+from metadiff_cli.console import Screen
+from metadiff_cli.errors import ConfigError, Stopped
+
+SAVE_EVERY = 60.0  # seconds: what a `kill -9` loses of an epoch at most, beside the step at hand
+NONE = "none"
+
+Update = Callable[[int, int, str], None]
+
+
+class Trainer(Protocol):
+    """What the trainers of the core have in common."""
+
+    @property
+    def position(self) -> str: ...
+
+    def run(self, validate: Any) -> Iterator[Any]: ...
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]: ...
+
+    def restore(self, part: Callable[[str], dict[str, Any]], plain: dict[str, Any]) -> None: ...
+
+
+def depends(config: Config, **further: str | None) -> dict[str, Any]:
+    """All that the result of a training depends on: settings, and `further` identities of data and files."""
+    return {
+        **flat(config.model_dump(mode="json", exclude={"runtime"})),
+        **{key: value or NONE for key, value in further.items()},
+    }
+
+
+def file_digest(path: Path | None) -> str | None:
+    """Identifies the content of a file that a training starts from."""
+    if path is None:
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+    """Raises ConfigError that lists what is not as it was."""
+    changed = [key for key in dict.fromkeys([*before, *now]) if before.get(key, NONE) != now.get(key, NONE)]
+    if changed:
+        lines = "; ".join(f"{key}: {before.get(key, NONE)} -> {now.get(key, NONE)}" for key in changed)
+        raise ConfigError(
+            f"{where} was begun with other settings ({lines})",
+            hint="to go on, give the same ones; for a new run, another --out or --overwrite, and --init-from FILE to "
+            "start from trained weights",
+        )
+
+
+def follow(
+    trainer: Trainer, validate: Callable[[Any], Any], show: Callable[[Any, Update], bool], *,
+    label: str, state: Path, identity: dict[str, Any], screen: Screen,
+) -> None:  # fmt: skip
+    """Run a training, from its state file when there is one, and keep that file up to date.
+
+    `show` takes each record, draws it, writes what belongs to it, and says whether the state is to be saved now. Raises
+    Stopped after SIGINT or SIGTERM, with the state saved; ConfigError when the state has another `identity`.
+    """
+    from metadiff_cli.core.checkpoint import save_checkpoint
+
+    def save() -> float:
+        tensors, plain = trainer.state()
+        save_checkpoint(state, "state", tensors, {"plain": plain, "depends": identity})
+        return time.monotonic()
+
+    _restore(trainer, state, identity, screen)
+    with screen.status(label) as update, HeldSignals() as held:
+        saved = time.monotonic()
+        try:
+            for record in trainer.run(held.interruptible(validate)):
+                due = record is not None and show(record, update)
+                if due or time.monotonic() - saved > SAVE_EVERY:
+                    saved = save()
+                held.stop_if_asked()
+        except Stopped:
+            if not held.twice:
+                save()
+            raise
+
+
+def _restore(trainer: Trainer, state: Path, identity: dict[str, Any], screen: Screen) -> None:
+    from metadiff_cli.core.checkpoint import load_checkpoint
+    from metadiff_cli.core.model import checkpoint_errors
+
+    if not state.is_file():
+        return
+    kept = load_checkpoint(state, "state")
+    with checkpoint_errors(state):
+        before, plain = kept.header["depends"], kept.header["plain"]
+        refuse_changes(before, identity, state)
+        trainer.restore(kept.part, plain)
+    if kept.header["package"] != __version__:
+        screen.warn(f"{state} is of metadiff {kept.header['package']}: this one may not end with the same bytes")
+    screen.note(f"going on after {trainer.position}")
