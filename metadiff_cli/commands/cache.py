@@ -19,7 +19,19 @@ from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError, MetaDiffError
 from metadiff_cli.paths import cache_dir
 
-app = typer.Typer(help="List and clear what is kept to save time.", no_args_is_help=True)
+app = typer.Typer(
+    help="""List and clear what is kept to save time.
+
+    Decoded images, their features, and encoders; all can be made again.
+
+    Examples:
+
+      metadiff cache list
+
+      metadiff cache clear features --yes
+    """,
+    no_args_is_help=True,
+)
 
 KINDS = {
     "images": "decoded images, made again from their files",
@@ -43,6 +55,8 @@ class Entry:
 @app.command("list")
 def list_cache(as_json: options.AsJson = False) -> None:
     """Show what the cache holds, how much of it, and where.
+
+    METADIFF_CACHE_DIR moves it.
 
     Examples:
 
@@ -71,16 +85,20 @@ def list_cache(as_json: options.AsJson = False) -> None:
 def clear(
     kinds: Annotated[
         list[str] | None,
-        typer.Argument(help="images, features, encoders; all when left out.", autocompletion=completions.cache_kinds),
+        typer.Argument(
+            help=options.shown("images, features, encoders.", "all of them"), autocompletion=completions.cache_kinds
+        ),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.", rich_help_panel=options.COMMON)] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Remove what the cache holds, after asking. Only what metadiff named itself, never anything else.
+    """Remove what the cache holds, after asking.
+
+    Only what metadiff named itself is removed, never anything else.
 
     Examples:
 
-      metadiff cache clear features
+      metadiff cache clear features --yes
 
       metadiff cache clear --yes
     """
