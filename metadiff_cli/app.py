@@ -81,7 +81,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code (see README for the meanings)."""
     previous = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        result = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        result = app(args=None if arguments is None else list(arguments), prog_name="metadiff", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except MetaDiffError as error:
         _trace()

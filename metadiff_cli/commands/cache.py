@@ -165,4 +165,7 @@ def _remove(entry: Entry) -> bool:
 def _agreed(question: str, screen: Screen) -> bool:
     """A person's yes; no answer, as where nobody is there to give one, is a no."""
     screen.ask(f"{question} [y/N]")
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    answer = sys.stdin.readline()
+    if not answer.endswith("\n"):  # nobody pressed Enter
+        screen.note("")
+    return answer.strip().lower() in ("y", "yes")

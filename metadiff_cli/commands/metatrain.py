@@ -78,8 +78,9 @@ def metatrain(
 
         return show_plan("metatrain", resolved, data, screen, as_json=as_json, encoder=file)
     from metadiff_cli.commands.learning import show_result
-    from metadiff_cli.commands.workspace import CHECKPOINT, open_run, open_source
+    from metadiff_cli.commands.workspace import CHECKPOINT, find_data, open_run, open_source
 
+    find_data(resolved, data)  # before anything is written
     run = open_run(out or Path("runs") / resolved.name, "metatrain", overwrite=overwrite, resume=resume)
     run.save_config(resolved)
     source = open_source(resolved, data, screen)

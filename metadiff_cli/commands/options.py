@@ -224,7 +224,7 @@ def sampler_flags(
         try:
             scale = float(guidance)
         except ValueError:
-            raise ConfigError(f"--guidance {guidance}", hint="give auto or a number above 0") from None
+            raise ConfigError(f"--guidance {guidance} is no number", hint="give auto or a number above 0") from None
     return {
         "sampler.steps": steps,
         "sampler.samples": samples,

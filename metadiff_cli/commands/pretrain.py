@@ -61,8 +61,9 @@ def pretrain(
         from metadiff_cli.commands.plan import show_plan
 
         return show_plan("pretrain", resolved, data, screen, as_json=as_json)
-    from metadiff_cli.commands.workspace import ENCODER, open_run, open_source
+    from metadiff_cli.commands.workspace import ENCODER, find_data, open_run, open_source
 
+    find_data(resolved, data)  # before anything is written
     run = open_run(out or Path("runs") / f"{resolved.name}-encoder", "pretrain", overwrite=overwrite, resume=resume)
     run.save_config(resolved)
     source = open_source(resolved, data, screen)
