@@ -28,25 +28,26 @@ from metadiff_cli.commands import (
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import MetaDiffError, Stopped
 
+USE, TRAIN, LOOK = "Use", "Train and measure", "Look around"
+
 app = typer.Typer(
     name="metadiff",
-    help="Learn to classify images from a handful of examples per class, by diffusion over classifier weights.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command("pretrain")(pretrain.pretrain)
-app.command("metatrain")(metatrain.metatrain)
-app.command("adapt")(adapt.adapt)
-app.command("evaluate")(evaluate.evaluate)
-app.command("inspect")(inspect.inspect)
-app.command("doctor")(doctor.doctor)
-app.add_typer(presets.app, name="presets")
-app.add_typer(data.app, name="data")
-app.add_typer(config.app, name="config")
-app.add_typer(cache.app, name="cache")
+app.command("adapt", rich_help_panel=USE)(adapt.adapt)
+app.command("pretrain", rich_help_panel=TRAIN)(pretrain.pretrain)
+app.command("metatrain", rich_help_panel=TRAIN)(metatrain.metatrain)
+app.command("evaluate", rich_help_panel=TRAIN)(evaluate.evaluate)
+app.command("inspect", rich_help_panel=LOOK)(inspect.inspect)
+app.add_typer(presets.app, name="presets", rich_help_panel=LOOK)
+app.add_typer(data.app, name="data", rich_help_panel=LOOK)
+app.add_typer(config.app, name="config", rich_help_panel=LOOK)
+app.add_typer(cache.app, name="cache", rich_help_panel=LOOK)
+app.command("doctor", rich_help_panel=LOOK)(doctor.doctor)
 
 
 def _version(asked: bool) -> None:
@@ -61,14 +62,24 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """Learn to classify images from a handful of examples per class, by diffusion over classifier weights."""
+    """Learn to classify images from a handful of examples per class.
+
+    An implementation of MetaDiff: a diffusion model makes the classifier's
+    weights from the examples.
+
+    Examples:
+
+      metadiff adapt --support ./imgs --query ./q
+
+      metadiff metatrain --preset glyphs-5w1s
+    """
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code (see README for the meanings)."""
     previous = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        result = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        result = app(args=None if arguments is None else list(arguments), prog_name="metadiff", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except MetaDiffError as error:
         _trace()

@@ -291,6 +291,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if len(raw) > MAX_FILE:
             raise ConfigError(f"{path} is larger than {MAX_FILE // 1024} KiB", hint="give a configuration file")
         values = load_yaml(raw.decode("utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist", hint=f"`metadiff presets copy NAME {path}` makes one") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML ({error})", hint="mend or replace the file") from error
     if values is not None and not isinstance(values, dict):

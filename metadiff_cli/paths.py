@@ -84,7 +84,7 @@ def atomic(path: Path, *, new: bool = False) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically, as UTF-8."""
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
 
 
 def copy_file(source: Path, path: Path, *, new: bool = False) -> None:

@@ -14,7 +14,6 @@ from metadiff_cli.config import preset_names, read_preset
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ["pretrain", "metatrain", "adapt", "evaluate", "inspect", "presets", "data", "config", "cache", "doctor"]
-SUBCOMMANDS = ["list", "show", "copy", "prepare", "verify", "clear"]
 
 
 @pytest.fixture(scope="module")
@@ -80,19 +79,6 @@ def test_presets_list_show_copy(tmp_path: Path) -> None:
     assert copy.read_text() == shown.out
     assert invoke("presets", "copy", "glyphs-5w1s", copy).code == 2
     assert invoke("presets", "show", "nonsense").code == 2
-
-
-def test_commands_in_the_readme_exist() -> None:
-    """Every `metadiff ...` line of the README names real commands and real options."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = re.findall(rf"^(?:\$ )?(?:.*\.venv/bin/)?metadiff ((?:{'|'.join(COMMANDS)}).*)$", text, re.M)
-    assert len(lines) >= 4
-    for line in lines:
-        words = line.split()
-        known = invoke(*[w for w in words[:2] if not w.startswith("-") and w in (*COMMANDS, *SUBCOMMANDS)], "--help")
-        assert known.code == 0, line
-        for option in re.findall(r"(?<!\S)--[a-z-]+", line):
-            assert option in known.out, f"{option} in: {line}"
 
 
 def test_the_changelog_knows_this_version() -> None:

@@ -10,63 +10,114 @@ from metadiff_cli.commands.output import WRITERS
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError, DataError
 
-SORTING = "Sorting"
+INPUT, OUTPUT, SORTING, TOGETHER = "Input", "Output", "Sorting", "Unlabelled images"
 
 
 def adapt(
     query: Annotated[
         list[str],
         typer.Option(
-            "--query", "-Q", help="Folder, file, glob, CSV with a column path, or - for paths on stdin; repeatable."
+            "--query",
+            "-Q",
+            help="Folder, file, glob, CSV with a column path, or - for paths on stdin; repeatable.",
+            metavar="PATH",
+            rich_help_panel=INPUT,
         ),
     ],
     support: Annotated[
         Path | None,
-        typer.Option("--support", "-S", help="Folder with one folder of images per class, or a CSV of path,label."),
+        typer.Option(
+            "--support",
+            "-S",
+            help="Folder with one folder of images per class, or a CSV of path,label.",
+            metavar="DIR",
+            rich_help_panel=INPUT,
+        ),
     ] = None,
     classifier: Annotated[
         Path | None,
-        typer.Option("--classifier", help="A classifier that --save wrote; --support adds classes and images to it."),
+        typer.Option(
+            "--classifier",
+            help="A classifier that --save wrote; --support adds classes and images to it.",
+            metavar="FILE",
+            rich_help_panel=INPUT,
+        ),
     ] = None,
-    checkpoint: options.CheckpointFile = None,
     null: Annotated[
-        bool, typer.Option("--null", "-0", help="Paths on stdin end with NUL, as of find -print0.")
+        bool,
+        typer.Option("--null", "-0", help="Paths on stdin end with NUL, as of find -print0.", rich_help_panel=INPUT),
     ] = False,
-    format: Annotated[str, typer.Option("--format", "-f", help="table, json, jsonl or csv.")] = "table",
-    as_json: options.AsJson = False,
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Classes named per image.")] = 3,
+    format: Annotated[
+        str, typer.Option("--format", "-f", metavar="NAME", help="table, json, jsonl or csv.", rich_help_panel=OUTPUT)
+    ] = "table",
+    top_k: Annotated[
+        int, typer.Option("--top-k", min=1, metavar="N", help="Classes named per image.", rich_help_panel=OUTPUT)
+    ] = 3,
     reject_below: Annotated[
-        float | None, typer.Option("--reject-below", min=0, max=1, help="Give no label below this confidence (0..1).")
+        float | None,
+        typer.Option(
+            "--reject-below",
+            min=0,
+            max=1,
+            metavar="P",
+            rich_help_panel=OUTPUT,
+            help=options.shown("Give no label below this confidence, 0 to 1.", "every image gets one"),
+        ),
     ] = None,
     labelled: Annotated[
-        bool, typer.Option("--labelled", help="The query has class folders or labels: show accuracy and confusions.")
+        bool,
+        typer.Option(
+            "--labelled",
+            help="The query has class folders or labels: show accuracy and confusions.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="End with exit code 3 when any image has an error.")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="End with exit code 3 when any image has an error.", rich_help_panel=OUTPUT),
+    ] = False,
     sort_into: Annotated[
         Path | None,
-        typer.Option("--sort-into", help="Copy each query image to DIR/<class>/.", rich_help_panel=SORTING),
+        typer.Option(
+            "--sort-into",
+            help="Copy each query image to DIR/<class>/, never over another.",
+            metavar="DIR",
+            rich_help_panel=SORTING,
+        ),
     ] = None,
     move: Annotated[
         bool, typer.Option("--move", help="Move the images of --sort-into instead.", rich_help_panel=SORTING)
     ] = False,
-    steps: options.Steps = None,
-    samples: options.Samples = None,
-    temperature: options.Temperature = None,
-    guidance: options.Guidance = None,
+    checkpoint: options.CheckpointFile = None,
     transductive: Annotated[
-        bool, typer.Option("--transductive", help="Let the query images guide the classifier together.")
+        bool,
+        typer.Option(
+            "--transductive", help="Let the query images guide the classifier together.", rich_help_panel=TOGETHER
+        ),
     ] = False,
     unlabeled: Annotated[
-        Path | None, typer.Option("--unlabeled", help="Folder of further images that guide the classifier.")
+        Path | None,
+        typer.Option(
+            "--unlabeled",
+            help="Folder of further images that guide the classifier.",
+            metavar="DIR",
+            rich_help_panel=TOGETHER,
+        ),
     ] = None,
     save: Annotated[
         Path | None,
-        typer.Option("--save", help="Write the classifier, for --classifier.", rich_help_panel=options.PLACES),
+        typer.Option(
+            "--save", help="Write the classifier, for --classifier.", metavar="FILE", rich_help_panel=options.PLACES
+        ),
     ] = None,
     report: options.Report = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the file of --save.", rich_help_panel=options.PLACES)
     ] = False,
+    steps: options.Steps = None,
+    samples: options.Samples = None,
+    temperature: options.Temperature = None,
+    guidance: options.Guidance = None,
     config: options.ConfigFile = None,
     settings: options.Settings = None,
     seed: options.Seed = None,
@@ -74,16 +125,22 @@ def adapt(
     threads: options.Threads = None,
     num_workers: options.NumWorkers = None,
     batch_size: options.BatchSize = None,
+    as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Learn the classes of a support folder and label the query images. No training, no GPU.
+    """Learn classes from a few images each, and label other images.
+
+    The support has one folder of images per class: ./imgs/cat, ./imgs/dog.
+    No training, no GPU: a trained checkpoint comes with the package.
 
     Examples:
 
-      metadiff adapt --support ./imgs --query ./q --checkpoint runs/mini/checkpoint.safetensors
+      metadiff adapt --support ./imgs --query ./q
 
-      metadiff adapt --support ./imgs --query './q/*.jpg' --checkpoint runs/mini/checkpoint.safetensors --format csv
+      metadiff adapt -S ./imgs -Q './q/*.jpg' --format csv --reject-below 0.5
+
+      metadiff adapt -S ./imgs -Q ./q --sort-into ./sorted --report report.html
     """
     screen = Screen(quiet=quiet, verbose=verbose)
     format = "json" if as_json else format

@@ -19,7 +19,19 @@ from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError, MetaDiffError
 from metadiff_cli.paths import cache_dir
 
-app = typer.Typer(help="List and clear what is kept to save time.", no_args_is_help=True)
+app = typer.Typer(
+    help="""List and clear what is kept to save time.
+
+    Decoded images, their features, and encoders; all can be made again.
+
+    Examples:
+
+      metadiff cache list
+
+      metadiff cache clear features --yes
+    """,
+    no_args_is_help=True,
+)
 
 KINDS = {
     "images": "decoded images, made again from their files",
@@ -44,6 +56,8 @@ class Entry:
 @app.command("list")
 def list_cache(as_json: options.AsJson = False) -> None:
     """Show what the cache holds, how much of it, and where.
+
+    METADIFF_CACHE_DIR moves it.
 
     Examples:
 
@@ -72,16 +86,20 @@ def list_cache(as_json: options.AsJson = False) -> None:
 def clear(
     kinds: Annotated[
         list[str] | None,
-        typer.Argument(help="images, features, encoders; all when left out.", autocompletion=completions.cache_kinds),
+        typer.Argument(
+            help=options.shown("images, features, encoders.", "all of them"), autocompletion=completions.cache_kinds
+        ),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.", rich_help_panel=options.COMMON)] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Remove what the cache holds, after asking. Only what metadiff named itself, never anything else.
+    """Remove what the cache holds, after asking.
+
+    Only what metadiff named itself is removed, never anything else.
 
     Examples:
 
-      metadiff cache clear features
+      metadiff cache clear features --yes
 
       metadiff cache clear --yes
     """
@@ -148,4 +166,7 @@ def _remove(entry: Entry) -> bool:
 def _agreed(question: str, screen: Screen) -> bool:
     """A person's yes; no answer, as where nobody is there to give one, is a no."""
     screen.ask(f"{question} [y/N]")
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    answer = sys.stdin.readline()
+    if not answer.endswith("\n"):  # nobody pressed Enter
+        screen.note("")
+    return answer.strip().lower() in ("y", "yes")

@@ -8,7 +8,19 @@ from metadiff_cli.commands import options
 from metadiff_cli.config import check, layers, merge_layers, origins, to_yaml
 from metadiff_cli.console import Screen
 
-app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
+app = typer.Typer(
+    help="""Look at the configuration.
+
+    `metadiff presets copy` gives a file to change, for --config.
+
+    Examples:
+
+      metadiff config show --preset mini-5w5s
+
+      metadiff config show --preset photos --origin
+    """,
+    no_args_is_help=True,
+)
 
 
 @app.command("show")
@@ -16,13 +28,16 @@ def show(
     preset: options.Preset = None,
     config: options.ConfigFile = None,
     settings: options.Settings = None,
-    origin: Annotated[bool, typer.Option("--origin", help="Say where each value comes from.")] = False,
+    origin: Annotated[
+        bool, typer.Option("--origin", help="Say where each value comes from.", rich_help_panel=options.COMMON)
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Print the configuration that the same options give to `pretrain` and `metatrain`.
+    """Print the settings that a training would run with.
 
-    Later ones win: default, preset, --config, METADIFF_* variables, --set. The output without --origin can be given
-    to --config.
+    They are those that `pretrain` and `metatrain` make of the same options.
+    Later ones win: default, preset, --config, METADIFF_* variables, --set.
+    The output without --origin can be given to --config.
 
     Examples:
 

@@ -15,14 +15,29 @@ if TYPE_CHECKING:
     from metadiff_cli.data.folders import Dataset
     from metadiff_cli.data.verify import Report
 
-app = typer.Typer(help="List, prepare and verify data sets.", no_args_is_help=True)
+GETTING, READING = "Getting it", "Reading"
+app = typer.Typer(
+    help="""List, prepare and verify data sets.
+
+    A folder of your own needs no preparation: give it with --data DIR.
+
+    Examples:
+
+      metadiff data list
+
+      metadiff data verify ./photos
+    """,
+    no_args_is_help=True,
+)
 
 SHOWN = 10  # findings of one kind that the table names; --json has all
 
 
 @app.command("list")
 def list_data(as_json: options.AsJson = False) -> None:
-    """Show the known data sets: what they are, their licence, where they come from, and whether they are here.
+    """Show the known data sets.
+
+    What they are, their licence, where they come from, what is here already.
 
     Examples:
 
@@ -47,16 +62,29 @@ def prepare(
     ],
     root: Annotated[
         Path | None,
-        typer.Option("--root", help="Folder to put it in, as ROOT/NAME. [default: $METADIFF_DATA_DIR]"),
+        typer.Option(
+            "--root",
+            help=options.shown("Folder to put it in, as ROOT/NAME.", "$METADIFF_DATA_DIR"),
+            metavar="ROOT",
+            rich_help_panel=GETTING,
+        ),
     ] = None,
     from_archive: Annotated[
         list[Path] | None,
-        typer.Option("--from-archive", help="Zip or tar file that you have instead of a download; may be repeated."),
+        typer.Option(
+            "--from-archive",
+            help="Zip or tar file that you have, instead of a download; repeatable.",
+            metavar="FILE",
+            rich_help_panel=GETTING,
+        ),
     ] = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Put a known data set where `--preset` finds it: by download where there is one, else from your archive.
+    """Put a known data set where `--preset` finds it.
+
+    By download where there is one, else from an archive that you have. What is
+    there already is only checked.
 
     Examples:
 
@@ -85,14 +113,19 @@ def prepare(
 @app.command("verify")
 def verify(
     folder: Annotated[Path, typer.Argument(help="Folder of a data set.")],
-    layout: Annotated[str, typer.Option("--layout", help="auto, folder, or a known data set.")] = "auto",
+    layout: Annotated[
+        str,
+        typer.Option("--layout", metavar="NAME", help="auto, folder, or a known data set.", rich_help_panel=READING),
+    ] = "auto",
     num_workers: options.NumWorkers = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Read every image: counts per class and split, corrupt ones, the same picture twice, tiny and odd ones.
+    """Read every image of a folder, and tell what is wrong.
 
-    Leaves with 3 when an image or a whole class cannot be used; repeated and odd images are only reported.
+    Counts per class and split, corrupt images, the same picture twice, tiny and
+    odd ones. Leaves with 3 when an image or a whole class cannot be used;
+    repeated and odd images are only reported.
 
     Examples:
 

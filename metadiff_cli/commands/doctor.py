@@ -35,7 +35,10 @@ class Check:
 
 
 def doctor(as_json: options.AsJson = False) -> None:
-    """Check Python, torch, torchvision, devices, threads, disk and cache. Leaves with 1 when something does not work.
+    """Check that everything metadiff needs works here.
+
+    Python, torch, torchvision, devices, threads, disk and cache. Leaves with 1
+    when something does not work, and says what to do about it.
 
     Examples:
 

@@ -11,48 +11,87 @@ from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError, GateError
 
 SPLIT_NAMES = completions.SPLITS
+EPISODES, COMPARISON, GATES = "Episodes", "Comparison", "Gates, for CI"
 
 
 def evaluate(
     checkpoint: options.CheckpointFile = None,
     data: options.Data = None,
     split: Annotated[
-        str, typer.Option("--split", help="train, val, test or all.", autocompletion=completions.splits)
+        str,
+        typer.Option(
+            "--split",
+            metavar="NAME",
+            help="Classes: train, val, test or all.",
+            autocompletion=completions.splits,
+            rich_help_panel=EPISODES,
+        ),
     ] = "test",
-    way: Annotated[int, typer.Option("--way", min=2, help="Classes of an episode.")] = 5,
-    shot: Annotated[int, typer.Option("--shot", min=1, help="Support images of a class.")] = 1,
-    query: Annotated[int, typer.Option("--query", min=1, help="Query images of a class.")] = 15,
-    episodes: Annotated[int, typer.Option("--episodes", min=1, help="Number of episodes.")] = 1000,
+    way: Annotated[
+        int, typer.Option("--way", min=2, metavar="N", help="Classes of an episode.", rich_help_panel=EPISODES)
+    ] = 5,
+    shot: Annotated[
+        int, typer.Option("--shot", min=1, metavar="K", help="Support images of a class.", rich_help_panel=EPISODES)
+    ] = 1,
+    query: Annotated[
+        int, typer.Option("--query", min=1, metavar="N", help="Query images of a class.", rich_help_panel=EPISODES)
+    ] = 15,
+    episodes: Annotated[
+        int, typer.Option("--episodes", min=1, metavar="N", help="Number of episodes.", rich_help_panel=EPISODES)
+    ] = 1000,
     controls: Annotated[
         str,
         typer.Option(
             "--controls",
-            help="Comma-separated names or checkpoint files, see the README; empty for none.",
+            metavar="NAMES",
+            help=f"Comma-separated: {', '.join(completions.CONTROLS)}, or checkpoint files; empty for none.",
             autocompletion=completions.controls,
+            rich_help_panel=COMPARISON,
         ),
     ] = "prototype,analytic,untrained",
     transductive: Annotated[
-        bool, typer.Option("--transductive", help="Let the queries of an episode guide its weights together.")
+        bool,
+        typer.Option(
+            "--transductive", help="Let the queries of an episode guide its weights together.", rich_help_panel=EPISODES
+        ),
     ] = False,
     imbalance: Annotated[
-        float | None, typer.Option("--imbalance", min=0.01, help="Dirichlet parameter of the queries' class balance.")
+        float | None,
+        typer.Option(
+            "--imbalance",
+            min=0.01,
+            metavar="ALPHA",
+            rich_help_panel=EPISODES,
+            help=options.shown("Dirichlet parameter of the queries' class balance.", "as many of each class"),
+        ),
     ] = None,
     halves: Annotated[
         bool,
         typer.Option(
             "--halves",
             help="Fit guidance and calibration on half of the split's classes, measure on the other half, and swap.",
+            rich_help_panel=COMPARISON,
         ),
     ] = False,
     report: options.Report = None,
     fail_under: Annotated[
         float | None,
-        typer.Option("--fail-under", min=0, max=100, help="Leave with 5 when the checkpoint is below (percent)."),
+        typer.Option(
+            "--fail-under",
+            min=0,
+            max=100,
+            metavar="PCT",
+            rich_help_panel=GATES,
+            help=options.shown("Leave with 5 when accuracy is below this, in percent.", "no gate"),
+        ),
     ] = None,
     compare_to: Annotated[
         Path | None,
         typer.Option(
-            "--compare", help="An earlier --json result; leave with 5 when accuracy dropped beyond both intervals."
+            "--compare",
+            help="An earlier --json result; leave with 5 when accuracy dropped beyond both intervals.",
+            metavar="FILE",
+            rich_help_panel=GATES,
         ),
     ] = None,
     steps: options.Steps = None,
@@ -70,15 +109,18 @@ def evaluate(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Measure a checkpoint on episodes of a data set, beside its controls, all on the same episodes.
+    """Measure a checkpoint on episodes, beside its controls.
+
+    All methods see the same episodes of the same features; accuracies come
+    with 95 % intervals and paired differences.
 
     Examples:
 
-      metadiff evaluate --checkpoint runs/mini/checkpoint.safetensors --data ./mini-imagenet --split val --shot 5
+      metadiff evaluate --data ./mini-imagenet --split val --controls prototype
 
-      metadiff evaluate --checkpoint runs/glyphs-5w1s/checkpoint.safetensors --fail-under 70 --json
+      metadiff evaluate -c runs/mini/checkpoint.safetensors --query 5 --json
 
-      metadiff evaluate -c runs/mini/checkpoint.safetensors --controls prototype,logreg,runs/maml/checkpoint.safetensors
+      metadiff evaluate --data ./photos --split all --fail-under 60
     """
     screen = Screen(quiet=quiet, verbose=verbose)
     if split not in SPLIT_NAMES:

@@ -12,15 +12,18 @@ from metadiff_cli.console import Screen
 
 def inspect(
     file: Annotated[
-        Path | None, typer.Argument(help="A file that metadiff wrote. [default: the checkpoint of the package]")
+        Path | None,
+        typer.Argument(help=options.shown("A .safetensors file that metadiff wrote.", "the package's checkpoint")),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show what a checkpoint holds: its model card, then kind, classes, image size, settings, metrics.
+    """Show what a checkpoint holds.
+
+    First its model card, then kind, classes, image size, settings, metrics.
 
     Examples:
 
-      metadiff inspect runs/mini/checkpoint.safetensors
+      metadiff inspect
 
       metadiff inspect runs/mini/encoder.safetensors --json
     """

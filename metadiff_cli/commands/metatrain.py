@@ -30,7 +30,13 @@ def metatrain(
     encoder: options.EncoderOption = None,
     method: Annotated[
         str,
-        typer.Option("--method", help=f"What is trained: {', '.join(METHODS)}.", autocompletion=completions.methods),
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help=f"What is trained: {', '.join(METHODS)}.",
+            autocompletion=completions.methods,
+            rich_help_panel=options.TRAINING,
+        ),
     ] = "metadiff",
     out: options.Out = None,
     overwrite: options.Overwrite = False,
@@ -48,18 +54,19 @@ def metatrain(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Train the denoiser on episodes of base classes and end with a table beside the controls.
+    """Train MetaDiff on base classes, and measure it.
 
-    Without an encoder it takes the one of the same preset and data, or trains it first. With --method, one of the
-    gradient-based baselines is trained instead.
+    Without an encoder it takes the one of the same preset and data, or trains
+    it first. The checkpoint serves any number of classes and of images each.
+    With --method, a gradient-based baseline is trained instead.
 
     Examples:
 
       metadiff metatrain --preset glyphs-5w1s
 
-      metadiff metatrain --preset mini-5w5s --data ./mini-imagenet --out runs/mini
+      metadiff metatrain --preset mini-5w5s --data ./mini-imagenet -o runs/5w5s
 
-      metadiff metatrain --preset glyphs-5w1s --method anil-frozen --out runs/anil-frozen
+      metadiff metatrain --preset glyphs-5w1s --method anil-frozen -o runs/anil
     """
     screen = Screen(quiet=quiet, verbose=verbose)
     if method not in METHODS:
@@ -75,8 +82,9 @@ def metatrain(
         return show_plan("metatrain", resolved, data, screen, as_json=as_json, encoder=file)
     from metadiff_cli.commands.learning import show_result
     from metadiff_cli.commands.starting import Start
-    from metadiff_cli.commands.workspace import CHECKPOINT, open_run, open_source
+    from metadiff_cli.commands.workspace import CHECKPOINT, find_data, open_run, open_source
 
+    find_data(resolved, data)  # before anything is written
     start = Start.of(file, init_from, method)
     place = out or Path("runs") / resolved.name
     with open_run(place, "metatrain", resolved, overwrite=overwrite, resume=resume) as run:

@@ -1,5 +1,6 @@
 """Options that several commands share, declared once."""
 
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,22 +15,70 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGED = Path(__file__).parent.parent / "checkpoints" / "default.safetensors"
-COMMON = "Common"
+COMMON = "Common"  # groups of the help
 PLACES = "Places"
+TRAINING = "Training"
+SAMPLER = "Sampler"
+
+
+def shown(text: str, default: object) -> str:
+    """The help of an option whose own default, None, stands for `default`: that of a setting, or said in words."""
+    value = f"{default:g}" if isinstance(default, float) else default
+    return f"{text} \\[default: {value}]"  # a bare bracket would be taken for markup, and vanish
+
+
+def _of_setting(text: str, key: str) -> str:
+    """The help of an option that sets the configuration key `key`."""
+    return shown(text, operator.attrgetter(key)(Config()))
+
 
 Preset = Annotated[
     str | None,
     typer.Option(
-        "--preset", "-p", help="Named settings; `metadiff presets list` shows all.", autocompletion=completions.presets
+        "--preset",
+        "-p",
+        metavar="NAME",
+        help=shown("Named settings; `metadiff presets list` shows all.", "none"),
+        autocompletion=completions.presets,
+        rich_help_panel=TRAINING,
     ),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Show the plan, with data, steps and an estimate of the time, and leave.")
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Show the plan, with data, steps and an estimate of the time, and leave.",
+        rich_help_panel=TRAINING,
+    ),
 ]
-Data = Annotated[Path | None, typer.Option("--data", help="Folder of the data set.", rich_help_panel=PLACES)]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run directory to write.", rich_help_panel=PLACES)]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help=shown("Folder of the data set.", "$METADIFF_DATA_DIR/NAME"),
+        metavar="DIR",
+        rich_help_panel=PLACES,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help=shown("Run directory to write.", "runs/PRESET, of `pretrain` runs/PRESET-encoder"),
+        metavar="DIR",
+        rich_help_panel=PLACES,
+    ),
+]
 EncoderOption = Annotated[
-    str | None, typer.Option("--encoder", "-e", help="conv4, resnet12, or an encoder.safetensors.")
+    str | None,
+    typer.Option(
+        "--encoder",
+        "-e",
+        metavar="ENCODER",
+        help=shown("conv4, resnet10, resnet12, or an encoder.safetensors.", "the preset's"),
+        rich_help_panel=TRAINING,
+    ),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what is in the run directory.", rich_help_panel=PLACES)
@@ -40,34 +89,72 @@ Resume = Annotated[
 InitFrom = Annotated[
     Path | None,
     typer.Option(
-        "--init-from", help="Start from the weights in an encoder or checkpoint file.", rich_help_panel=PLACES
+        "--init-from",
+        metavar="FILE",
+        help="Start from the weights in an encoder or checkpoint file.",
+        rich_help_panel=PLACES,
     ),
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="YAML file laid over the preset.", rich_help_panel=COMMON)
+    Path | None,
+    typer.Option(
+        "--config", help=shown("YAML file laid over the preset.", "none"), metavar="FILE", rich_help_panel=COMMON
+    ),
 ]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="key=value, as in pretrain.epochs=3.", rich_help_panel=COMMON)
+    list[str] | None,
+    typer.Option(
+        "--set", help="A setting, as pretrain.epochs=3; repeatable.", metavar="KEY=VALUE", rich_help_panel=COMMON
+    ),
 ]
 Seed = Annotated[
-    int | None, typer.Option("--seed", help="Seed of everything random. [default: 0]", rich_help_panel=COMMON)
+    int | None,
+    typer.Option("--seed", metavar="N", help=_of_setting("Seed of everything random.", "seed"), rich_help_panel=COMMON),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", help="auto, cpu, cuda or mps. [default: auto]", rich_help_panel=COMMON)
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help=_of_setting("auto, cpu, cuda or mps.", "runtime.device"),
+        rich_help_panel=COMMON,
+    ),
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads of one operation.", rich_help_panel=COMMON)
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        metavar="N",
+        help=shown("CPU threads of one operation.", "torch's choice"),
+        rich_help_panel=COMMON,
+    ),
 ]
 NumWorkers = Annotated[
-    int | None, typer.Option("--num-workers", min=1, help="Threads that decode images.", rich_help_panel=COMMON)
+    int | None,
+    typer.Option(
+        "--num-workers",
+        min=1,
+        metavar="N",
+        help=shown("Threads that decode images.", "one per core"),
+        rich_help_panel=COMMON,
+    ),
 ]
 BatchSize = Annotated[
     int | None,
-    typer.Option("--batch-size", min=1, help="Images of one forward pass of the encoder.", rich_help_panel=COMMON),
+    typer.Option(
+        "--batch-size",
+        min=1,
+        metavar="N",
+        help=_of_setting("Images of one forward pass of the encoder.", "runtime.batch_size"),
+        rich_help_panel=COMMON,
+    ),
 ]
 Report = Annotated[
     Path | None,
-    typer.Option("--report", help="Write a self-contained HTML page here, replacing it.", rich_help_panel=PLACES),
+    typer.Option(
+        "--report", help="Write a self-contained HTML page here, replacing it.", metavar="FILE", rich_help_panel=PLACES
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=COMMON)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Results and errors only.", rich_help_panel=COMMON)]
@@ -77,27 +164,49 @@ CheckpointFile = Annotated[
     typer.Option(
         "--checkpoint",
         "-c",
-        help="checkpoint.safetensors of a run. [default: the package's]",
+        help=shown("checkpoint.safetensors of a run.", "the package's"),
+        metavar="FILE",
         rich_help_panel=PLACES,
     ),
 ]
-SAMPLER = "Sampler"
 Steps = Annotated[
     int | None,
-    typer.Option("--steps", min=1, max=1000, help="Denoising steps S. [default: 10]", rich_help_panel=SAMPLER),
+    typer.Option(
+        "--steps",
+        min=1,
+        metavar="N",
+        max=1000,
+        help=_of_setting("Denoising steps S.", "sampler.steps"),
+        rich_help_panel=SAMPLER,
+    ),
 ]
 Samples = Annotated[
     int | None,
-    typer.Option("--samples", min=1, help="Classifiers M that are averaged. [default: 1]", rich_help_panel=SAMPLER),
+    typer.Option(
+        "--samples",
+        min=1,
+        metavar="N",
+        help=_of_setting("Classifiers M that are averaged.", "sampler.samples"),
+        rich_help_panel=SAMPLER,
+    ),
 ]
 Temperature = Annotated[
     float | None,
-    typer.Option("--temperature", min=0, help="Noise temperature tau, 0 to 1. [default: 0]", rich_help_panel=SAMPLER),
+    typer.Option(
+        "--temperature",
+        min=0,
+        metavar="TAU",
+        help=_of_setting("Noise temperature tau: 0 predicts, 1 draws.", "sampler.temperature"),
+        rich_help_panel=SAMPLER,
+    ),
 ]
 Guidance = Annotated[
     str | None,
     typer.Option(
-        "--guidance", help="Scale of the support gradient: auto, or a number. [default: auto]", rich_help_panel=SAMPLER
+        "--guidance",
+        metavar="A",
+        help=_of_setting("Scale of the support gradient: auto, or a number.", "sampler.guidance"),
+        rich_help_panel=SAMPLER,
     ),
 ]
 
@@ -124,7 +233,7 @@ def sampler_flags(
         try:
             scale = float(guidance)
         except ValueError:
-            raise ConfigError(f"--guidance {guidance}", hint="give auto or a number above 0") from None
+            raise ConfigError(f"--guidance {guidance} is no number", hint="give auto or a number above 0") from None
     return {
         "sampler.steps": steps,
         "sampler.samples": samples,

@@ -141,7 +141,7 @@ def _write_table(screen: Screen, head: Document, outcomes: Iterator[Outcome], ta
         if outcome.good
     ]
     if rows:
-        title = f"{len(rows)} images, {len(head['classes'])} classes"
+        title = f"{len(rows)} image{'s' if len(rows) > 1 else ''}, {len(head['classes'])} classes"
         if head["protocol"] == "transductive":
             title += "; transductive: predictions depend on one another"
         screen.table(title, ("image", "label", "confidence", "runners-up"), rows, left=2)

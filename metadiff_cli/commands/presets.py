@@ -12,12 +12,26 @@ from metadiff_cli.errors import ConfigError
 from metadiff_cli.paths import write_text
 
 Name = Annotated[str, typer.Argument(help="Name of the preset.", autocompletion=completions.presets)]
-app = typer.Typer(help="List, show and copy the presets.", no_args_is_help=True)
+app = typer.Typer(
+    help="""List, show and copy the presets.
+
+    A preset is a named configuration: data set, encoder, training, episodes.
+
+    Examples:
+
+      metadiff presets list
+
+      metadiff presets show photos
+    """,
+    no_args_is_help=True,
+)
 
 
 @app.command("list")
 def list_presets(as_json: options.AsJson = False) -> None:
     """Show every preset with what it is for.
+
+    Benchmarks come with the accuracy to expect, where it was measured.
 
     Examples:
 
@@ -42,11 +56,13 @@ def list_presets(as_json: options.AsJson = False) -> None:
 def show(name: Name) -> None:
     """Print a preset's file, comments included.
 
+    Its first line is the command that uses it.
+
     Examples:
 
       metadiff presets show glyphs-5w1s
 
-      metadiff presets show mini-5w5s | less
+      metadiff presets show folder
     """
     read_preset(name)
     Screen().text((preset_folder() / f"{name}.yaml").read_text(encoding="utf-8").rstrip("\n"))
@@ -57,7 +73,9 @@ def copy(
     name: Name,
     to: Annotated[Path, typer.Argument(help="File to write, for --config.")],
 ) -> None:
-    """Copy a preset to a file of your own, to change it there; give it with --config instead of --preset.
+    """Copy a preset to a file of your own, to change it there.
+
+    Give the copy with --config instead of --preset.
 
     Examples:
 

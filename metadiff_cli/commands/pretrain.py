@@ -19,7 +19,16 @@ def pretrain(
     preset: options.Preset = None,
     data: options.Data = None,
     encoder: options.EncoderOption = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the base classes.")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            "--epochs",
+            min=1,
+            metavar="N",
+            help=options.shown("Passes over the base classes.", "the preset's"),
+            rich_help_panel=options.TRAINING,
+        ),
+    ] = None,
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
@@ -36,13 +45,16 @@ def pretrain(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Train an encoder on base classes; after each epoch it is measured on validation classes and the best is kept.
+    """Train an encoder on base classes.
+
+    After each epoch it is measured on validation classes, and the best one
+    is kept. `metatrain` does this by itself where there is no encoder yet.
 
     Examples:
 
-      metadiff pretrain --preset mini-5w5s --data ./mini-imagenet --out runs/encoder
+      metadiff pretrain --preset mini-5w1s --data ./mini-imagenet -o runs/conv4
 
-      metadiff pretrain --data ./photos --set data.size=84 --epochs 20
+      metadiff pretrain --preset folder --data ./photos --encoder conv4
     """
     screen = Screen(quiet=quiet, verbose=verbose)
     flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
@@ -51,9 +63,10 @@ def pretrain(
         from metadiff_cli.commands.plan import show_plan
 
         return show_plan("pretrain", resolved, data, screen, as_json=as_json)
-    from metadiff_cli.commands.workspace import ENCODER, open_run, open_source
+    from metadiff_cli.commands.workspace import ENCODER, find_data, open_run, open_source
     from metadiff_cli.core.checkpoint import read_header
 
+    find_data(resolved, data)  # before anything is written
     if init_from is not None:
         read_header(init_from)  # raises when it is no such file
     place = out or Path("runs") / f"{resolved.name}-encoder"

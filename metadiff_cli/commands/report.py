@@ -105,7 +105,10 @@ def write_page(path: Path, template: str, **context: Any) -> None:
     pieces = pages.get_template(template).generate(version=__version__, **context)
     try:
         # a name that is not UTF-8 on disk has lone surrogates: shown as escapes rather than failing
-        with atomic(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        with (
+            atomic(path) as temporary,
+            temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
+        ):
             file.writelines(pieces)
     except OSError as error:
         raise MetaDiffError(

@@ -21,9 +21,10 @@ from metadiff_cli.commands.resuming import depends, refuse_changes
 from metadiff_cli.config import Config, check, read_yaml, to_yaml
 from metadiff_cli.console import Screen
 from metadiff_cli.data.cache import DecodedSplit, decode_split
-from metadiff_cli.data.folders import Dataset, Split, open_dataset, require_split
+from metadiff_cli.data.folders import Dataset, Split, check_folder, open_dataset, require_split
 from metadiff_cli.data.glyphs import glyph_dataset
-from metadiff_cli.errors import ConfigError, MetaDiffError, Stopped
+from metadiff_cli.data.known import KNOWN
+from metadiff_cli.errors import ConfigError, DataError, MetaDiffError, Stopped
 from metadiff_cli.paths import LEFTOVER, cache_dir, data_dir, sweep, writable, write_text
 
 BROKEN_SHOWN = 5  # broken images that are named; the others are counted
@@ -76,12 +77,29 @@ def open_source(config: Config, data: Path | None, screen: Screen) -> Source:
                 size=config.data.size, seed=config.seed, progress=advance,
             )  # fmt: skip
     else:
-        root = data or data_dir(config.data.name)
+        root = find_data(config, data)
         with screen.progress("finding images") as advance:
             dataset = open_dataset(root, layout=config.data.layout, seed=config.seed, progress=advance)
     for note in dataset.notes:
         screen.note(note)
     return Source(dataset, config, screen)
+
+
+def find_data(config: Config, given: Path | None) -> Path:
+    """The folder of the data set, of glyphs none. Raises DataError where none is given and none is in its place."""
+    name = config.data.name
+    place = given or data_dir(name)
+    if config.data.layout == "glyphs":
+        return place
+    if given is None and not place.exists():
+        if name not in KNOWN:
+            raise DataError("no data set was given", hint="give a folder of images with --data DIR, or a --preset")
+        raise DataError(
+            f"data set {name} is not in {place}",
+            hint=f"give its folder with --data DIR, or put it there with `metadiff data prepare {name}`",
+        )
+    check_folder(place)
+    return place
 
 
 @dataclass

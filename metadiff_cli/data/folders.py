@@ -3,7 +3,7 @@
 import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,7 +79,8 @@ def open_dataset(root: Path, *, layout: str = "auto", seed: int = 0, progress: P
     if layout not in openers:
         close = difflib.get_close_matches(layout, openers, n=1)
         raise ConfigError(
-            f"unknown layout '{layout}'", hint=f"did you mean '{close[0]}'?" if close else ", ".join(openers)
+            f"unknown layout '{layout}'",
+            hint=f"did you mean '{close[0]}'?" if close else f"choose one of {', '.join(openers)}",
         )
     check_folder(root)
     return openers[layout](root, seed, Scan(progress=progress))
@@ -88,9 +89,21 @@ def open_dataset(root: Path, *, layout: str = "auto", seed: int = 0, progress: P
 def check_folder(root: Path) -> None:
     """Raise DataError unless `root` is a folder."""
     if not root.exists():
-        raise DataError(f"folder {root} does not exist", hint="give the data set's folder with --data DIR")
+        raise DataError(
+            f"folder {root} does not exist",
+            hint=f"{suggestion(root)}give a folder that holds one folder of images per class",
+        )
     if not root.is_dir():
         raise DataError(f"{root} is a file, not a folder", hint="give the folder that holds the class folders")
+
+
+def suggestion(path: Path) -> str:
+    """A question that names what lies beside `path` under a similar name, where something does."""
+    with suppress(OSError):
+        close = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1)
+        if close:
+            return f"did you mean {path.parent / close[0]}? "
+    return ""
 
 
 def open_folder(root: Path, seed: int, scan: Scan) -> Dataset:
@@ -270,8 +283,10 @@ def require_split(dataset: Dataset, name: str) -> Split:
         return all_classes(dataset)
     if name not in dataset.splits:
         there = ", ".join(dataset.splits)
+        few = f"; from {FEWEST_TO_SPLIT} classes on a folder is split by itself"
+        other = few if name == "train" else f", or give --split {next(iter(dataset.splits))}"
         raise DataError(
-            f"{dataset.root} has no {name} classes (it has: {there})", hint=f"add a {name}/ folder of classes"
+            f"{dataset.root} has no {name} classes (it has: {there})", hint=f"add a {name}/ folder of classes{other}"
         )
     return dataset.splits[name]
 

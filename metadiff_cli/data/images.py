@@ -134,7 +134,7 @@ def _reason(error: Exception) -> str:
         return f"more than {MAX_PIXELS // 1_000_000} million pixels"
     if isinstance(error, UnidentifiedImageError):
         return "not an image, or damaged"
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return f"cannot be decoded ({(str(error) or type(error).__name__).splitlines()[0]})"
 
 
 def upright_rgb(image: Image.Image, size: int | None = None) -> Image.Image:

@@ -7,10 +7,11 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from metadiff_cli.data.folders import Split, scan_classes
+from metadiff_cli.data.folders import Split, scan_classes, suggestion
 from metadiff_cli.errors import DataError
 
 LISTINGS = frozenset({".csv", ".tsv"})
+SUPPORT = "give --support a folder with one folder of images per class, or a CSV of path,label"
 DELIMITERS = (",", ";", "\t")  # spreadsheets of some languages write semicolons
 
 
@@ -30,6 +31,8 @@ def is_listing(path: Path) -> bool:
 
 def open_labelled(source: Path) -> Split:
     """The classes of a folder, or of a listing in which every line has a label. Raises DataError."""
+    if not source.exists():
+        raise DataError(f"support {source} does not exist", hint=f"{suggestion(source)}{SUPPORT}")
     if not is_listing(source):
         return normalised(scan_classes(source))
     rows = read_listing(source)

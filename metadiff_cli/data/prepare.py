@@ -35,8 +35,8 @@ def prepare(
     if not archives and not known.download:
         command = f"metadiff data prepare {known.name} --root {root} --from-archive FILE"
         raise DataError(
-            f"{known.name} cannot be downloaded: it has to be asked for at {known.home} ({known.licence})",
-            hint=f"{command}, where FILE holds {known.archives}",
+            f"{known.name} has no download here: get it at {known.home} (licence: {known.licence})",
+            hint=f"{command} (FILE: {known.archives})",
         )
     with _new_folder(place) as work:
         if archives:

@@ -24,12 +24,31 @@ def assert_refused(result: Result, code: int, *words: str) -> None:
 
 
 def test_missing_folder(cli: CLI, tmp_path: Path) -> None:
-    assert_refused(cli("pretrain", "--data", tmp_path / "nowhere", "--out", tmp_path / "run"), 3, "nowhere", "--data")
+    (tmp_path / "photos").mkdir()
+    result = cli("pretrain", "--data", tmp_path / "fotos", "--out", tmp_path / "run")
+    assert_refused(result, 3, "fotos does not exist", f"did you mean {tmp_path / 'photos'}?")
+    assert not (tmp_path / "run").exists()  # the next try, with the right name, is not told of its remains
+
+
+def test_missing_data_set(cli: CLI, tmp_path: Path) -> None:
+    result = cli("metatrain", "--preset", "mini-5w1s", "--out", tmp_path / "run")
+    assert_refused(result, 3, "data set mini-imagenet is not in", "--data DIR", "metadiff data prepare mini-imagenet")
+    assert_refused(cli("metatrain", "--out", tmp_path / "run"), 3, "no data set was given", "--preset")
+    assert not (tmp_path / "run").exists()
+
+
+def test_classes_that_are_not_there(cli: CLI, photos: Path) -> None:
+    result = cli("evaluate", "--data", photos / "support", "--split", "train")
+    assert result.code == 3 and "has no train classes" in result.err and "from 6 classes on" in result.err
+
+
+def test_missing_configuration(cli: CLI, tmp_path: Path) -> None:
+    assert_refused(cli("config", "show", "--config", tmp_path / "my.yaml"), 2, "my.yaml does not exist", "presets copy")
 
 
 def test_missing_support(cli: CLI, photos: Path, checkpoint: Path) -> None:
-    result = cli("adapt", "-S", photos / "nowhere", "-Q", photos / "query", "-c", checkpoint)
-    assert_refused(result, 3, "nowhere")
+    result = cli("adapt", "-S", photos / "suport", "-Q", photos / "query", "-c", checkpoint)
+    assert_refused(result, 3, "suport does not exist", f"did you mean {photos / 'support'}?", "--support")
 
 
 def test_empty_class(cli: CLI, photos: Path, checkpoint: Path) -> None:
