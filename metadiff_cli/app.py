@@ -18,6 +18,7 @@ from metadiff_cli.commands import (
     data,
     doctor,
     evaluate,
+    export,
     inspect,
     metatrain,
     presets,
@@ -39,6 +40,7 @@ app.command("pretrain")(pretrain.pretrain)
 app.command("metatrain")(metatrain.metatrain)
 app.command("adapt")(adapt.adapt)
 app.command("evaluate")(evaluate.evaluate)
+app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
 app.add_typer(presets.app, name="presets")
