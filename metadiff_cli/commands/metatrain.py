@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from metadiff_cli.commands import completions, methods, options
+from metadiff_cli.commands.pretrained import check_encoder, pretrained_file
 from metadiff_cli.config import Config, resolve
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError
@@ -26,6 +27,7 @@ def metatrain(
     preset: options.Preset = None,
     data: options.Data = None,
     encoder: options.EncoderOption = None,
+    encoder_weights: options.EncoderWeights = None,
     method: Annotated[
         str,
         typer.Option("--method", help=f"What is trained: {', '.join(METHODS)}.", autocompletion=completions.methods),
@@ -47,7 +49,8 @@ def metatrain(
 ) -> None:
     """Train the denoiser on episodes of base classes and end with a table beside the controls.
 
-    Without an encoder it takes the one of the same preset and data, or trains it first. With --method, one of the
+    Without an encoder it takes the one of the same preset and data, or trains it first. Encoders of torchvision and,
+    with the extra [timm], of timm come trained. With --method, one of the
     gradient-based baselines is trained instead.
 
     Examples:
@@ -57,6 +60,8 @@ def metatrain(
       metadiff metatrain --preset mini-5w5s --data ./mini-imagenet --out runs/mini
 
       metadiff metatrain --preset glyphs-5w1s --method anil-frozen --out runs/anil-frozen
+
+      metadiff metatrain --preset folder --data ./photos --encoder timm:vit_small_patch14_dinov2.lvd142m
     """
     screen = Screen(quiet=quiet, verbose=verbose)
     if method not in METHODS:
@@ -64,6 +69,7 @@ def metatrain(
     file = Path(encoder) if encoder and (encoder.endswith(".safetensors") or Path(encoder).exists()) else None
     flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
     resolved = resolve(preset, config, settings or (), {**flags, "encoder": None if file else encoder})
+    check_encoder(resolved, method, file, encoder_weights)
     if dry_run and method != "metadiff":
         raise ConfigError("--dry-run plans the training of metadiff alone", hint="leave out --dry-run or --method")
     if dry_run:
@@ -76,12 +82,13 @@ def metatrain(
     run = open_run(out or Path("runs") / resolved.name, "metatrain", overwrite=overwrite, resume=resume)
     run.save_config(resolved)
     source = open_source(resolved, data, screen)
+    file = file or pretrained_file(resolved, encoder_weights, run, screen)
     if method == "metadiff":
         result = train_model(resolved, source, run, file, screen)
     else:
         result = methods.train_method(method, resolved, source, run, file, screen)
     run.save_json("result.json", result)
-    run.save_manifest(data=source.dataset.root, encoder=str(file) if file else None)
+    run.save_manifest(data=source.dataset.root, encoder=str(encoder_weights or file or "") or None)
     if as_json:
         screen.json({**result, "checkpoint": str(run.folder / CHECKPOINT)})
         return
@@ -117,7 +124,7 @@ def train_model(config: Config, source: "Source", run: "Run", file: Path | None,
         controls = ("prototype", "analytic", "untrained")
         results.append(measure(model, bank, split, protocol, sampling_of(config), controls, screen))
     result = results[0]
-    header["card"] = model_card(config, len(base.classes), results, _verdict(learned))
+    header["card"] = model_card(config, images, len(base.classes), results, _verdict(learned))
     result["learned"] = learned
     metrics = {"methods": result["methods"], "split": split, "learned": learned}
     metrics |= {key: result[key] for key in ("way", "shot", "query", "episodes", "seed")}

@@ -29,7 +29,21 @@ DryRun = Annotated[
 Data = Annotated[Path | None, typer.Option("--data", help="Folder of the data set.", rich_help_panel=PLACES)]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run directory to write.", rich_help_panel=PLACES)]
 EncoderOption = Annotated[
-    str | None, typer.Option("--encoder", "-e", help="conv4, resnet12, or an encoder.safetensors.")
+    str | None,
+    typer.Option(
+        "--encoder",
+        "-e",
+        help="conv4, resnet10, resnet12, an encoder.safetensors, or for metatrain torchvision:MODEL or timm:MODEL.",
+        autocompletion=completions.encoders,
+    ),
+]
+EncoderWeights = Annotated[
+    Path | None,
+    typer.Option(
+        "--encoder-weights",
+        help="Weights of a torchvision: or timm: encoder, .safetensors or .pth. [default: the library downloads them]",
+        rich_help_panel=PLACES,
+    ),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what is in the run directory.", rich_help_panel=PLACES)
