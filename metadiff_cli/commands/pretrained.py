@@ -23,14 +23,19 @@ def trains_no_library(config: Config, what: str) -> None:
 
 
 def check_encoder(config: Config, method: str, file: Path | None, weights: Path | None) -> None:
-    """Raise ConfigError for --encoder-weights without a library's encoder, and for one where a method trains its own.
+    """Raise ConfigError for a library's encoder that is unknown, --encoder-weights without one, and a method that
+    trains its own.
 
     `file` is that of `--encoder FILE`, which takes the place of what the configuration names.
     """
     if file is None and is_pretrained(config.encoder):
         from metadiff_cli.core.innerloop import ON_IMAGES
+        from metadiff_cli.core.libraries import architecture
 
-        return trains_no_library(config, method) if method in ON_IMAGES else None
+        if method in ON_IMAGES:
+            trains_no_library(config, method)
+        architecture(config.encoder)
+        return
     if weights is not None:
         raise ConfigError(
             "--encoder-weights needs an encoder of a library",

@@ -145,7 +145,8 @@ def _floats(values: Any) -> tuple[float, ...]:
 
 
 def _unknown(library: str, what: str, name: str, known: list[str]) -> ConfigError:
-    close = difflib.get_close_matches(name, known, n=CLOSE)
+    beginning = [other for other in known if other.startswith(name)]
+    close = [*beginning[:CLOSE], *difflib.get_close_matches(name, known, n=CLOSE)][:CLOSE]
     return ConfigError(
         f"{library} has no {what} '{name}'",
         hint=f"did you mean {', '.join(f'{library}:{other}' for other in close)}?" if close

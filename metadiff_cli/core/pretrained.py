@@ -3,8 +3,11 @@
 Nothing of that size is made before names and shapes are known to fit: networks are first built without memory.
 """
 
+import io
 import pickle
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -75,9 +78,8 @@ def _probe(name: str, size: int) -> tuple[int, dict[str, torch.Size]]:
         features = net(torch.zeros(1, 3, size, size, device="meta"))
         _, channels = features.shape
     except Exception as error:  # each of a thousand models has its own way to refuse
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"{name} gives no feature vector for images of {size} pixels ({reason:.200})",
+            f"{name} gives no feature vector for images of {size} pixels ({_reason(error)})",
             hint=f"its own size is {source.size}: leave features.size out, or use another encoder",
         ) from error
     return int(channels), {key: tensor.shape for key, tensor in net.state_dict().items()}
@@ -129,11 +131,15 @@ def _downloaded(source: Architecture, size: int, progress: bool) -> nn.Module:
     if source.source is None:
         raise ConfigError(f"there are no weights of {source.name} to download", hint="give a file: --encoder-weights")
     try:
-        return source.network(size, download=True, progress=progress)
+        # torch.hub says on stdout, where results belong, what it downloads
+        with redirect_stdout(sys.stderr if progress else io.StringIO()):
+            return source.network(size, download=True, progress=progress)
     except Exception as error:  # of the network, the disk, the hub or the file: each library has its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first: BaseException = error
+        while first.__cause__ is not None:  # what the library's own error came from says more
+            first = first.__cause__
         raise MetaDiffError(
-            f"the weights of {source.name} could not be downloaded ({reason:.200})",
+            f"the weights of {source.name} could not be downloaded ({_reason(first)})",
             hint=f"check the network and HTTPS_PROXY; or get the file from {source.source} on another computer and "
             f"give it with --encoder-weights FILE; files that are in the cache of the library ($TORCH_HOME, $HF_HOME) "
             "are taken from there",
@@ -145,16 +151,24 @@ def _fill(source: Architecture, net: nn.Module, file: Path) -> None:
     try:
         state = source.fitted(read_weights(file), net)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{file} holds no weights of {source.name} ({error})", hint=_other(source)) from error
+        raise CheckpointError(
+            f"{file} holds no weights of {source.name} ({_reason(error)})", hint=_other(source)
+        ) from error
     wanted = {key: tensor.shape for key, tensor in net.state_dict().items()}
     odd = _odd(wanted, {key: tensor.shape for key, tensor in state.items()})
     if odd:
         raise CheckpointError(
-            f"{file} does not hold the weights of {source.name}: {len(odd)} of them are missing, too many or of "
-            f"another shape ({', '.join(odd[:ODD_SHOWN])})",
+            f"{file} does not hold the weights of {source.name}: {len(odd)} names or shapes differ "
+            f"({', '.join(odd[:ODD_SHOWN])})",
             hint=_other(source),
         )
     net.load_state_dict(state)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error of a library."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def _other(source: Architecture) -> str:
@@ -191,8 +205,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             hint="save its state dictionary alone, best as safetensors",
         ) from error
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read as weights ({reason:.200})", hint="copy it again") from error
+        raise CheckpointError(f"{path} cannot be read as weights ({_reason(error)})", hint="copy it again") from error
 
 
 def _plain(found: Any) -> dict[str, Tensor]:
