@@ -20,6 +20,7 @@ from metadiff_cli.commands import (
     data,
     doctor,
     evaluate,
+    export,
     inspect,
     metatrain,
     presets,
@@ -42,6 +43,7 @@ app.command("adapt", rich_help_panel=USE)(adapt.adapt)
 app.command("pretrain", rich_help_panel=TRAIN)(pretrain.pretrain)
 app.command("metatrain", rich_help_panel=TRAIN)(metatrain.metatrain)
 app.command("evaluate", rich_help_panel=TRAIN)(evaluate.evaluate)
+app.command("export", rich_help_panel=USE)(export.export)
 app.command("inspect", rich_help_panel=LOOK)(inspect.inspect)
 app.add_typer(presets.app, name="presets", rich_help_panel=LOOK)
 app.add_typer(data.app, name="data", rich_help_panel=LOOK)

@@ -5,6 +5,7 @@ Later layers win: defaults < preset < `--config FILE` < METADIFF_* variables < `
 
 import difflib
 import os
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,12 +23,28 @@ MAX_DEPTH, MAX_ALIASES = 16, 16  # of YAML: aliases of aliases grow exponentiall
 MAX_GLYPHS = 8_000_000_000  # bytes of drawn images
 MAX_SHOWN = 80  # characters of a wrong value in a message
 
+ENCODERS = ("conv4", "resnet10", "resnet12")  # those of core/encoders.py, which loads torch
+# library, model, weights; no more than that, as timm would take `hf-hub:` and paths of anybody's files as well
+PRETRAINED = r"(torchvision|timm):([A-Za-z0-9_]{1,80})(?:\.([A-Za-z0-9_]{1,80}))?"
+
 Layer = tuple[str, dict[str, Any]]  # where values come from, and the values
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Side = Annotated[int, Field(ge=16, le=1024)]  # pixels of an image
 Count = Annotated[int, Field(ge=1, le=100_000_000)]
 Few = Annotated[int, Field(ge=1, le=100_000)]  # what memory grows with: presets and checkpoints come from strangers too
+
+
+def is_pretrained(encoder: str) -> bool:
+    """Whether the name is that of a model of torchvision or timm."""
+    return re.fullmatch(PRETRAINED, encoder) is not None
+
+
+def _known_encoder(name: str) -> str:
+    if name not in ENCODERS and not is_pretrained(name):
+        close = _suggest(name, [*ENCODERS, "torchvision:", "timm:"], before=", ", after="")
+        raise ValueError(f"neither one of {', '.join(ENCODERS)}, nor torchvision:MODEL or timm:MODEL{close}")
+    return name
 
 
 def _ordered(bounds: tuple[int, int]) -> tuple[int, int]:
@@ -249,7 +266,7 @@ class Config(Section):
     summary: str = ""
     expect: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    encoder: str = "conv4"
+    encoder: Annotated[str, AfterValidator(_known_encoder)] = "conv4"
     data: DataConfig = DataConfig()
     pretrain: PretrainConfig = PretrainConfig()
     features: FeaturesConfig = FeaturesConfig()

@@ -13,7 +13,19 @@ from metadiff_cli import __version__
 from metadiff_cli.config import preset_names, read_preset
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["pretrain", "metatrain", "adapt", "evaluate", "inspect", "presets", "data", "config", "cache", "doctor"]
+COMMANDS = [
+    "pretrain",
+    "metatrain",
+    "adapt",
+    "evaluate",
+    "export",
+    "inspect",
+    "presets",
+    "data",
+    "config",
+    "cache",
+    "doctor",
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,22 @@
 """The model card of a checkpoint: made by `metatrain` from settings and measurements, shown by `inspect`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from metadiff_cli.config import Config
+from metadiff_cli.commands.pretrained import SEEN
+from metadiff_cli.config import Config, is_pretrained
+
+if TYPE_CHECKING:
+    from metadiff_cli.core.features import ImageEncoder
 
 
-def model_card(config: Config, classes: int, results: Sequence[Mapping[str, Any]], learned: str) -> dict[str, Any]:
+def model_card(
+    config: Config, images: "ImageEncoder", classes: int, results: Sequence[Mapping[str, Any]], learned: str
+) -> dict[str, Any]:
     """The card of a model of `config`, trained on so many base classes; `results` are `evaluate --json` documents."""
     return {
         "summary": config.summary,
-        "encoder": f"{config.encoder}, trained at {config.data.size} pixels, "
-        f"images at {config.features.size or config.data.size}",
+        "encoder": _encoder(config, images),
         "data": config.card.data or f"{config.data.name}: {classes} base classes",
         "licence": config.card.licence or "that of the training images; metadiff does not know it",
         "made by": f"metadiff metatrain --preset {config.name}",
@@ -20,6 +25,12 @@ def model_card(config: Config, classes: int, results: Sequence[Mapping[str, Any]
         "learned part": learned,
         "limits": config.card.limits or "not stated",
     }
+
+
+def _encoder(config: Config, images: "ImageEncoder") -> str:
+    if is_pretrained(images.name):
+        return f"{images.name}, images at {images.size} pixels; it {SEEN}"
+    return f"{images.name}, trained at {config.data.size} pixels, images at {images.size}"
 
 
 ORDER = ("summary", "encoder", "data", "licence", "made by", "protocol", "accuracy", "learned part", "limits")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from metadiff_cli.config import preset_names, read_preset
+from metadiff_cli.config import ENCODERS, preset_names, read_preset
 from metadiff_cli.data.known import KNOWN
 from metadiff_cli.errors import ConfigError
 
@@ -34,6 +34,11 @@ def data(incomplete: str) -> Iterator[tuple[str, str]]:
 def splits(incomplete: str) -> list[str]:
     """Names of splits."""
     return [name for name in SPLITS if name.startswith(incomplete)]
+
+
+def encoders(incomplete: str) -> list[str]:
+    """Names of our encoders, and how those of libraries begin."""
+    return [name for name in (*ENCODERS, "torchvision:", "timm:") if name.startswith(incomplete)]
 
 
 def methods(incomplete: str) -> list[str]:

@@ -37,8 +37,9 @@ def inspect(
     if as_json:
         screen.json({"schema": "metadiff.inspect/1", "file": str(file), **header})
         return
-    classes = header.get("classes", [])
-    shown = {**header, "classes": f"{len(classes)}: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"}
+    shown = dict(header)
+    if classes := header.get("classes", []):  # a library's encoder and a training state have none
+        shown["classes"] = f"{len(classes)}: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
     shown.pop("plain", None)
     if (card := shown.pop("card", None)) is not None:
         screen.text("\n".join(card_lines(card)) + "\n")

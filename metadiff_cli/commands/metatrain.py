@@ -1,5 +1,6 @@
 """`metadiff metatrain`: fit task space and denoiser on the base classes; ends with a checkpoint and a table."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from metadiff_cli.commands import completions, methods, options
+from metadiff_cli.commands.pretrained import check_encoder, pretrained_file
 from metadiff_cli.config import Config, resolve
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError
@@ -28,6 +30,7 @@ def metatrain(
     preset: options.Preset = None,
     data: options.Data = None,
     encoder: options.EncoderOption = None,
+    encoder_weights: options.EncoderWeights = None,
     method: Annotated[
         str,
         typer.Option(
@@ -57,8 +60,9 @@ def metatrain(
     """Train MetaDiff on base classes, and measure it.
 
     Without an encoder it takes the one of the same preset and data, or trains
-    it first. The checkpoint serves any number of classes and of images each.
-    With --method, a gradient-based baseline is trained instead.
+    it first; those of torchvision and timm come trained. The checkpoint serves
+    any number of classes and of images each. With --method, a gradient-based
+    baseline is trained instead.
 
     Examples:
 
@@ -74,6 +78,7 @@ def metatrain(
     file = Path(encoder) if encoder and (encoder.endswith(".safetensors") or Path(encoder).exists()) else None
     flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
     resolved = resolve(preset, config, settings or (), {**flags, "encoder": None if file else encoder})
+    check_encoder(resolved, method, file, encoder_weights)
     if dry_run and method != "metadiff":
         raise ConfigError("--dry-run plans the training of metadiff alone", hint="leave out --dry-run or --method")
     if dry_run:
@@ -89,12 +94,13 @@ def metatrain(
     place = out or Path("runs") / resolved.name
     with open_run(place, "metatrain", resolved, overwrite=overwrite, resume=resume) as run:
         source = open_source(resolved, data, screen)
+        start = replace(start, encoder=start.encoder or pretrained_file(resolved, encoder_weights, run, screen))
         if method == "metadiff":
             result = train_model(resolved, source, run, start, screen)
         else:
             result = methods.train_method(method, resolved, source, run, start, screen)
         run.save_json("result.json", result)
-        run.save_manifest(data=source.dataset.root, encoder=str(file) if file else None)
+        run.save_manifest(data=source.dataset.root, encoder=str(encoder_weights or file or "") or None)
     if as_json:
         screen.json({**result, "checkpoint": str(run.folder / CHECKPOINT)})
         return
@@ -131,7 +137,7 @@ def train_model(config: Config, source: "Source", run: "Run", start: "Start", sc
         controls = ("prototype", "analytic", "untrained")
         results.append(measure(model, bank, split, protocol, sampling_of(config), controls, screen))
     result = results[0]
-    header["card"] = model_card(config, len(base.classes), results, _verdict(learned))
+    header["card"] = model_card(config, images, len(base.classes), results, _verdict(learned))
     result["learned"] = learned
     metrics = {"methods": result["methods"], "split": split, "learned": learned}
     metrics |= {key: result[key] for key in ("way", "shot", "query", "episodes", "seed")}

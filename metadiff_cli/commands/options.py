@@ -76,7 +76,20 @@ EncoderOption = Annotated[
         "--encoder",
         "-e",
         metavar="ENCODER",
-        help=shown("conv4, resnet10, resnet12, or an encoder.safetensors.", "the preset's"),
+        help=shown(
+            "conv4, resnet10, resnet12, an encoder.safetensors, or for metatrain torchvision:MODEL or timm:MODEL.",
+            "the preset's",
+        ),
+        autocompletion=completions.encoders,
+        rich_help_panel=TRAINING,
+    ),
+]
+EncoderWeights = Annotated[
+    Path | None,
+    typer.Option(
+        "--encoder-weights",
+        metavar="FILE",
+        help=shown("Weights of a torchvision: or timm: encoder, .safetensors or .pth.", "the library downloads them"),
         rich_help_panel=TRAINING,
     ),
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metadiff_cli.commands import options
-from metadiff_cli.config import Config
+from metadiff_cli.config import Config, is_pretrained
 from metadiff_cli.console import Screen
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from metadiff_cli.commands.workspace import Source
     from metadiff_cli.core.encoders import Encoder
+    from metadiff_cli.core.features import ImageEncoder
 
 BATCHES = 2  # of pretraining that are timed, after as many that warm up
 META_STEPS, EPISODES = 4, 10  # likewise of meta-training and of evaluation
@@ -62,18 +63,21 @@ def show_plan(
 def make_plan(command: str, config: Config, data: Path | None, screen: Screen, encoder: Path | None) -> dict[str, Any]:
     """The document of `--dry-run --json`."""
     from metadiff_cli.commands.workspace import open_source
-    from metadiff_cli.core.encoders import build_encoder
     from metadiff_cli.data.folders import require_split
 
     device = options.start(config)
     source = open_source(config, data, Screen(quiet=True))
     train = require_split(source.dataset, "train")
     with screen.progress("timing a few steps"):
-        kept = encoder or _kept_encoder(source)
-        network = build_encoder(config.encoder) if encoder is None else _load(encoder, config, device)
+        frozen = _frozen(config, encoder, device)
+        ready = encoder is not None or is_pretrained(config.encoder)
+        if ready:  # then the encoder says which size images are read in
+            config = config.model_copy(update={"data": config.data.model_copy(update={"size": frozen.size})})
+            source.config = config
+        network, kept = frozen.encoder, encoder or _kept_encoder(source)
         images, labels, read = _sample(source)
         stages = _reading(source, read)
-        if command == "pretrain" or kept is None:
+        if command == "pretrain" or (kept is None and not ready):
             stages.append(_pretraining(config, network, images, labels, len(train.classes), len(train.labels), device))
         document: dict[str, Any] = {
             "schema": "metadiff.plan/1",
@@ -82,13 +86,13 @@ def make_plan(command: str, config: Config, data: Path | None, screen: Screen, e
             "device": str(device),
             "data": _describe(source),
             "encoder": {
-                "name": config.encoder, "parameters": _parameters(network),
+                "name": frozen.name, "parameters": _parameters(network),
                 "feature_size": network.feature_size(config.data.size),
                 "kept": str(kept) if kept and command == "metatrain" else None,
             },
         }  # fmt: skip
         if command == "metatrain":
-            stages.append(_features(source, network, images, device))
+            stages.append(_features(source, frozen, images))
             more, parameters = _meta_training(config, network.feature_size(config.data.size), device)
             stages += more
             document["denoiser"] = {"kind": config.denoiser.kind, "parameters": parameters}
@@ -125,10 +129,20 @@ def _kept_encoder(source: "Source") -> Path | None:
     return path if path.is_file() else None
 
 
-def _load(path: Path, config: Config, device: "torch.device") -> "Encoder":
+def _frozen(config: Config, file: Path | None, device: "torch.device") -> "ImageEncoder":
+    """The encoder that is planned for: that of a file, else a network of the right shape without trained weights."""
+    from metadiff_cli.core.encoders import build_encoder
+    from metadiff_cli.core.features import ImageEncoder
     from metadiff_cli.core.model import load_encoder
+    from metadiff_cli.core.pretrained import untrained_encoder, with_statistics
 
-    return load_encoder(path, device, mirror=config.features.mirror).encoder
+    f = config.features
+    if file is not None:
+        return load_encoder(file, device, mirror=f.mirror, size=f.size)
+    if is_pretrained(config.encoder):
+        return with_statistics(untrained_encoder(config.encoder, f.size), device, mirror=f.mirror)
+    half = (0.5,) * 3
+    return ImageEncoder(build_encoder(config.encoder), config.encoder, config.data.size, half, half, f.mirror, device)
 
 
 def _sample(source: "Source") -> tuple["np.ndarray", "np.ndarray", float]:
@@ -194,15 +208,9 @@ def _second_epoch(trainer: Any, steps: int) -> float:
     return (ends[1] - ends[0]) / steps
 
 
-def _features(source: "Source", encoder: "Encoder", images: "np.ndarray", device: "torch.device") -> Stage:
+def _features(source: "Source", frozen: "ImageEncoder", images: "np.ndarray") -> Stage:
     import torch
 
-    from metadiff_cli.core.features import ImageEncoder
-
-    config = source.config
-    frozen = ImageEncoder(
-        encoder, config.encoder, config.data.size, (0.5,) * 3, (0.5,) * 3, config.features.mirror, device
-    )
     pixels = torch.from_numpy(images)
     each = _timed(lambda: frozen.encode(pixels).cpu()) / len(images)
     total = sum(len(split.labels) for split in source.dataset.splits.values())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from metadiff_cli.commands import options
+from metadiff_cli.commands.pretrained import trains_no_library
 from metadiff_cli.config import Config, resolve
 from metadiff_cli.console import Screen
 
@@ -59,6 +60,7 @@ def pretrain(
     screen = Screen(quiet=quiet, verbose=verbose)
     flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
     resolved = resolve(preset, config, settings or (), {**flags, "encoder": encoder, "pretrain.epochs": epochs})
+    trains_no_library(resolved, "pretrain")
     if dry_run:
         from metadiff_cli.commands.plan import show_plan
 

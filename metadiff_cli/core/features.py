@@ -60,6 +60,10 @@ class ImageEncoder:
     def encode(self, pixels: Tensor) -> Tensor:
         """Features (B, D), unit length, of pixels (B, S, S, 3) uint8."""
         self.encoder.eval()
+        return self.traceable(pixels)
+
+    def traceable(self, pixels: Tensor) -> Tensor:
+        """The computation of `encode` alone, as the exporter can follow it."""
         mean, std = (torch.tensor(v, device=self.device) for v in (self.mean, self.std))
         images = normalise(pixels.to(self.device), mean, std)
         z = F.normalize(self.encoder(images), dim=1)

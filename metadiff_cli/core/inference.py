@@ -88,6 +88,10 @@ class TaskClassifier:
     @torch.inference_mode()
     def probabilities(self, z: Tensor) -> Tensor:
         """(B, Q, N), averaged over the samples, of features z (B, Q, D)."""
+        return self.traceable(z)
+
+    def traceable(self, z: Tensor) -> Tensor:
+        """The computation of `probabilities` alone, as the exporter can follow it."""
         each = [(self.scale * self.logits(z, m)).softmax(dim=-1) for m in range(len(self.weights))]
         return torch.stack(each).mean(dim=0)
 

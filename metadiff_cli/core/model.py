@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metadiff_cli.config import is_pretrained
 from metadiff_cli.core.checkpoint import KINDS, Checkpoint, load_checkpoint, save_checkpoint
 from metadiff_cli.core.classifier import Calibration
 from metadiff_cli.core.denoiser import build_denoiser
@@ -16,6 +17,7 @@ from metadiff_cli.core.features import ImageEncoder
 from metadiff_cli.core.headers import check_denoiser, check_image, check_tuning
 from metadiff_cli.core.inference import Learner, TaskClassifier, Tuning
 from metadiff_cli.core.pool import PoolGuidance
+from metadiff_cli.core.pretrained import build_pretrained
 from metadiff_cli.core.tables import TaskTable
 from metadiff_cli.core.task_space import TaskSpace
 from metadiff_cli.errors import CheckpointError, ConfigError
@@ -154,10 +156,24 @@ def _denoiser(checkpoint: Checkpoint, size: int) -> nn.Module:
 def image_encoder(checkpoint: Checkpoint, device: torch.device, mirror: bool) -> ImageEncoder:
     """The encoder in a file that was read."""
     with checkpoint_errors(Path(checkpoint.path)):
-        encoder = build_encoder(checkpoint.header["encoder"])
+        encoder = _network(checkpoint)
         encoder.load_state_dict(checkpoint.part("encoder"))
         encoder.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         return described_encoder(checkpoint.header, encoder, device, mirror=mirror)
+
+
+def _network(checkpoint: Checkpoint) -> Encoder:
+    """The encoder that the header names, with random weights."""
+    name, image = checkpoint.header["encoder"], checkpoint.header["image"]
+    if not is_pretrained(name):
+        return build_encoder(name)
+    check_image(image)
+    return build_pretrained(name, image["size"], checkpoint.part("encoder"))
+
+
+def save_encoder(path: Path, images: ImageEncoder, header: dict[str, Any]) -> None:
+    """Write an encoder that is not ours; `header` says where its weights come from."""
+    save_checkpoint(path, "encoder", encoder_tensors(images), {**header, **image_header(images)})
 
 
 def described_encoder(header: dict[str, Any], encoder: Encoder, device: torch.device, *, mirror: bool) -> ImageEncoder:

@@ -57,6 +57,7 @@ def test_completion_of_names() -> None:
     assert list(every) == preset_names() and all(every.values())
     assert [name for name, _ in completions.data("c")] == ["cifar-fs", "cub"]
     assert completions.splits("t") == ["train", "test"] and completions.cache_kinds("f") == ["features"]
+    assert completions.encoders("t") == ["torchvision:", "timm:"]
     assert completions.controls("pro") == ["prototype"]
     assert completions.controls("prototype,an") == ["prototype,analytic"]
     assert "prototype,prototype" not in completions.controls("prototype,")

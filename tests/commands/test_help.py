@@ -112,6 +112,10 @@ def world(tmp_path_factory: pytest.TempPathFactory, small_run: Path) -> Path:
         for bird in (name for names in split_lists("cub").values() for name in names[:2]):
             archive.add(root / "bird" / "70-0.jpg", f"CUB_200_2011/images/{bird}/1.jpg")
     shutil.copytree(small_run, root / "runs" / "mini")
+    saved = invoke(
+        "adapt", "--support", str(root / "imgs"), "--query", str(root / "q"), "--save", str(root / "pets.safetensors")
+    )
+    assert saved.code == 0, saved.err
     return root
 
 
