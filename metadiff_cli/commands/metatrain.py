@@ -224,10 +224,10 @@ def _task_space(
     config: Config, base: "FeatureBank", val: "FeatureBank | None", device: Any, screen: Screen
 ) -> tuple["TaskSpace", "Tensor"]:
     """The task space of the base classes, its shrinkage as configured or as validation classes prefer; their means."""
-    from metadiff_cli.core.task_space import class_statistics
+    from metadiff_cli.core.statistics import kept_statistics
     from metadiff_cli.core.tuning import SHRINKAGE, choose_shrinkage
 
-    statistics = class_statistics(base.by_class())
+    statistics = kept_statistics(base)
     shrink, floor = config.space.shrink, config.space.floor
     if shrink == "auto":
         shrink = SHRINKAGE[0]

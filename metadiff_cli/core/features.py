@@ -6,7 +6,7 @@ works on features, so an episode costs an index and no forward pass.
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -193,30 +193,30 @@ def build_bank(
             if kept is None:
                 sweep(folder, path.name)
                 parts = folder / f"{name}.parts"
+                shards = _make_shards(encoder, images, parts, batch, dtype, progress)
                 with atomic(path) as temporary:
-                    _join(_shards(encoder, images, parts, batch, dtype, progress), temporary, shape, dtype)
+                    _join(shards, temporary, shape, dtype)
                 shutil.rmtree(parts, ignore_errors=True)
                 kept = np.load(path, mmap_mode="r", allow_pickle=False)
     return FeatureBank(kept, np.asarray(labels), classes)
 
 
-def _shards(
+def _make_shards(
     encoder: ImageEncoder, images: np.ndarray, folder: Path, batch: int, dtype: np.dtype, progress: Progress
-) -> Iterator[np.ndarray]:
-    """Features of SHARD images after another, each from its file or computed and kept."""
-    encode = Encoding(encoder, batch)
+) -> list[Path]:
+    """Files with the features of SHARD images after another; those that are there already are not made again."""
+    encode, paths = Encoding(encoder, batch), []
     for start in range(0, len(images), SHARD):
         stop = min(start + SHARD, len(images))
-        path = folder / f"{start // SHARD:06d}.npy"
-        shard = _open(path, (stop - start, encoder.feature_size), dtype)
-        if shard is None:
+        paths.append(path := folder / f"{start // SHARD:06d}.npy")
+        if _open(path, (stop - start, encoder.feature_size), dtype) is None:
             further = partial(_further, progress, start, len(images))
             shard = np.concatenate([_stored(z, dtype) for z in extract(encode, images[start:stop], further)])
             with atomic(path) as temporary, temporary.open("wb") as file:
                 np.save(file, shard)
         else:
             progress(stop, len(images))
-        yield shard
+    return paths
 
 
 def _further(progress: Progress, start: int, total: int, done: int, _: int) -> None:
@@ -224,13 +224,13 @@ def _further(progress: Progress, start: int, total: int, done: int, _: int) -> N
     progress(start + done, total)
 
 
-def _join(shards: Iterator[np.ndarray], path: Path, shape: tuple[int, int], dtype: np.dtype) -> None:
+def _join(shards: Sequence[Path], path: Path, shape: tuple[int, int], dtype: np.dtype) -> None:
     """One array file from shards, written in sequence: a memory-mapped one would end the process on a full disk."""
     with path.open("wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for shard in shards:
-            file.write(np.ascontiguousarray(shard).data)
+            file.write(np.load(shard, allow_pickle=False).data)
 
 
 def _stored(features: Tensor, dtype: np.dtype) -> np.ndarray:

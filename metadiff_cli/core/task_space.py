@@ -6,6 +6,7 @@ A' S_b A = I and A' S_w A = diag(1 / lambda). In v = A'(z - mu) a class mean has
 and an image is its class mean plus noise of variance 1 / lambda_d. (Design, section 2.)
 """
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -112,7 +113,10 @@ def fit_task_space(
 
 def class_means(classes: Iterable[Tensor]) -> Tensor:
     """Means (C, D) in float64 of classes of features (n_c, D). Raises DataError as `class_statistics` does."""
-    return _enough([_mean(features) for features in classes])
+    means = _Means()
+    for features in classes:
+        means.add(_mean(features))
+    return means.stacked()
 
 
 def identity_space(classes: Iterable[Tensor]) -> TaskSpace:
@@ -126,31 +130,44 @@ def identity_space(classes: Iterable[Tensor]) -> TaskSpace:
 
 def _moments(classes: Iterable[Tensor]) -> tuple[Tensor, Tensor, int, float]:
     """Class means (C, D), within-class scatter (D, D), number of images, mean of 1 / n_c; in float64."""
-    means, within, total, inverse = [], None, 0, 0.0
+    means, within, total, inverse = _Means(), None, 0, 0.0
     for features in classes:
         mean = _mean(features)
         within = torch.zeros(len(mean), len(mean), dtype=torch.float64) if within is None else within
         _add_scatter(within, features, mean)
-        means.append(mean)
+        means.add(mean)
         total += len(features)
         inverse += 1.0 / len(features)
-    stacked = _enough(means)
+    stacked = means.stacked()
     assert within is not None
-    return stacked, within, total, inverse / len(means)
+    return stacked, within, total, inverse / len(stacked)
 
 
-def _enough(means: list[Tensor]) -> Tensor:
-    """Class means (C, D). Raises DataError for fewer than two classes."""
-    if len(means) < 2:
-        raise DataError("a task space needs at least 2 base classes", hint="add class folders to the training split")
-    return torch.stack(means)
+class _Means:
+    """Class means (D,) in one growing block: many small ones would lie between large ones and keep their memory."""
+
+    def __init__(self) -> None:
+        self.values, self.count = array("d"), 0
+
+    def add(self, mean: Tensor) -> None:
+        """Take in the mean of a further class."""
+        self.values.frombytes(mean.numpy().tobytes())
+        self.count += 1
+
+    def stacked(self) -> Tensor:
+        """(C, D). Raises DataError for fewer than two classes."""
+        if self.count < 2:
+            raise DataError(
+                "a task space needs at least 2 base classes", hint="add class folders to the training split"
+            )
+        return torch.tensor(self.values, dtype=torch.float64).view(self.count, -1)
 
 
 def _mean(features: Tensor) -> Tensor:
     """Mean (D,) in float64 of the features (n, D) of a class, a chunk at a time."""
     if len(features) == 0:
         raise DataError("a base class has no images", hint="remove its folder, or add images to it")
-    total = torch.stack([part.double().sum(dim=0) for part in torch.split(features, CHUNK)]).sum(dim=0)
+    total = torch.stack([part.sum(dim=0, dtype=torch.float64) for part in torch.split(features, CHUNK)]).sum(dim=0)
     if not bool(torch.isfinite(total).all()):  # one value that is not finite makes the sum so
         raise DataError("features of the base classes are not finite", hint="train or choose another encoder")
     return total / len(features)
@@ -162,7 +179,7 @@ def _add_scatter(scatter: Tensor, features: Tensor, mean: Tensor) -> None:
     Products are taken in the features' own precision: the differences have no more digits than that.
     """
     for part in torch.split(features, CHUNK):
-        rest = (part - mean).to(features.dtype).numpy()
+        rest = (part - mean.to(part.dtype)).numpy()
         scatter += torch.from_numpy(np.matmul(rest.T, rest))  # NumPy sees the symmetry and does half the work
 
 

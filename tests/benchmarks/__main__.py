@@ -91,7 +91,11 @@ def show(report: Report, screen: Screen) -> None:
     screen.table(report.title, report.columns, [tuple(str(cell) for cell in row) for row in report.rows])
     for ratio in report.ratios:
         bound = (
-            f"at least {ratio.least:g}" if ratio.least is not None else f"at most {ratio.most:g}" if ratio.most else ""
+            f"at least {ratio.least:g}"
+            if ratio.least is not None
+            else f"at most {ratio.most:g}"
+            if ratio.most is not None
+            else ""
         )
         reached = {True: "reached", False: "not reached", None: ""}[ratio.reached]
         screen.text(f"{ratio.name}: {ratio.value:.2f}" + (f" ({bound}: {reached})" if bound else ""))

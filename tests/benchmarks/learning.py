@@ -214,6 +214,13 @@ def resident_megabytes(peak: bool) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+def private_megabytes() -> float:
+    """What of it belongs to this process alone, where Linux tells it: no files that are mapped."""
+    with suppress(OSError, StopIteration), open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1000
+    return resident_megabytes(peak=False)
+
+
 def forget_peak() -> None:
     """Give freed memory back and start the peak anew: making the data takes more for a moment than the data do."""
     gc.collect()
