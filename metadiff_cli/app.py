@@ -22,6 +22,7 @@ from metadiff_cli.commands import (
     metatrain,
     presets,
     pretrain,
+    refit,
 )
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import MetaDiffError
@@ -39,6 +40,7 @@ app.command("pretrain")(pretrain.pretrain)
 app.command("metatrain")(metatrain.metatrain)
 app.command("adapt")(adapt.adapt)
 app.command("evaluate")(evaluate.evaluate)
+app.command("refit")(refit.refit)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
 app.add_typer(presets.app, name="presets")

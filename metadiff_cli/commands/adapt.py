@@ -38,6 +38,10 @@ def adapt(
     reject_below: Annotated[
         float | None, typer.Option("--reject-below", min=0, max=1, help="Give no label below this confidence (0..1).")
     ] = None,
+    reject: Annotated[
+        str | None,
+        typer.Option("--reject", help="auto: give no label to what looks like none of the classes, see the README."),
+    ] = None,
     labelled: Annotated[
         bool, typer.Option("--labelled", help="The query has class folders or labels: show accuracy and confusions.")
     ] = False,
@@ -84,9 +88,13 @@ def adapt(
       metadiff adapt --support ./imgs --query ./q --checkpoint runs/mini/checkpoint.safetensors
 
       metadiff adapt --support ./imgs --query './q/*.jpg' --checkpoint runs/mini/checkpoint.safetensors --format csv
+
+      metadiff adapt --support ./imgs --query ./q --reject auto
     """
     screen = Screen(quiet=quiet, verbose=verbose)
     format = "json" if as_json else format
+    if reject not in (None, "auto"):
+        raise ConfigError(f"--reject {reject}", hint="give --reject auto, or a confidence: --reject-below 0.5")
     _check_arguments(format, support, classifier, save, overwrite, sort_into, move)
     resolved = options.model_config(
         config, settings, options.runtime_flags(seed, device, threads, num_workers, batch_size),
@@ -105,6 +113,8 @@ def adapt(
     source = str(classifier or options.checkpoint_path(checkpoint))
     given = Given(support, classifier, checkpoint, transductive, unlabeled)
     ready = prepare(resolved, given, queries, screen)
+    if reject is not None:
+        ready = ready.rejecting()
     if save is not None:
         save_classifier(save, ready.classifier, ready.origin)
         screen.note(f"classifier written: {save}")
