@@ -33,6 +33,7 @@ def metatrain(
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
+    report: options.Report = None,
     dry_run: options.DryRun = False,
     config: options.ConfigFile = None,
     settings: options.Settings = None,
@@ -56,6 +57,8 @@ def metatrain(
 
       metadiff metatrain --preset mini-5w5s --data ./mini-imagenet --out runs/mini
 
+      metadiff metatrain --preset glyphs-5w1s --report glyphs.html
+
       metadiff metatrain --preset glyphs-5w1s --method anil-frozen --out runs/anil-frozen
     """
     screen = Screen(quiet=quiet, verbose=verbose)
@@ -70,16 +73,23 @@ def metatrain(
         from metadiff_cli.commands.plan import show_plan
 
         return show_plan("metatrain", resolved, data, screen, as_json=as_json, encoder=file)
-    from metadiff_cli.commands.learning import show_result
+    from metadiff_cli.commands.learning import TRAJECTORIES, show_result
     from metadiff_cli.commands.workspace import CHECKPOINT, open_run, open_source
 
     run = open_run(out or Path("runs") / resolved.name, "metatrain", overwrite=overwrite, resume=resume)
     run.save_config(resolved)
     source = open_source(resolved, data, screen)
     if method == "metadiff":
-        result = train_model(resolved, source, run, file, screen)
+        result = train_model(resolved, source, run, file, screen, drawn=report is not None)
     else:
         result = methods.train_method(method, resolved, source, run, file, screen)
+    if report is not None:
+        from metadiff_cli.commands.evaluation_report import write_evaluation_report
+
+        metrics, before = run.read_metrics("metatrain"), run.read_metrics("pretrain")
+        write_evaluation_report(report, result, metrics, before, title=f"metadiff: training of {resolved.name}")
+        screen.note(f"report written: {report}")
+    result.pop(TRAJECTORIES, None)
     run.save_json("result.json", result)
     run.save_manifest(data=source.dataset.root, encoder=str(file) if file else None)
     if as_json:
@@ -91,8 +101,13 @@ def metatrain(
     screen.text(f"checkpoint: {run.folder / CHECKPOINT}")
 
 
-def train_model(config: Config, source: "Source", run: "Run", file: Path | None, screen: Screen) -> dict[str, Any]:
-    """All stages; returns the result document with what became of the learned part under `learned`."""
+def train_model(
+    config: Config, source: "Source", run: "Run", file: Path | None, screen: Screen, *, drawn: bool = False
+) -> dict[str, Any]:
+    """All stages; returns the result document with what became of the learned part under `learned`.
+
+    With `drawn`, it also holds what only a page draws.
+    """
     from metadiff_cli.commands.card import model_card
     from metadiff_cli.commands.learning import feature_bank, measure, sampling_of
     from metadiff_cli.commands.workspace import CHECKPOINT
@@ -111,11 +126,13 @@ def train_model(config: Config, source: "Source", run: "Run", file: Path | None,
     split = "test" if source.has("test") else "val" if val is not None else "train"
     bank = feature_bank(images, source, split, config, screen)
     e = config.evaluation
-    model, results = Model(images, learner, header), []
+    model = Model(images, learner, header)
+    results: list[dict[str, Any]] = []
     for shot in dict.fromkeys((e.shot, *e.card_shots)):
         protocol = Protocol(e.way, shot, e.query, e.episodes, config.seed)
         controls = ("prototype", "analytic", "untrained")
-        results.append(measure(model, bank, split, protocol, sampling_of(config), controls, screen))
+        wanted = drawn and not results
+        results.append(measure(model, bank, split, protocol, sampling_of(config), controls, screen, drawn=wanted))
     result = results[0]
     header["card"] = model_card(config, len(base.classes), results, _verdict(learned))
     result["learned"] = learned
