@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from metadiff_cli.commands.options import checkpoint_path
-from metadiff_cli.core.adaptation import adapt_classifier
+from metadiff_cli.core.adaptation import adapt_classifier, classifier_rejector
 from metadiff_cli.core.device import pick_device
 from metadiff_cli.core.features import Encoding, ImageEncoder
 from metadiff_cli.core.inference import Sampling
@@ -137,6 +137,26 @@ class FewShotClassifier:
         p: np.ndarray = ready.probabilities(z).cpu().numpy().astype(np.float64)
         rows: np.ndarray = p / p.sum(axis=1, keepdims=True)  # to the precision of float64
         return rows
+
+    def known_margin(self, X: Images) -> np.ndarray:
+        """How far (n,) the known score of n images is above the threshold of rejection, in nats; below 0: of no class.
+
+        The threshold rejects 5 % of images of known classes, on the classes that it was fitted on. Raises as
+        `predict_proba` does, and CheckpointError when the checkpoint has no fitted threshold.
+        """
+        ready = self._fitted()
+        rejector = classifier_rejector(self._origin.model, self._origin.support, ready)
+        items = _items(X)
+        if not items:
+            return np.empty(0)
+        z, _ = _encode(items, ready.images, self.batch_size)
+        margins: np.ndarray = rejector.margins(z.unsqueeze(0))[0].cpu().numpy().astype(np.float64)
+        return margins
+
+    def is_known(self, X: Images) -> np.ndarray:
+        """Whether (n,) each image looks like one of the classes, by `known_margin`; for others `predict` guesses."""
+        known: np.ndarray = self.known_margin(X) >= 0
+        return known
 
     def predict(self, X: Images) -> np.ndarray:
         """The most probable label (n,) of each image; raises as `predict_proba` does."""

@@ -25,6 +25,7 @@ from metadiff_cli.commands import (
     metatrain,
     presets,
     pretrain,
+    refit,
 )
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import MetaDiffError, Stopped
@@ -44,6 +45,7 @@ app.command("pretrain", rich_help_panel=TRAIN)(pretrain.pretrain)
 app.command("metatrain", rich_help_panel=TRAIN)(metatrain.metatrain)
 app.command("evaluate", rich_help_panel=TRAIN)(evaluate.evaluate)
 app.command("export", rich_help_panel=USE)(export.export)
+app.command("refit", rich_help_panel=TRAIN)(refit.refit)
 app.command("inspect", rich_help_panel=LOOK)(inspect.inspect)
 app.add_typer(presets.app, name="presets", rich_help_panel=LOOK)
 app.add_typer(data.app, name="data", rich_help_panel=LOOK)

@@ -64,6 +64,15 @@ def adapt(
             help=options.shown("Give no label below this confidence, 0 to 1.", "every image gets one"),
         ),
     ] = None,
+    reject: Annotated[
+        str | None,
+        typer.Option(
+            "--reject",
+            metavar="auto",
+            rich_help_panel=OUTPUT,
+            help=options.shown("auto gives no label to what looks like none of the classes.", "every image gets one"),
+        ),
+    ] = None,
     labelled: Annotated[
         bool,
         typer.Option(
@@ -141,9 +150,13 @@ def adapt(
       metadiff adapt -S ./imgs -Q './q/*.jpg' --format csv --reject-below 0.5
 
       metadiff adapt -S ./imgs -Q ./q --sort-into ./sorted --report report.html
+
+      metadiff adapt -S ./imgs -Q ./q --reject auto
     """
     screen = Screen(quiet=quiet, verbose=verbose)
     format = "json" if as_json else format
+    if reject not in (None, "auto"):
+        raise ConfigError(f"--reject {reject}", hint="give --reject auto, or a confidence: --reject-below 0.5")
     _check_arguments(format, support, classifier, save, overwrite, sort_into, move)
     resolved = options.model_config(
         config, settings, options.runtime_flags(seed, device, threads, num_workers, batch_size),
@@ -162,6 +175,8 @@ def adapt(
     source = str(classifier or options.checkpoint_path(checkpoint))
     given = Given(support, classifier, checkpoint, transductive, unlabeled)
     ready = prepare(resolved, given, queries, screen)
+    if reject is not None:
+        ready = ready.rejecting()
     if save is not None:
         save_classifier(save, ready.classifier, ready.origin)
         screen.note(f"classifier written: {save}")

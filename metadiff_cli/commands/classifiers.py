@@ -1,7 +1,7 @@
 """The classifier of an `adapt` run: loaded, or made of a support set, a saved classifier and unlabelled images."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,17 @@ from metadiff_cli.commands.learning import sampling_of
 from metadiff_cli.commands.queries import Queries, find_queries
 from metadiff_cli.config import Config
 from metadiff_cli.console import Screen
-from metadiff_cli.core.adaptation import Encoded, adapt_classifier, encode_images, pool_from, read_support
+from metadiff_cli.core.adaptation import (
+    Encoded,
+    adapt_classifier,
+    classifier_rejector,
+    encode_images,
+    pool_from,
+    read_support,
+)
 from metadiff_cli.core.features import ImageEncoder
 from metadiff_cli.core.model import Model, SavedClassifier, load_model
+from metadiff_cli.core.rejection import Rejector, require_rejection
 from metadiff_cli.core.saved import Origin, load_classifier
 from metadiff_cli.core.support import Pool, SupportSet, require_classes
 from metadiff_cli.core.support_check import SupportCheck, check_support
@@ -36,7 +44,8 @@ class Given:
 class Ready:
     """A classifier and what it was made of; the queries' features where they were needed to make it.
 
-    `dependence` says on what predictions depend beside the support and their own image.
+    `dependence` says on what predictions depend beside the support and their own image; `rejector` is there where
+    images of no class are to be found.
     """
 
     classifier: SavedClassifier
@@ -44,6 +53,7 @@ class Ready:
     check: SupportCheck | None = None
     encoded: list[list[Encoded]] | None = None
     dependence: str = ""
+    rejector: Rejector | None = None
 
     def document(self) -> dict[str, Any]:
         """Its part of the JSON document."""
@@ -54,7 +64,12 @@ class Ready:
             "support_check": None if check is None else _check_document(check),
             "protocol": "transductive" if pool is not None else "inductive",
             "unlabelled": 0 if pool is None else len(pool.digests),
+            "rejection": rejection_document(self),
         }
+
+    def rejecting(self) -> "Ready":
+        """With its rejector. Raises CheckpointError where no threshold was fitted."""
+        return replace(self, rejector=classifier_rejector(self.origin.model, self.origin.support, self.classifier))
 
 
 def prepare(config: Config, given: Given, queries: Queries, screen: Screen) -> Ready:
@@ -85,6 +100,14 @@ def _adapted(
     check = check_support(classifier.task, support)
     _tell(check, screen)
     return Ready(classifier, Origin(model, support, pool), check, encoded, _dependence(pool, given.transductive))
+
+
+def rejection_document(ready: Ready) -> dict[str, float] | None:
+    """Of --reject auto: the threshold of the known score in nats, and the rate (0..1) that it was fitted for."""
+    if ready.rejector is None:
+        return None
+    rate = require_rejection(ready.origin.model.learner).rate
+    return {"threshold": round(float(ready.rejector.threshold), 6), "false_rejection_rate": rate}
 
 
 def _dependence(pool: Pool | None, transductive: bool) -> str:

@@ -73,6 +73,14 @@ def evaluate(
             rich_help_panel=COMPARISON,
         ),
     ] = False,
+    open_set: Annotated[
+        bool,
+        typer.Option(
+            "--open-set",
+            help="Also measure how images of classes that a task lacks are rejected.",
+            rich_help_panel=COMPARISON,
+        ),
+    ] = False,
     report: options.Report = None,
     fail_under: Annotated[
         float | None,
@@ -121,11 +129,15 @@ def evaluate(
       metadiff evaluate -c runs/mini/checkpoint.safetensors --query 5 --json
 
       metadiff evaluate --data ./photos --split all --fail-under 60
+
+      metadiff evaluate --data ./photos --split all --open-set
     """
     screen = Screen(quiet=quiet, verbose=verbose)
     if split not in SPLIT_NAMES:
         raise ConfigError(f"unknown split '{split}'", hint=f"choose one of {', '.join(SPLIT_NAMES)}")
-    from metadiff_cli.commands.learning import parse_controls, show_result
+    if open_set and imbalance is not None:
+        raise ConfigError("--open-set asks for balanced queries", hint="leave out --imbalance or --open-set")
+    from metadiff_cli.commands.learning import TRAJECTORIES, parse_controls, show_result
     from metadiff_cli.core.checkpoint import read_header
     from metadiff_cli.core.evaluation import Protocol
 
@@ -144,13 +156,16 @@ def evaluate(
     path = options.checkpoint_path(checkpoint)
     if old is not None and read_header(path)["kind"] == "method":
         raise ConfigError("--compare is for the accuracy of metadiff", hint="leave it out with a baseline's checkpoint")
-    document = measure_file(path, names, runtime, data, split, protocol, screen, halves=halves)
+    document = measure_file(
+        path, names, runtime, data, split, protocol, screen, halves=halves, open_set=open_set, drawn=report is not None
+    )
     if old is not None and compare_to is not None:
         document["compared"] = compare.compare(document, old, compare_to)
     if report is not None:
         from metadiff_cli.commands.evaluation_report import write_evaluation_report
 
         write_evaluation_report(report, document)
+        document.pop(TRAJECTORIES, None)
         screen.note(f"report written: {report}")
     if as_json:
         screen.json(document)
@@ -166,7 +181,7 @@ def evaluate(
 
 def measure_file(
     path: Path, controls: list[str], runtime: Config, data: Path | None, split: str, protocol: Any, screen: Screen,
-    *, halves: bool,
+    *, halves: bool, open_set: bool = False, drawn: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """The result document of a model or a baseline, beside its controls."""
     from metadiff_cli.commands.learning import feature_bank, measure, sampling_of
@@ -179,6 +194,8 @@ def measure_file(
     baseline = read_header(path)["kind"] == "method"
     if halves and (baseline or any(name.endswith(FILE) for name in controls)):
         raise ConfigError("--halves fits what belongs to a MetaDiff model", hint="leave it out with baselines' files")
+    if open_set and baseline:
+        raise ConfigError("--open-set measures a MetaDiff model", hint="leave it out with a baseline's checkpoint")
     model = (load_method if baseline else load_model)(path, device)
     source = find_source(check(model.header["config"]), runtime, data, screen)
     labels = source.split(split, model.images.size).labels
@@ -186,7 +203,19 @@ def measure_file(
     more, statistics = further(controls, name, runtime, source, split, labels, protocol, device, screen)
     if isinstance(model, Model):
         bank = feature_bank(model.images, source, split, runtime, screen)
-        document = measure(model, bank, split, protocol, sampling_of(runtime), controls, screen, more, halves=halves)
+        document = measure(
+            model,
+            bank,
+            split,
+            protocol,
+            sampling_of(runtime),
+            controls,
+            screen,
+            more,
+            halves=halves,
+            open_set=open_set,
+            drawn=drawn,
+        )
     else:
         document = measure_method(model, controls, runtime, source, split, protocol, screen, more)
     return mark(document, statistics)

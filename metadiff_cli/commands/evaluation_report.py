@@ -8,8 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from metadiff_cli.commands.learning import RESULT_COLUMNS, result_rows, result_title
-from metadiff_cli.commands.plots import Bin, Interval, curve, intervals, reliability
+from metadiff_cli.commands.learning import RESULT_COLUMNS, TRAJECTORIES, result_rows, result_title
+from metadiff_cli.commands.openset import COLUMNS, open_set_rows, open_set_title
+from metadiff_cli.commands.plots import Bin, Interval, Way, curve, intervals, reliability, travels
 from metadiff_cli.commands.report import write_page
 
 CURVES = {
@@ -18,6 +19,7 @@ CURVES = {
     "validation": "Validation accuracy, %",
     "gain": "Gain over the analytic denoiser, points",
 }
+APART = ("methods", "reliability", "open_set", TRAJECTORIES)  # shown by tables and plots of their own
 NO_CURVE = frozenset({"epoch", "epochs", "step", "steps", "size", "best", "ci95"})
 
 
@@ -31,25 +33,33 @@ class Figure:
 
 
 def write_evaluation_report(
-    path: Path, document: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]] = (), *, title: str | None = None
-) -> None:
+    path: Path, document: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]] = (),
+    pretraining: Sequence[Mapping[str, Any]] = (), *, title: str | None = None,
+) -> None:  # fmt: skip
     """Write the page of an `evaluate --json` document, atomically.
 
-    `metrics` are the rows of metrics.csv, as numbers or text. Where the document has `reliability`, a list of
-    `{"confidence", "accuracy", "count"}` with both in 0..1, its diagram is drawn. Raises MetaDiffError when the file
-    cannot be written.
+    `metrics` are the rows of metrics.csv, as numbers or text, and `pretraining` those of the stage before. Where the
+    document has `reliability`, a list of `{"confidence", "accuracy", "count"}` with both in 0..1, its diagram is drawn;
+    where it has TRAJECTORIES, the ways of the weights. Raises MetaDiffError when the file cannot be written.
     """
-    figures = [_accuracy(document), *_differences(document), *_reliability(document), *_training(metrics)]
+    figures = [_accuracy(document), *_differences(document), *_reliability(document), *_travels(document)]
+    figures += [*_training(metrics), *_training(pretraining, "Pretraining: ")]
     rows = result_rows(dict(document))
     write_page(
         path, "evaluate.html", title=title or "metadiff: accuracy on episodes", about=result_title(dict(document)),
-        tiles_facts=_tiles(rows[list(document["methods"]).index("metadiff")]), facts=_facts(document),
-        figures=figures, columns=RESULT_COLUMNS, rows=rows,
+        tiles_facts=_tiles(rows[list(document["methods"]).index(_own(document))]), facts=_facts(document),
+        figures=figures, columns=RESULT_COLUMNS, rows=rows, open_set=_open_set(document),
     )  # fmt: skip
 
 
+def _own(document: Mapping[str, Any]) -> str:
+    """The method that was measured: MetaDiff, else the first one, which is the checkpoint's."""
+    names = list(document["methods"])
+    return "metadiff" if "metadiff" in names else names[0]
+
+
 def _tiles(row: Sequence[str]) -> list[tuple[str, str]]:
-    """The numbers at the head of the page: MetaDiff's cells of the table, without empty ones."""
+    """The numbers at the head of the page: the measured method's cells of the table, without empty ones."""
     cells = [(name[0].upper() + name[1:], cell) for name, cell in zip(RESULT_COLUMNS, row, strict=True) if cell]
     return cells[1:]
 
@@ -58,16 +68,23 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, object]]:
     """What is neither a result nor a plot, nested values by dotted names."""
     facts: list[tuple[str, object]] = []
     for key, value in document.items():
-        if key in ("methods", "reliability") or value is None:
+        if key in APART or value is None:
             continue
         nested = value.items() if isinstance(value, Mapping) else [(None, value)]
         facts += [(f"{key}.{inner}" if inner else key, v) for inner, v in nested if v is not None]
     return facts
 
 
+def _open_set(document: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The table of an open-set measurement."""
+    if "open_set" not in document:
+        return None
+    return {"title": open_set_title(document), "columns": COLUMNS, "rows": open_set_rows(document)}
+
+
 def _accuracy(document: Mapping[str, Any]) -> Figure:
     rows = [
-        Interval(name, m["accuracy"], m["ci95"], name == "metadiff")
+        Interval(name, m["accuracy"], m["ci95"], name == _own(document))
         for name, m in _by_accuracy(document["methods"].items())
     ]
     svg = intervals(rows, "accuracy, %")
@@ -80,7 +97,7 @@ def _differences(document: Mapping[str, Any]) -> list[Figure]:
     methods = _by_accuracy(document["methods"].items())
     for key in dict.fromkeys(key for _, m in methods for key in m if key.startswith("paired_to_")):
         rows = [
-            Interval(name, m[key]["difference"], m[key]["ci95"], name == "metadiff")
+            Interval(name, m[key]["difference"], m[key]["ci95"], name == _own(document))
             for name, m in methods
             if m.get(key) is not None
         ]
@@ -104,7 +121,26 @@ def _reliability(document: Mapping[str, Any]) -> list[Figure]:
     return [Figure("Reliability", Markup(svg), about)]
 
 
-def _training(metrics: Sequence[Mapping[str, Any]]) -> list[Figure]:
+def _travels(document: Mapping[str, Any]) -> list[Figure]:
+    """The weights of one task on their way, where the document has them."""
+    if (found := document.get(TRAJECTORIES)) is None:
+        return []
+    steps, draws = len(found["weights"]) - 1, len(found["weights"][0])
+    ways = [
+        Way(name, tuple(target), [[tuple(found["weights"][s][r][n]) for s in range(steps + 1)] for r in range(draws)])
+        for n, (name, target) in enumerate(zip(found["classes"], found["targets"], strict=True))
+    ]
+    first, second = (f"{100 * share:.0f} % of their variance" for share in found["shares"])
+    svg = travels(ways, f"first principal component, {first}", f"second, {second}")
+    about = (
+        f"One task's class weights from {draws} draws of noise, {steps} steps each to the large dots, in the plane of "
+        f"their targets: the rings, means of all images of a class. Temperature 1, {document['shot']}-shot "
+        "support: the fewer images, the shorter the way."
+    )
+    return [Figure("From noise to weights", Markup(svg), about)]
+
+
+def _training(metrics: Sequence[Mapping[str, Any]], stage: str = "") -> list[Figure]:
     """A curve for each column of numbers, with its interval where the column has one."""
     if not metrics:
         return []
@@ -118,7 +154,8 @@ def _training(metrics: Sequence[Mapping[str, Any]]) -> list[Figure]:
             if (x := _float(row.get(across))) is not None and (y := _float(row.get(name))) is not None
         ]
         if len(points) > 1:
-            title = CURVES.get(name, name)
+            label = CURVES.get(name, name)
+            title = stage + (label[0].lower() + label[1:] if stage else label)
             figures.append(Figure(title, Markup(curve(points, across, title, zero=name == "gain"))))
     return figures
 

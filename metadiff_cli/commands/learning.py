@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from metadiff_cli.core.features import FeatureBank, ImageEncoder, build_bank, ev
 from metadiff_cli.core.inference import Learner, Sampling
 from metadiff_cli.core.model import Model
 from metadiff_cli.core.novelty import measure_novelty
+from metadiff_cli.core.rejection import require_rejection
+from metadiff_cli.core.trajectories import trace_weights
 from metadiff_cli.core.tuning import fit_tuning
 from metadiff_cli.errors import ConfigError
 from metadiff_cli.paths import cache_dir
@@ -39,6 +41,7 @@ POSTERIOR = Sampling(
     steps=100, samples=16, temperature=1.0
 )  # classifiers drawn from the posterior, probabilities averaged
 
+TRAJECTORIES = "trajectories"  # key of what a page draws and JSON does not hold
 AGAINST = ("prototype", "analytic", "inductive")  # what the paired differences of every method refer to
 
 
@@ -107,15 +110,32 @@ def measure(
     more: Mapping[str, Method] | None = None,
     *,
     halves: bool = False,
+    open_set: bool = False,
+    drawn: bool = False,
 ) -> dict[str, Any]:
     """The `evaluate --json` document of a model, its controls, and `more` methods.
 
-    With `halves`, what is fitted on classes is fitted on the other half of them.
+    With `halves`, what is fitted on classes is fitted on the other half of them. With `open_set`, also how well images
+    of classes that a task does not contain are rejected. With `drawn`, also TRAJECTORIES, for a page alone.
     """
+    device = model.images.device
+    if open_set and not halves:
+        require_rejection(model.learner)  # before the long part
+    parts = _halves(model, bank, protocol) if halves else [Part(model, bank, protocol)]
     document = result_document(
-        lambda progress: _scores(model, bank, protocol, sampling, controls, more or {}, progress, halves),
-        bank, split, protocol, screen,
-    )  # fmt: skip
+        lambda progress: _scores(parts, sampling, controls, more or {}, device, progress), bank, split, protocol, screen
+    )
+    if open_set:
+        from metadiff_cli.commands.openset import open_set_document
+
+        with screen.progress("open-set episodes") as advance:
+            found = open_set_document(parts, sampling, device, lambda done: advance(done, protocol.episodes))
+        document["open_set"] = found
+    if drawn:
+        first = parts[0]
+        document[TRAJECTORIES] = trace_weights(
+            first.model.learner, first.bank, first.protocol, sampling, device
+        ).to_dict()
     return {
         **document,
         "halves": halves,
@@ -145,35 +165,49 @@ def result_document(
         "classes": len(bank.classes),
         "protocol": "transductive" if protocol.transductive else "inductive",
         "imbalance": protocol.imbalance,
-        "methods": _rounded(summarise(scores, AGAINST)),
-        "reliability": _rounded(next(iter(scores.values())).reliability()),
+        "methods": rounded(summarise(scores, AGAINST)),
+        "reliability": rounded(next(iter(scores.values())).reliability()),
         "episodes_per_second": round(protocol.episodes / seconds, 1),
     }
 
 
-def _scores(
-    model: Model, bank: FeatureBank, protocol: Protocol, sampling: Sampling, controls: Sequence[str],
-    more: Mapping[str, Method], progress: Callable[[int], None], halves: bool,
-) -> dict[str, Scores]:  # fmt: skip
-    device = model.images.device
-    if not halves:
-        methods = {**methods_of(model, controls, sampling, protocol, device), **more}
-        return run_through(evaluate(bank, methods, protocol, device), progress)
+@dataclass(frozen=True)
+class Part:
+    """A part of an evaluation: the model as it is tuned there, the classes it is measured on, and its episodes."""
+
+    model: Model
+    bank: FeatureBank
+    protocol: Protocol
+
+
+def _halves(model: Model, bank: FeatureBank, protocol: Protocol) -> list[Part]:
+    """Tuned on every other class and measured on the rest, and the other way round."""
     parts = []
     for fitted, measured in ((0, 1), (1, 0)):
         part = replace(protocol, episodes=(protocol.episodes + fitted) // 2, seed=protocol.seed + fitted)
-        tuning = fit_tuning(model.learner, every_other(bank, fitted), device, seed=protocol.seed)
+        tuning = fit_tuning(model.learner, every_other(bank, fitted), model.images.device, seed=protocol.seed)
         fresh = replace(model, learner=model.learner.tuned(tuning))
-        methods = {**methods_of(fresh, controls, sampling, part, device), **more}
-        parts.append(run_through(evaluate(every_other(bank, measured), methods, part, device), progress))
-    return {name: parts[0][name].joined(parts[1][name]) for name in parts[0]}
+        parts.append(Part(fresh, every_other(bank, measured), part))
+    return parts
+
+
+def _scores(
+    parts: Sequence[Part], sampling: Sampling, controls: Sequence[str], more: Mapping[str, Method],
+    device: torch.device, progress: Callable[[int], None],
+) -> dict[str, Scores]:  # fmt: skip
+    found: dict[str, Scores] = {}
+    for part in parts:
+        methods = {**methods_of(part.model, controls, sampling, part.protocol, device), **more}
+        scores = run_through(evaluate(part.bank, methods, part.protocol, device), progress)
+        found = {name: found[name].joined(s) if name in found else s for name, s in scores.items()}
+    return found
 
 
 def _novelty(learner: Learner, bank: FeatureBank, protocol: Protocol, sampling: Sampling) -> dict[str, float] | None:
     """How far generated weights are from the training weights; None for a checkpoint that does not hold those."""
     if learner.targets is None:
         return None
-    found: dict[str, float] = _rounded(measure_novelty(learner, learner.targets, bank, protocol, sampling).to_dict())
+    found: dict[str, float] = rounded(measure_novelty(learner, learner.targets, bank, protocol, sampling).to_dict())
     return found
 
 
@@ -205,6 +239,10 @@ def result_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
 def show_result(document: dict[str, Any], screen: Screen) -> None:
     """The table of a result document."""
     screen.table(result_title(document), RESULT_COLUMNS, result_rows(document))
+    if "open_set" in document:
+        from metadiff_cli.commands.openset import COLUMNS, open_set_rows, open_set_title
+
+        screen.table(open_set_title(document), COLUMNS, open_set_rows(document))
 
 
 def _label(name: str, document: dict[str, Any]) -> str:
@@ -217,10 +255,10 @@ def _difference(paired: dict[str, float] | None) -> str:
     return "" if paired is None else f"{paired['difference']:+.2f} ± {paired['ci95']:.2f}"
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Four decimals: beyond that the digits of a float32 computation mean nothing."""
     if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
+        return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_rounded(inner) for inner in value]
+        return [rounded(inner) for inner in value]
     return round(value, 4) if isinstance(value, float) else value

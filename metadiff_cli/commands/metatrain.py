@@ -45,6 +45,7 @@ def metatrain(
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
     init_from: options.InitFrom = None,
+    report: options.Report = None,
     dry_run: options.DryRun = False,
     config: options.ConfigFile = None,
     settings: options.Settings = None,
@@ -71,6 +72,8 @@ def metatrain(
       metadiff metatrain --preset mini-5w5s --data ./mini-imagenet -o runs/5w5s
 
       metadiff metatrain --preset glyphs-5w1s --method anil-frozen -o runs/anil
+
+      metadiff metatrain --preset glyphs-5w1s --report glyphs.html
     """
     screen = Screen(quiet=quiet, verbose=verbose)
     if method not in METHODS:
@@ -85,7 +88,7 @@ def metatrain(
         from metadiff_cli.commands.plan import show_plan
 
         return show_plan("metatrain", resolved, data, screen, as_json=as_json, encoder=file)
-    from metadiff_cli.commands.learning import show_result
+    from metadiff_cli.commands.learning import TRAJECTORIES, show_result
     from metadiff_cli.commands.starting import Start
     from metadiff_cli.commands.workspace import CHECKPOINT, find_data, open_run, open_source
 
@@ -96,9 +99,13 @@ def metatrain(
         source = open_source(resolved, data, screen)
         start = replace(start, encoder=start.encoder or pretrained_file(resolved, encoder_weights, run, screen))
         if method == "metadiff":
-            result = train_model(resolved, source, run, start, screen)
+            result = train_model(resolved, source, run, start, screen, drawn=report is not None)
         else:
             result = methods.train_method(method, resolved, source, run, start, screen)
+        if report is not None:
+            write_training_report(report, result, run, resolved.name)
+            screen.note(f"report written: {report}")
+        result.pop(TRAJECTORIES, None)
         run.save_json("result.json", result)
         run.save_manifest(data=source.dataset.root, encoder=str(encoder_weights or file or "") or None)
     if as_json:
@@ -110,8 +117,21 @@ def metatrain(
     screen.text(f"checkpoint: {run.folder / CHECKPOINT}")
 
 
-def train_model(config: Config, source: "Source", run: "Run", start: "Start", screen: Screen) -> dict[str, Any]:
-    """All stages; returns the result document with what became of the learned part under `learned`."""
+def write_training_report(path: Path, result: dict[str, Any], run: "Run", name: str) -> None:
+    """The page of a training: its curves, and the results of its end."""
+    from metadiff_cli.commands.evaluation_report import write_evaluation_report
+
+    metrics, before = run.read_metrics("metatrain"), run.read_metrics("pretrain")
+    write_evaluation_report(path, result, metrics, before, title=f"metadiff: training of {name}")
+
+
+def train_model(
+    config: Config, source: "Source", run: "Run", start: "Start", screen: Screen, *, drawn: bool = False
+) -> dict[str, Any]:
+    """All stages; returns the result document with what became of the learned part under `learned`.
+
+    With `drawn`, it also holds what only a page draws.
+    """
     from metadiff_cli.commands.card import model_card
     from metadiff_cli.commands.learning import feature_bank, measure, sampling_of
     from metadiff_cli.commands.workspace import CHECKPOINT
@@ -131,11 +151,13 @@ def train_model(config: Config, source: "Source", run: "Run", start: "Start", sc
     split = "test" if source.has("test") else "val" if val is not None else "train"
     bank = feature_bank(images, source, split, config, screen)
     e = config.evaluation
-    model, results = Model(images, learner, header), []
+    model = Model(images, learner, header)
+    results: list[dict[str, Any]] = []
     for shot in dict.fromkeys((e.shot, *e.card_shots)):
         protocol = Protocol(e.way, shot, e.query, e.episodes, config.seed)
         controls = ("prototype", "analytic", "untrained")
-        results.append(measure(model, bank, split, protocol, sampling_of(config), controls, screen))
+        wanted = drawn and not results
+        results.append(measure(model, bank, split, protocol, sampling_of(config), controls, screen, drawn=wanted))
     result = results[0]
     header["card"] = model_card(config, images, len(base.classes), results, _verdict(learned))
     result["learned"] = learned

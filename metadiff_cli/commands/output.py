@@ -21,7 +21,7 @@ class Outcome:
     """What became of a query image: label and confidences in 0..1, or the reason why there are none.
 
     `top` has classes and confidences, best first. `twin` is a support image alike, `truth` the class that the image was
-    given in, `placed` where it was sorted to.
+    given in, `placed` where it was sorted to, `margin` the known score above the threshold of --reject auto.
     """
 
     path: str
@@ -33,6 +33,7 @@ class Outcome:
     twin: str | None = None
     truth: str | None = None
     placed: str | None = None
+    margin: float | None = None
 
     @property
     def good(self) -> bool:
@@ -41,7 +42,7 @@ class Outcome:
 
     def document(self) -> Document:
         """Its JSON; optional keys only where there is something to say."""
-        optional = {"truth": self.truth, "twin": self.twin, "sorted_to": self.placed}
+        optional = {"truth": self.truth, "twin": self.twin, "sorted_to": self.placed, "margin": self.margin}
         return {
             "path": self.path,
             "label": self.label,
@@ -60,7 +61,8 @@ def decide(
     if p is None:
         return Outcome(prediction.path, reason=prediction.reason, truth=truth)
     order = sorted(range(len(classes)), key=lambda i: (-p[i], i))
-    rejected = reject_below is not None and p[order[0]] < reject_below
+    margin = None if prediction.margin is None else round(prediction.margin, 6)
+    rejected = (reject_below is not None and p[order[0]] < reject_below) or (margin is not None and margin < 0)
     return Outcome(
         prediction.path,
         None if rejected else classes[order[0]],
@@ -69,6 +71,7 @@ def decide(
         tuple((classes[i], round(p[i], 6)) for i in order[:top_k]),
         twin=prediction.twin,
         truth=truth,
+        margin=margin,
     )
 
 

@@ -1,18 +1,21 @@
-"""Small plots as inline SVG: dots with intervals, a curve with its band, a reliability diagram.
+"""Small plots as inline SVG: dots with intervals, curves and a band, a reliability diagram, paths in a plane.
 
-Colours and fonts come from the page's style sheet through class names, so that they follow dark mode. Lengths are in
-units of the view box, about a pixel. Text is escaped by ElementTree.
+Colours and fonts come from the page's style sheet through class names, so that they follow dark mode; `standalone`
+takes them into the SVG, for a file of its own. Lengths are in units of the view box, about a pixel. Text is escaped by
+ElementTree.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from xml.etree import ElementTree
 
 WIDTH = 400.0
 ROW, LEFT, RIGHT, TOP, BOTTOM = 30.0, 46.0, 14.0, 12.0, 40.0
 LETTER = 7.8  # width of an average letter at the style sheet's 13 px
 LONGEST_NAME = 18
+HUES = 5  # colours of the style sheet
 FAR = 15.0  # a row this far below the best does not stretch the axis: the intervals of the others stay visible
 
 
@@ -33,6 +36,15 @@ class Bin:
     confidence: float
     accuracy: float
     count: int
+
+
+@dataclass(frozen=True)
+class Way:
+    """The way of one class to its target: points (x, y) of several draws, the first one its start."""
+
+    name: str
+    target: tuple[float, float]
+    draws: Sequence[Sequence[tuple[float, float]]]
 
 
 @dataclass(frozen=True)
@@ -87,8 +99,7 @@ def intervals(rows: Sequence[Interval], label: str, *, zero: bool = False) -> st
             _add(svg, "circle", f"dot{own}", cx=x.at(row.value), cy=y, r=4)
         else:
             _text(svg, "◂ off the scale", x.start + 2, y + 4.5, "start", "tick")
-        name = row.name if len(row.name) <= LONGEST_NAME else row.name[: LONGEST_NAME - 1] + "…"
-        _text(svg, name, names - 10, y + 4.5, "end")
+        _text(svg, _short(row.name), names - 10, y + 4.5, "end")
         number = f"{row.value:+.2f}".replace("-", "−") if zero else f"{row.value:.2f}"
         _text(svg, f"{number} ± {row.half:.2f}", WIDTH, y + 4.5, "end")
     _text(svg, label, (x.start + x.end) / 2, bottom + 34, "middle", "tick")
@@ -116,6 +127,84 @@ def curve(points: Sequence[tuple[float, float, float]], across: str, label: str,
     _add(svg, "polyline", "curve", points=_path(x, y, [(p, value) for p, value, _ in points]))
     _text(svg, across, (x.start + x.end) / 2, height - 6, "middle", "tick")
     return _source(svg)
+
+
+def curves(series: Sequence[tuple[str, Sequence[tuple[float, float]]]], across: str, label: str) -> str:
+    """A line with dots for each name and its points (x, y), from zero up, with their names above."""
+    height, legend = 260.0, 22.0
+    bottom = height - BOTTOM
+    y = Axis.around([0.0, *(value for _, points in series for _, value in points)], bottom, TOP + legend)
+    left = max(LEFT, 14 + LETTER * max(len(_number(tick)) for tick in y.ticks()))
+    x = Axis.around([place for _, points in series for place, _ in points], left, WIDTH - RIGHT)
+    svg = _canvas(height, label)
+    _ticks_up(svg, y, x)
+    for tick in x.ticks():
+        _text(svg, _number(tick), x.at(tick), bottom + 18, "middle", "tick")
+    place = left
+    for i, (name, points) in enumerate(series):
+        hue = f"s{i % HUES}"
+        _add(svg, "polyline", f"curve {hue}", points=_path(x, y, points))
+        for a, b in points:
+            _add(svg, "circle", f"dot {hue}", cx=x.at(a), cy=y.at(b), r=3)
+        _add(svg, "circle", f"dot {hue}", cx=place + 5, cy=TOP + 2, r=5)
+        _text(svg, _short(name), place + 15, TOP + 6.5, "start")
+        place += 30 + LETTER * len(_short(name))
+    _text(svg, across, (x.start + x.end) / 2, height - 6, "middle", "tick")
+    return _source(svg)
+
+
+def travels(paths: Sequence[Way], across: str, up: str) -> str:
+    """Ways to targets in a plane of equal scales: a dot for each step, a larger one at the end; rings are targets."""
+    height = WIDTH
+    points = [p for path in paths for p in (path.target, *(p for draw in path.draws for p in draw))]
+    start, end = LEFT + 8, WIDTH - RIGHT
+    x, y = _square(points, (start, end), (height - BOTTOM, height - BOTTOM - (end - start)))
+    svg = _canvas(height, f"{across}; {up}")
+    _ticks_up(svg, y, x)
+    for tick in x.ticks():
+        _text(svg, _number(tick), x.at(tick), height - BOTTOM + 18, "middle", "tick")
+    for i, path in enumerate(paths):
+        hue = f"s{i % HUES}"
+        for draw in path.draws:
+            _add(svg, "polyline", f"way {hue}", points=_path(x, y, draw))
+            for step, (a, b) in enumerate(draw, start=1):
+                _add(svg, "circle", f"dot {hue}", cx=x.at(a), cy=y.at(b), r=3.6 if step == len(draw) else 1.6)
+    for i, path in enumerate(paths):  # above all the ways
+        a, b = x.at(path.target[0]), y.at(path.target[1])
+        _add(svg, "circle", f"ring s{i % HUES}", cx=a, cy=b, r=6)
+        right = a > (start + end) / 2
+        _text(svg, _short(path.name), a - 11 if right else a + 11, b + 4.5, "end" if right else "start", "text name")
+    _text(svg, across, (start + end) / 2, height - 6, "middle", "tick")
+    _text(svg, up, start, TOP + 2, "start", "tick")
+    return _source(svg)
+
+
+def _square(
+    points: Sequence[tuple[float, float]], across: tuple[float, float], up: tuple[float, float]
+) -> tuple[Axis, Axis]:
+    """Two axes with the same length of a unit that hold all points with some room around."""
+    middles, spans = [], []
+    for values in zip(*points, strict=True):
+        middles.append((min(values) + max(values)) / 2)
+        spans.append(max(values) - min(values))
+    half = 0.53 * max(*spans, 1e-6)
+    return (
+        Axis(middles[0] - half, middles[0] + half, *across),
+        Axis(middles[1] - half, middles[1] + half, *up),
+    )
+
+
+def standalone(svg: str) -> str:
+    """The same plot as the text of an .svg file, with the colours of the pages in it."""
+    sheet = (Path(__file__).parent / "pages" / "style.css").read_text(encoding="utf-8")
+    colours, rest = sheet.split("* { box-sizing", 1)
+    rules = [line for line in rest.splitlines() if line.startswith("svg ")]
+    root = ElementTree.fromstring(svg)
+    root.set("xmlns", "http://www.w3.org/2000/svg")
+    style = ElementTree.Element("style")
+    style.text = "\n".join([colours, *rules, "svg { background: var(--face); font-family: system-ui, sans-serif; }"])
+    root.insert(0, style)
+    return _source(root) + "\n"
 
 
 def reliability(bins: Sequence[Bin], label: str) -> str:
@@ -148,6 +237,10 @@ def _step(span: float) -> float:
     rough = span / 5
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
 
 def _number(value: float) -> str:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from metadiff_cli.commands.classifiers import NAMED, Ready, check_sentences, encode_queries
+from metadiff_cli.commands.classifiers import NAMED, Ready, check_sentences, encode_queries, rejection_document
 from metadiff_cli.commands.output import Errors, Outcome, decide
 from metadiff_cli.commands.queries import Queries
 from metadiff_cli.commands.report import AdaptReport, Confusion, QueryImage, write_report
@@ -31,7 +31,7 @@ class Stream:
         self.score = Score(self.classes) if labelled else None
         broken = ready.origin.support.broken  # they were named when the support was read
         self.errors = Errors([*broken, *queries.unreadable], told=len(broken))
-        self.twins = 0
+        self.twins = self.rejected = 0
         self.sorted_new = self.sorted_old = 0
         self.sorting: str | None = None
 
@@ -50,7 +50,7 @@ class Stream:
         stream = encoded or encode_queries(
             self.config, classifier.images, self.queries, "predicting", self.screen, shown=self.bar
         )
-        return predict_images(classifier, stream, self.ready.origin.support.known())
+        return predict_images(classifier, stream, self.ready.origin.support.known(), self.ready.rejector)
 
     def _note(self, outcome: Outcome) -> None:
         if not outcome.good:
@@ -58,6 +58,7 @@ class Stream:
         elif self.score is not None:
             self.score.add(outcome)
         self.twins += outcome.twin is not None
+        self.rejected += outcome.rejected
         if outcome.twin is not None and self.twins <= NAMED:
             self.screen.warn(f"query {outcome.path} is also in the support ({outcome.twin})")
 
@@ -92,7 +93,7 @@ class Stream:
             classes=self.classes,
             support=readable if any(readable.values()) else {},
             queries=self.kept,
-            facts={"checkpoint": Path(checkpoint).name, "seed": self.config.seed},
+            facts={"checkpoint": Path(checkpoint).name, "seed": self.config.seed, **self._rejection_facts()},
             notes=[self.ready.dependence] if self.ready.dependence else [],
             support_check=check_sentences(self.ready.check),
             broken_support=support.broken,
@@ -101,6 +102,15 @@ class Stream:
         with self.screen.progress("drawing the report", shown=self.bar) as advance:
             write_report(path, report, workers=self.config.runtime.num_workers, progress=advance)
         self.screen.note(f"report written: {path}")
+
+    def _rejection_facts(self) -> dict[str, object]:
+        """How images were rejected, for the page."""
+        below, auto = self.reject_below, rejection_document(self.ready)
+        facts: dict[str, object] = {} if below is None else {"rejected below confidence": f"{below:g}"}
+        if auto is not None:
+            rate = 100 * auto["false_rejection_rate"]
+            facts["rejected as none of the classes"] = f"by a threshold that {rate:g} % of validation images fall below"
+        return facts
 
     def tail(self) -> dict[str, Any]:
         """What the JSON document says after the predictions."""
@@ -112,6 +122,8 @@ class Stream:
         screen = self.screen
         if self.score is not None:
             self.score.show(screen, matrix=matrix)
+        if self.rejected:
+            screen.note(f"{self.rejected} of the query images are rejected")
         if self.twins > NAMED:
             screen.warn(f"{self.twins} query images are also in the support")
         if self.queries.skipped:

@@ -121,8 +121,18 @@ class Run:
         writer = csv.DictWriter(_Lines(lines), fieldnames=names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        name = "metrics.csv" if stage == self.command else f"{stage}-metrics.csv"
-        write_text(self.folder / name, "".join(lines))
+        write_text(self._metrics(stage), "".join(lines))
+
+    def read_metrics(self, stage: str) -> list[dict[str, str]]:
+        """The rows of `save_metrics`, as text; none when the stage did not run here."""
+        path = self._metrics(stage)
+        if not path.is_file():
+            return []
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def _metrics(self, stage: str) -> Path:
+        return self.folder / ("metrics.csv" if stage == self.command else f"{stage}-metrics.csv")
 
     def save_manifest(self, **facts: Any) -> None:
         """Write manifest.json: times, paths, host and versions, which stand nowhere else."""

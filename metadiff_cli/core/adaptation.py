@@ -11,6 +11,7 @@ from torch import Tensor
 from metadiff_cli.core.features import Encoding, ImageEncoder
 from metadiff_cli.core.inference import Sampling, adapt_tasks, seeds_of
 from metadiff_cli.core.model import Model, SavedClassifier
+from metadiff_cli.core.rejection import Rejector, rejector_of
 from metadiff_cli.core.support import (
     Example,
     Pool,
@@ -39,12 +40,16 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one query image: probabilities (N,), or the reason why there are none; `twin` is a support image alike."""
+    """Of one query image: probabilities (N,), or the reason why there are none; `twin` is a support image alike.
+
+    `margin` is the known score above the threshold of rejection, in nats, where there is one; below 0 it is rejected.
+    """
 
     path: str
     probabilities: list[float] | None
     reason: str = ""
     twin: str | None = None
+    margin: float | None = None
 
 
 def encode_images(
@@ -127,15 +132,35 @@ def adapt_classifier(
     return SavedClassifier(model.images, task, support.classes)
 
 
+def classifier_rejector(model: Model, support: SupportSet, classifier: SavedClassifier) -> Rejector:
+    """What rejects images of no class. Raises CheckpointError where no threshold was fitted."""
+    return rejector_of(model.learner, classifier.task, support.task())
+
+
 def predict_images(
-    classifier: SavedClassifier, encoded: Iterable[list[Encoded]], known: Mapping[bytes, str]
+    classifier: SavedClassifier,
+    encoded: Iterable[list[Encoded]],
+    known: Mapping[bytes, str],
+    rejector: Rejector | None = None,
 ) -> Iterator[Prediction]:
     """Predictions in the order of the images; `known` are the paths of support images by digest."""
     for part in encoded:
-        features = [e.features for e in part if e.features is not None]
-        rows = iter(classifier.probabilities(torch.stack(features)).tolist() if features else ())
+        rows = iter(_predicted(classifier, [e.features for e in part if e.features is not None], rejector))
         for e in part:
             if e.features is None:
                 yield Prediction(e.path, None, e.reason)
             else:
-                yield Prediction(e.path, next(rows), twin=known.get(e.digest))
+                probabilities, margin = next(rows)
+                yield Prediction(e.path, probabilities, twin=known.get(e.digest), margin=margin)
+
+
+def _predicted(
+    classifier: SavedClassifier, features: list[Tensor], rejector: Rejector | None
+) -> list[tuple[list[float], float | None]]:
+    """Probabilities and margin of each of the features (D,)."""
+    if not features:
+        return []
+    z = torch.stack(features)
+    rows = classifier.probabilities(z).tolist()
+    margins = [None] * len(rows) if rejector is None else rejector.margins(z.unsqueeze(0))[0].tolist()
+    return list(zip(rows, margins, strict=True))

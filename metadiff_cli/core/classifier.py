@@ -77,6 +77,23 @@ class Calibration:
         return cls(table.ways, table.shots, table.values)
 
 
+@dataclass(frozen=True)
+class Rejection:
+    """Threshold on the known score of an image, below which it belongs to none of a task's classes (rejection.py).
+
+    `offsets` in nats are added to the left-out scores of the support; `rate` is the share (0..1) of images of the
+    task's own classes that fell below on the classes of the fit.
+    """
+
+    offsets: TaskTable
+    rate: float
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Rejection":
+        """From a checkpoint's header."""
+        return cls(TaskTable.from_dict(values["offsets"]), float(values["rate"]))
+
+
 def best_scale(cosines: Tensor, labels: Tensor) -> float:
     """The scale s that minimises the cross-entropy of s * cosines (M, N) against labels (M,); golden-section search."""
     low, high = math.log(0.5), math.log(500.0)

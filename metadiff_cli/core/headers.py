@@ -47,10 +47,13 @@ def check_tuning(values: Any) -> None:
     usual = values.get("usual")
     for name, value in values.items():
         fine = all(isinstance(leaf, bool) or _is_number(leaf) for leaf in _leaves(value))
-        if not fine and (name, value) != ("usual", None):  # the one fitted thing that may be missing
+        if not fine and (value is not None or name not in ("usual", "rejection")):  # fitted things that may be missing
             raise ValueError(f"its tuning has {name} {value!r:.80}")
     if usual is not None and (usual["deviation"] <= 0 or min(*usual["shift"]["ways"], *usual["shift"]["shots"]) < 1):
         raise ValueError(f"its tuning has usual {usual!r:.80}")
+    rejection = values.get("rejection")
+    if rejection is not None and min(*rejection["offsets"]["ways"], *rejection["offsets"]["shots"]) < 1:
+        raise ValueError(f"its tuning has rejection {rejection!r:.80}")
     for name in ("calibration", "prototype_calibration"):
         calibration = values[name]
         if min(*calibration["ways"], *calibration["shots"]) < 1:

@@ -5,7 +5,7 @@ it gives turns features into predictions. Query images reach adaptation only as 
 "transductive").
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,9 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metadiff_cli.core.classifier import Calibration, cosine_logits, leave_one_out_guidance, task_logits
+from metadiff_cli.core.classifier import (
+    Calibration,
+    Rejection,
+    cosine_logits,
+    leave_one_out_guidance,
+    task_logits,
+)
 from metadiff_cli.core.denoiser import AnalyticDenoiser, SupportStats
-from metadiff_cli.core.diffusion import Denoises, Noise, Schedule, ddim, ddpm, finish
+from metadiff_cli.core.diffusion import Denoises, Noise, SamplerStep, Schedule, ddim, ddpm, finish
 from metadiff_cli.core.domain import SHARED, Usual, domain_of, trusted_guidance
 from metadiff_cli.core.episodes import episode_batches
 from metadiff_cli.core.features import Encoding, FeatureBank, ImageEncoder, extract
@@ -46,6 +52,7 @@ class Tuning:
     shared: float = SHARED  # how much of the mean of its class means a task's domain is
     usual: Usual | None = None  # what to tell unusual tasks by; None: all are taken as usual
     pool: PoolGuidance = field(default_factory=PoolGuidance)
+    rejection: Rejection | None = None  # None: never fitted
 
 
 @dataclass(frozen=True)
@@ -114,20 +121,42 @@ def adapt_tasks(
     """
     if isinstance(support, Tensor):
         support = TaskSupport.even(support)
-    tasks, ways, size = support.means.shape
+    stats, space, guidance, scale = _conditioning(learner, support, sampling)
+    guide = None
+    if pool is not None and pool.shape[1] > 0:
+        guide = pool_guide(space, stats, pool, guidance, scale, pool_guidance or learner.tuning.pool)
+    noise = Noise(seeds, ranks, support.z.shape[-1], sampling.temperature, support.z.device)
+    samples = [finish(_sampler(learner, noise.draw(), stats, sampling, noise, guide)) for _ in range(sampling.samples)]
+    return TaskClassifier(space, torch.stack([space.to_feature(w) for w in samples]), guidance, scale)
+
+
+@torch.inference_mode()
+def trace_tasks(
+    learner: Learner, support: TaskSupport, sampling: Sampling, *, ranks: Tensor, seeds: Sequence[int]
+) -> Tensor:
+    """The path of one sample, (S + 1, B, N, D) in feature space: the starting noise, then the weights after each step.
+
+    Arguments are those of `adapt_tasks`. This alone keeps the path in memory.
+    """
+    stats, space, _, _ = _conditioning(learner, support, sampling)
+    noise = Noise(seeds, ranks, support.z.shape[-1], sampling.temperature, support.z.device)
+    start = noise.draw()
+    path = [start, *(step.w for step in _sampler(learner, start, stats, sampling, noise, None))]
+    return torch.stack([space.to_feature(w) for w in path])
+
+
+def _conditioning(
+    learner: Learner, support: TaskSupport, sampling: Sampling
+) -> tuple[SupportStats, TaskSpace, Tensor | float, float]:
+    """What the sampler is conditioned on, guidance included; the tasks' spaces, guidance scale and logit scale."""
+    tasks, ways, _ = support.means.shape
     scale = learner.tuning.calibration.scale(ways, float(support.count.mean()))
     base, count = learner.space, support.count.expand(tasks, -1, -1)
     stats = SupportStats(base.to_task(support.means), count, base.precision.view(1, 1, -1))
     domain = domain_of(stats, learner.tuning.shared)
     space = base.around(base.to_feature(domain))
     guidance = _guidance(learner.tuning, space, support, stats, sampling, scale)
-    stats = replace(stats, mean=stats.mean - domain).scaled(guidance)
-    guide = None
-    if pool is not None and pool.shape[1] > 0:
-        guide = pool_guide(space, stats, pool, guidance, scale, pool_guidance or learner.tuning.pool)
-    noise = Noise(seeds, ranks, size, sampling.temperature, support.z.device)
-    samples = [_sample(learner, stats, sampling, noise, guide) for _ in range(sampling.samples)]
-    return TaskClassifier(space, torch.stack([space.to_feature(w) for w in samples]), guidance, scale)
+    return replace(stats, mean=stats.mean - domain).scaled(guidance), space, guidance, scale
 
 
 def _guidance(
@@ -145,18 +174,13 @@ def _guidance(
     return leave_one_out_guidance(support, space, scale, default)
 
 
-def _sample(
-    learner: Learner,
-    stats: SupportStats,
-    sampling: Sampling,
-    noise: Noise,
-    guide: Guide | None,
-) -> Tensor:
+def _sampler(
+    learner: Learner, start: Tensor, stats: SupportStats, sampling: Sampling, noise: Noise, guide: Guide | None
+) -> Iterator[SamplerStep]:
     denoiser: Denoises = learner.denoiser
-    start = noise.draw()
     if sampling.method == "ddpm":
-        return finish(ddpm(denoiser, start, learner.schedule, sampling.steps, stats, noise.draw, guide))
-    return finish(ddim(denoiser, start, learner.schedule, sampling.steps, stats, guide))
+        return ddpm(denoiser, start, learner.schedule, sampling.steps, stats, noise.draw, guide)
+    return ddim(denoiser, start, learner.schedule, sampling.steps, stats, guide)
 
 
 def seeds_of(seed: int, first: int, count: int) -> list[int]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metadiff_cli.config import is_pretrained
 from metadiff_cli.core.checkpoint import KINDS, Checkpoint, load_checkpoint, save_checkpoint
-from metadiff_cli.core.classifier import Calibration
+from metadiff_cli.core.classifier import Calibration, Rejection
 from metadiff_cli.core.denoiser import build_denoiser
 from metadiff_cli.core.domain import Usual
 from metadiff_cli.core.encoders import Encoder, build_encoder
@@ -80,10 +80,7 @@ def resized(images: ImageEncoder, size: int) -> ImageEncoder:
 
 def save_model(path: Path, images: ImageEncoder, learner: Learner, header: dict[str, Any]) -> None:
     """Write a full model; `header` says whose denoiser it is, the base classes, configuration and metrics."""
-    tensors = model_tensors(images, learner)
-    if learner.targets is not None:
-        tensors["targets"] = learner.targets
-    save_checkpoint(path, "model", tensors, {**header, **model_header(images, learner)})
+    save_checkpoint(path, "model", model_tensors(images, learner), {**header, **model_header(images, learner)})
 
 
 def load_model(path: Path, device: torch.device) -> Model:
@@ -92,8 +89,10 @@ def load_model(path: Path, device: torch.device) -> Model:
 
 
 def model_tensors(images: ImageEncoder, learner: Learner) -> dict[str, Tensor]:
-    """What adaptation and prediction need of a model, by name."""
+    """What adaptation, prediction and rejection need of a model, by name."""
     tensors = encoder_tensors(images)
+    if learner.targets is not None:
+        tensors["targets"] = learner.targets
     tensors |= {f"space.{n}": t for n, t in learner.space.tensors().items()}
     return tensors | {f"denoiser.{n}": t for n, t in learner.denoiser.state_dict().items()}
 
@@ -112,20 +111,24 @@ def model_of(checkpoint: Checkpoint, device: torch.device) -> Model:
         denoiser = _denoiser(checkpoint, images.feature_size).to(device)
         learned = header["denoiser"]["kind"] != "analytic"
         targets = checkpoint.tensors.get("targets")
+        if targets is not None and targets.shape != (len(targets), images.feature_size):
+            raise ValueError(f"training weights of shape {tuple(targets.shape)}")
         targets = None if targets is None else targets.to(device)
         learner = Learner(space, denoiser, learned, Tuning(), targets).tuned(tuning_from(header["tuning"]))
         return Model(images, learner, header)
 
 
 def tuning_from(values: dict[str, Any]) -> Tuning:
-    """Tuning from a checkpoint's header; files from before a task's domain was estimated have none of that."""
+    """Tuning from a checkpoint's header; older files lack what was fitted later."""
     check_tuning(values)
     calibrations = {key: Calibration.from_dict(values[key]) for key in ("calibration", "prototype_calibration")}
     usual = values.get("usual")
     if usual is not None:
         usual = Usual(TaskTable.from_dict(usual["shift"]), float(usual["deviation"]))
+    rejection = values.get("rejection")
     parts = {
         **calibrations,
+        "rejection": None if rejection is None else Rejection.from_dict(rejection),
         "shared": values.get("shared", 0.0),
         "usual": usual,
         "pool": PoolGuidance(**values["pool"]),

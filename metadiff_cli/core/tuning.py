@@ -1,5 +1,5 @@
-"""What is fitted on validation classes once the denoiser stands: centring, guidance default, calibration, and whether
-the learned part is kept."""
+"""What is fitted on validation classes once the denoiser stands: centring, guidance default, calibration, the threshold
+of rejection, and whether the learned part is kept."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,13 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metadiff_cli.core.classifier import GUIDANCE_GRID, PROTOTYPE, best_scale, cosine_logits, fit_calibration
+from metadiff_cli.core.classifier import (
+    GUIDANCE_GRID,
+    PROTOTYPE,
+    Rejection,
+    best_scale,
+    cosine_logits,
+    fit_calibration,
+)
 from metadiff_cli.core.denoiser import AnalyticDenoiser, support_stats
 from metadiff_cli.core.domain import Usual, shift_of
 from metadiff_cli.core.episodes import Episodes, episode_batches
 from metadiff_cli.core.evaluation import Protocol, evaluate, mean_interval, method_of, run_through
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.inference import Learner, Sampling, Tuning, adapt_tasks, ranks_of, seeds_of
+from metadiff_cli.core.rejection import LEAVE_ONE_OUT, RATE, rejector_of
 from metadiff_cli.core.tables import TaskTable
 from metadiff_cli.core.task_space import ClassStatistics
 
@@ -73,7 +81,32 @@ def fit_tuning(learner: Learner, bank: FeatureBank, device: torch.device, *, see
         learner = learner.tuned(replace(learner.tuning, usual=_usual(learner, tasks, pairs)))
     ours = {pair: best_scale(*tasks.collect(*pair, _logits(learner))) for pair in pairs}
     theirs = {pair: best_scale(*tasks.collect(*pair, _prototype(learner))) for pair in pairs}
-    return replace(learner.tuning, calibration=fit_calibration(ours), prototype_calibration=fit_calibration(theirs))
+    tuning = replace(learner.tuning, calibration=fit_calibration(ours), prototype_calibration=fit_calibration(theirs))
+    return replace(tuning, rejection=fit_rejection(learner.tuned(tuning), bank, device, seed=seed, query=query))
+
+
+def fit_rejection(
+    learner: Learner, bank: FeatureBank, device: torch.device, *, seed: int, query: int = 15
+) -> Rejection | None:
+    """The threshold below which RATE of the images of a task's own classes fall, for a grid of ways and shots.
+
+    No unknown image is needed. None when the learner does not have the weights of its base classes. Fit last: the
+    threshold depends on all other tuning.
+    """
+    if learner.targets is None:
+        return None
+    indices = bank.class_indices()
+    smallest = min(len(rows) for rows in indices)
+    query = max(1, min(query, smallest - LEAVE_ONE_OUT))
+    ways = sorted({min(way, len(indices)) for way in (2, 5, 10, 20)})
+    shots = [shot for shot in (1, 2, 5, 10) if shot + query <= smallest] or [1]
+    tasks = _Tasks(bank, indices, query, seed + SEED, device)
+    margins = {
+        (way, shot): tasks.collect(way, shot, _margins(learner, way), max(100, 1000 // way))[0]
+        for way in ways
+        for shot in shots
+    }
+    return Rejection(TaskTable.of({pair: float(values.quantile(RATE)) for pair, values in margins.items()}), RATE)
 
 
 Cosines = Callable[[Tensor, Tensor, Episodes], Tensor]
@@ -87,10 +120,10 @@ class _Tasks:
     ) -> None:
         self.bank, self.indices, self.query, self.seed, self.device = bank, indices, query, seed, device
 
-    def collect(self, way: int, shot: int, cosines: Cosines) -> tuple[Tensor, Tensor]:
-        """Cosines (M, N) of all queries of all episodes, and their labels (M,)."""
+    def collect(self, way: int, shot: int, cosines: Cosines, episodes: int = EPISODES) -> tuple[Tensor, Tensor]:
+        """What `cosines` gives, as (M, N), of all queries of all episodes, and their labels (M,)."""
         values, labels = [], []
-        for part in episode_batches(self.indices, way, shot, self.query, count=EPISODES, batch=25, seed=self.seed):
+        for part in episode_batches(self.indices, way, shot, self.query, count=episodes, batch=25, seed=self.seed):
             support = self.bank.take(part.support).to(self.device)
             query = self.bank.take(part.query).to(self.device)
             values.append(cosines(support, query, part).flatten(0, 1).cpu())
@@ -113,6 +146,20 @@ def _logits(learner: Learner, guidance: float | None = None) -> Cosines:
         return classifier.logits(query)
 
     return logits
+
+
+def _margins(learner: Learner, way: int) -> Cosines:
+    """Known scores relative to the left-out ones of the support, (B, Q)."""
+    none = Rejection(TaskTable((way,), (1, LEAVE_ONE_OUT), ((0.0, 0.0),)), RATE)
+    learner = learner.tuned(replace(learner.tuning, rejection=none))
+
+    def margins(support: Tensor, query: Tensor, episodes: Episodes) -> Tensor:
+        classifier = adapt_tasks(
+            learner, support, Sampling(), ranks=ranks_of(episodes.classes), seeds=seeds_of(0, 0, len(support))
+        )
+        return rejector_of(learner, classifier, support).margins(query)
+
+    return margins
 
 
 def _prototype(learner: Learner) -> Cosines:

@@ -14,7 +14,19 @@ from hypothesis import strategies as st
 from test_report import HOSTILE, Page
 
 from metadiff_cli.commands.evaluation_report import write_evaluation_report
-from metadiff_cli.commands.plots import WIDTH, Axis, Bin, Interval, curve, intervals, reliability
+from metadiff_cli.commands.plots import (
+    WIDTH,
+    Axis,
+    Bin,
+    Interval,
+    Way,
+    curve,
+    curves,
+    intervals,
+    reliability,
+    standalone,
+    travels,
+)
 
 CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1)
@@ -133,3 +145,40 @@ def test_table_and_page_show_the_same(cli: Callable[..., Result], checkpoint: Pa
     own = document["methods"]["metadiff"]
     cell = f"{own['accuracy']:.2f} ± {own['ci95']:.2f}"
     assert cell in table and cell in Page(tmp_path / "e.html").text
+
+
+PLACES = st.floats(-1e4, 1e4)
+
+
+@CALM
+@given(st.lists(st.tuples(NAMES, st.lists(st.tuples(PLACES, PLACES), min_size=2, max_size=5)), min_size=1, max_size=7))
+def test_ways_stay_inside_and_keep_their_proportions(ways: list[tuple[str, list[tuple[float, float]]]]) -> None:
+    svg = travels([Way(name, points[0], [points]) for name, points in ways], "first", "second")
+    assert all(-1e-6 <= place <= WIDTH + 1e-6 for place in places(svg))
+    root = ElementTree.fromstring(svg)
+    lines = [e for e in root.iter("polyline") if e.attrib["class"].startswith("way")]
+    assert len(lines) == len(ways) == sum(e.attrib["class"].startswith("ring") for e in root.iter("circle"))
+    drawn = [tuple(map(float, p.split(","))) for e in lines for p in e.attrib["points"].split()]
+    real = [p for _, points in ways for p in points]
+    across, up = (max(a) - min(a) for a in zip(*drawn, strict=True))
+    wide, high = (max(a) - min(a) for a in zip(*real, strict=True))
+    assert across * high == pytest.approx(up * wide, rel=0.05, abs=20 * max(wide, high) / 100 + 1e-6)
+
+
+@CALM
+@given(st.lists(st.tuples(NAMES, st.lists(st.tuples(st.floats(0, 1e4), st.floats(0, 1e6)), min_size=1)), min_size=1,
+                max_size=3))  # fmt: skip
+def test_several_curves_stay_inside(series: list[tuple[str, list[tuple[float, float]]]]) -> None:
+    root = ElementTree.fromstring(curves(series, "steps", "MiB"))
+    assert len(list(root.iter("polyline"))) == len(series)
+    dots = [e for e in root.iter("circle") if e.attrib["r"] == "3.00"]
+    assert all(-1e-6 <= float(e.attrib["cx"]) <= WIDTH for e in dots)
+
+
+def test_a_plot_can_stand_alone() -> None:
+    svg = standalone(curves([("a", [(1, 2), (3, 4)])], "steps", "MiB"))
+    root = ElementTree.fromstring(svg)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    (style,) = root.iter("{http://www.w3.org/2000/svg}style")
+    assert style.text is not None and "--s0:" in style.text and "svg .curve" in style.text
+    assert "prefers-color-scheme: dark" in style.text and "url(" not in style.text

@@ -208,6 +208,8 @@ def test_training_on_classes_without_noise_stays_finite() -> None:
     bank = bank_of(np.repeat(world(12, 1), 16, axis=1))
     config = MetatrainConfig(steps=5, batch=4, ways=(5, 5), validate_every=5)
     trainer = MetaTrainer(bank, fit_task_space(bank.by_class()), DenoiserConfig(width=16), config, seed=0, device=CPU)
-    assert all(np.isfinite(record.loss) for record in trainer.run(lambda denoiser: None))
+    records = [record for record in trainer.run(lambda denoiser: None) if record is not None]
+    assert records and all(np.isfinite(record.loss) for record in records)
     assert all(torch.isfinite(p).all() for p in trainer.denoiser.parameters())
-    assert F.mse_loss(trainer.sums / trainer.counts.unsqueeze(1), bank.take(np.arange(0, 192, 16))) < 1e-10
+    images = trainer.space.to_task(bank.take(np.arange(0, 192, 16)))  # of every class the one that all are equal to
+    assert F.mse_loss(trainer.sums / trainer.counts.unsqueeze(1), images) < 1e-6 * images.square().mean()
