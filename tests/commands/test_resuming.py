@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -357,6 +358,59 @@ def test_a_file_that_may_not_grow_ends_with_a_message(
     assert failed.code == 1 and "File too large" in failed.err and "--resume" in failed.err
     assert (run / "encoder-state.safetensors").read_bytes() == before
     assert cli(*PRETRAIN, "--out", run, "--resume").code == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = shutil.which("mount")
+    options = ["-t", "tmpfs", "-o", "size=16m", "tmpfs", str(place)]
+    if mount is None or subprocess.run([mount, *options], check=False, capture_output=True).returncode:
+        pytest.skip("nobody may mount a tmpfs here; RLIMIT_FSIZE stands in for a full disk in the test above")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def fill(disk: Path, left: int) -> Path:
+    """A file that leaves so many bytes of a disk."""
+    filler = disk / "filler"
+    filler.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - left)))
+    return filler
+
+
+def test_a_full_disk_ends_with_a_message_and_the_last_state(
+    whole: Path, own_cache: Path, small_disk: Path, cli: CLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = small_disk / "run"
+    with monkeypatch.context() as patch:
+        each_step(patch, lambda: signal.raise_signal(signal.SIGINT))
+        assert cli(*METATRAIN, "--out", run).code == 130
+    state = (run / STATES[1]).read_bytes()
+    filler = fill(small_disk, len(state) // 2)
+    failed = cli(*METATRAIN, "--out", run, "--resume")
+    assert failed.code == 1 and "No space left on device" in failed.err and "--resume" in failed.err
+    assert (run / STATES[1]).read_bytes() == state
+    assert not [path for path in run.iterdir() if LEFTOVER.fullmatch(path.name)]
+    filler.unlink()
+    assert cli(*METATRAIN, "--out", run, "--resume").code == 0
+    assert same_results(run, whole)
+
+
+def test_a_cache_on_a_full_disk_is_no_bus_error(
+    small_disk: Path, tmp_path: Path, cli: CLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoded images go into a memory-mapped file; another process may take the room that was there before."""
+    monkeypatch.setenv("METADIFF_CACHE_DIR", str(small_disk))
+    fill(small_disk, 100_000)
+    room = shutil.disk_usage(tmp_path)
+    for usage, code, message in ((None, 3, "METADIFF_CACHE_DIR"), (room, 1, "No space left on device")):
+        with monkeypatch.context() as patch:
+            if usage is not None:
+                patch.setattr(shutil, "disk_usage", lambda folder: room)
+            result = cli(*PRETRAIN, "--out", tmp_path / "run", "--resume")
+        assert result.code == code and message in result.err
 
 
 def test_a_cache_that_cannot_be_written_to_is_said_and_done_without(
