@@ -96,7 +96,6 @@ def _in_one_process(what: str, place: Path, sizes: Sizes) -> list[Look]:
 
 def _look() -> Look:
     """Resident memory and open files of this process, the latter where the system tells them."""
-    gc.collect()
     with contextlib.suppress(OSError):
         return resident_megabytes(peak=False), len(os.listdir("/proc/self/fd"))
     return resident_megabytes(peak=False), 0
@@ -107,6 +106,7 @@ def _adapting(place: Path, sizes: Sizes) -> list[Look]:
     looks = []
     for _ in range(sizes.soak_runs):
         _run(_command("adapt", place))
+        gc.collect()
         looks.append(_look())
     return looks
 
