@@ -188,6 +188,13 @@ def mean_gradients(module: nn.Module) -> None:
             gradient.copy_(mean.view_as(gradient))
 
 
+def mean_buffers(module: nn.Module) -> None:
+    """Buffers, such as the running statistics of BatchNorm, become their means over the processes."""
+    for buffer in module.buffers() if world().size > 1 else ():
+        if buffer.is_floating_point():
+            mean_of(buffer)
+
+
 def all_rows(rows: Tensor) -> list[Tensor]:
     """The rows (B, ...) of each process, as many in each, with gradients back to where they are from."""
     if world().size == 1:
@@ -223,8 +230,8 @@ def process_lost(error: BaseException, *, resumable: bool) -> ProcessLost:
 
 
 def _line(error: BaseException) -> str:
-    """The first line, without the place in torch's source where it stands."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first sentence, without the place in torch's source where it stands."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
     return text.split("] ", 1)[-1] if text.startswith("[") else text
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from metadiff_cli.config import PretrainConfig
 from metadiff_cli.core.device import autocast, default_noise, set_default_noise
 from metadiff_cli.core.encoders import Encoder
-from metadiff_cli.core.parallel import all_rows, mean_of, part_of, synchronised, weight_of
+from metadiff_cli.core.parallel import all_rows, mean_buffers, mean_of, part_of, synchronised, weight_of
 from metadiff_cli.data.transforms import Augmentation, Changes, augment, rotate_quarters
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
 from metadiff_cli.world import world
@@ -193,6 +193,7 @@ class Pretrainer:
         """
         while self.epoch < self.config.epochs:
             yield from self._train_epoch()
+            mean_buffers(self.encoder)
             yield self._end_epoch(validate(self.encoder.eval()))
 
     def _end_epoch(self, validation: float | None) -> PretrainEpoch:
