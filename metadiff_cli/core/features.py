@@ -233,8 +233,9 @@ def _make_shards(
             shard = np.concatenate([_stored(z, dtype) for z in extract(encode, pixels, further)])
             with atomic(path) as temporary, temporary.open("wb") as file:
                 np.save(file, shard)
+        else:
+            _further(progress, done, len(images), len(pixels), 0)
         done += len(pixels)
-        _further(progress, done, len(images), 0, 0)
     return [path for _, path in shards]
 
 
