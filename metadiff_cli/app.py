@@ -28,7 +28,10 @@ from metadiff_cli.commands import (
     refit,
 )
 from metadiff_cli.console import Screen
-from metadiff_cli.errors import MetaDiffError, Stopped
+from metadiff_cli.errors import ConfigError, MetaDiffError, ProcessLost, Stopped
+from metadiff_cli.world import ALONE, announced, enter, world
+
+SEVERAL = ("pretrain", "metatrain", "evaluate")  # commands that several processes can share
 
 USE, TRAIN, LOOK = "Use", "Train and measure", "Look around"
 
@@ -62,6 +65,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
@@ -77,6 +81,27 @@ def root(
 
       metadiff metatrain --preset glyphs-5w1s
     """
+    _join(context.invoked_subcommand)
+
+
+def _join(command: str | None) -> None:
+    """Where torchrun began several processes, let them find one another."""
+    found = announced(os.environ)
+    if found.size == 1:
+        return
+    enter(found)
+    if command not in SEVERAL:
+        raise ConfigError(f"{command} is the work of one process", hint=f"type `metadiff {command}`, without torchrun")
+    from metadiff_cli.core.parallel import start
+
+    start(found)
+
+
+def _leave() -> None:
+    if world().size > 1:
+        from metadiff_cli.core.parallel import stop
+
+        stop()
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -84,17 +109,22 @@ def run(arguments: Sequence[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         result = app(args=None if arguments is None else list(arguments), prog_name="metadiff", standalone_mode=False)
+        _leave()
         return result if isinstance(result, int) else 0
+    except ProcessLost as error:
+        _trace()
+        _tell(error.message, _again(arguments) if error.resumable else "run it again")
+        return error.exit_code
     except MetaDiffError as error:
         _trace()
-        Screen().error(error.message, error.hint)
+        _tell(error.message, error.hint)
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        Screen().error("interrupted", None)
+        _tell("interrupted", None)
         return 130
     except Stopped as stopped:
-        again = _again(sys.argv[1:] if arguments is None else arguments) if stopped.resumable else None
-        Screen().error("terminated" if stopped.exit_code == 143 else "interrupted", again)
+        again = _again(arguments) if stopped.resumable else None
+        _tell("terminated" if stopped.exit_code == 143 else "interrupted", again)
         return stopped.exit_code
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -102,13 +132,24 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _unforeseen(error)
     finally:
+        enter(ALONE)
         signal.signal(signal.SIGTERM, previous)
 
 
-def _again(arguments: Sequence[str]) -> str:
+def _tell(message: str, hint: str | None) -> None:
+    """An error, once: of several processes that meet it, the first one tells."""
+    if world().size > 1:
+        from metadiff_cli.core.parallel import speaks
+
+        if not speaks():
+            return
+    Screen().error(message, hint)
+
+
+def _again(arguments: Sequence[str] | None) -> str:
     """The command line that goes on with what this one began."""
-    given = [a for a in arguments if a not in ("--overwrite", "--resume")]
-    return f"metadiff {shlex.join(given)} --resume"
+    given = [a for a in arguments or sys.argv[1:] if a not in ("--overwrite", "--resume")]
+    return f"{world().launcher} {shlex.join(given)} --resume"
 
 
 def _unforeseen(error: Exception) -> int:
@@ -119,12 +160,16 @@ def _unforeseen(error: Exception) -> int:
         return int(code)
     _trace()
     if isinstance(error, OSError) and error.strerror:
-        Screen().error(*_of_the_system(error))
+        _tell(*_of_the_system(error))
         return 1
+    if world().size > 1:
+        from metadiff_cli.core.parallel import lost, process_lost
+
+        if lost(error):
+            _tell(process_lost(error, resumable=False).message, "run it again")
+            return 1
     kind = type(error).__name__
-    Screen().error(
-        f"{kind}: {error}" if str(error) else kind, "run it again with METADIFF_DEBUG=1 to see where it failed"
-    )
+    _tell(f"{kind}: {error}" if str(error) else kind, "run it again with METADIFF_DEBUG=1 to see where it failed")
     return 1
 
 

@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from metadiff_cli.world import world
 
 PLAIN_EVERY = 10.0  # seconds between two progress lines where no bar can be drawn
 WIDE = 160  # columns of a table that goes to a file or a pipe
@@ -22,12 +24,19 @@ Advance = Callable[[int, int | None], None]  # done, and of how many where that 
 
 
 class Screen:
-    """What a command draws on. `quiet` leaves errors and results, `verbose` adds details."""
+    """What a command draws on. `quiet` leaves errors and results, `verbose` adds details.
+
+    Of several processes that work together only the main one draws; errors come from any.
+    """
 
     def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
-        self.quiet, self.verbose = quiet, verbose
-        self.out = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else WIDE)
-        self.err = Console(file=sys.stderr, highlight=False, width=None if sys.stderr.isatty() else WIDE)
+        self.mute = not world().main
+        self.quiet, self.verbose = quiet or self.mute, verbose and not self.mute
+        self.out = self._console(sys.stdout, self.mute)
+        self.err = self._console(sys.stderr, self.mute)
+
+    def _console(self, file: TextIO, mute: bool) -> Console:
+        return Console(file=file, highlight=False, width=None if file.isatty() else WIDE, quiet=mute)
 
     def note(self, text: str) -> None:
         """A line for the person, on stderr."""
@@ -49,12 +58,15 @@ class Screen:
 
     def error(self, message: str, hint: str | None) -> None:
         """What went wrong, and the next step."""
-        self.err.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
+        err = self._console(sys.stderr, mute=False)
+        err.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
         if hint:
-            self.err.print(f"  try: {escape(hint)}", soft_wrap=True)
+            err.print(f"  try: {escape(hint)}", soft_wrap=True)
 
     def text(self, text: str) -> None:
         """A plain result line on stdout, untouched."""
+        if self.mute:
+            return
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 

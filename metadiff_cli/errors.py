@@ -39,6 +39,15 @@ class GateError(MetaDiffError):
     exit_code = 5
 
 
+class ProcessLost(MetaDiffError):
+    """Another process of the same run has ended or is not reached any more."""
+
+    def __init__(self, message: str, *, resumable: bool) -> None:
+        """`resumable` says that --resume goes on from what is saved."""
+        super().__init__(message)
+        self.resumable = resumable
+
+
 class Stopped(BaseException):
     """SIGINT or SIGTERM asked the command to stop; not an Exception, so that nothing on the way up swallows it."""
 

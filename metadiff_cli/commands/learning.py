@@ -27,6 +27,7 @@ from metadiff_cli.core.features import FeatureBank, ImageEncoder, build_bank, ev
 from metadiff_cli.core.inference import Learner, Sampling
 from metadiff_cli.core.model import Model
 from metadiff_cli.core.novelty import measure_novelty
+from metadiff_cli.core.parallel import on_main
 from metadiff_cli.core.rejection import require_rejection
 from metadiff_cli.core.trajectories import trace_weights
 from metadiff_cli.core.tuning import fit_tuning
@@ -141,7 +142,7 @@ def measure(
         "halves": halves,
         "sampling": asdict(sampling),
         "denoiser": model.header["denoiser"]["kind"],
-        "novelty": _novelty(model.learner, bank, protocol, sampling),
+        "novelty": on_main(lambda: _novelty(model.learner, bank, protocol, sampling)),
     }
 
 

@@ -12,6 +12,7 @@ from metadiff_cli.commands.pretrained import check_encoder, pretrained_file
 from metadiff_cli.config import Config, resolve
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError
+from metadiff_cli.world import world
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,6 +138,7 @@ def train_model(
     from metadiff_cli.commands.workspace import CHECKPOINT
     from metadiff_cli.core.evaluation import Protocol
     from metadiff_cli.core.model import Model, save_model
+    from metadiff_cli.core.parallel import on_main
 
     images = _encoder(config, source, run, start, screen)
     base = feature_bank(images, source, "train", config, screen)
@@ -163,7 +165,7 @@ def train_model(
     result["learned"] = learned
     metrics = {"methods": result["methods"], "split": split, "learned": learned}
     metrics |= {key: result[key] for key in ("way", "shot", "query", "episodes", "seed")}
-    save_model(run.folder / CHECKPOINT, images, learner, {**header, "metrics": metrics})
+    on_main(lambda: save_model(run.folder / CHECKPOINT, images, learner, {**header, "metrics": metrics}))
     return result
 
 
@@ -185,9 +187,10 @@ def _encoder(config: Config, source: "Source", run: "Run", start: "Start", scree
     """The encoder that was given, else the kept one of these settings and images, else a new one."""
     from metadiff_cli.commands.pretrain import pretrain_encoder
     from metadiff_cli.commands.resuming import file_digest
-    from metadiff_cli.commands.workspace import ENCODER, encoder_key, kept_encoder
+    from metadiff_cli.commands.workspace import ENCODER, encoder_key
     from metadiff_cli.core.device import keep_freed_memory, pick_device, set_threads
     from metadiff_cli.core.model import load_encoder
+    from metadiff_cli.core.parallel import on_main
     from metadiff_cli.paths import copy_file
 
     keep_freed_memory()
@@ -196,16 +199,25 @@ def _encoder(config: Config, source: "Source", run: "Run", start: "Start", scree
     file = start.encoder
     if file is None:
         val = source.split("val") if source.has("val") else None
-        file = kept_encoder(encoder_key(config, source.split("train"), val, file_digest(start.init)))
-        if file.is_file():
+        key = encoder_key(config, source.split("train"), val, file_digest(start.init))
+        file, there = on_main(lambda: _kept(key))
+        if there:
             screen.note("taking the encoder that these settings and images gave before")
         else:
             _, file = pretrain_encoder(config, source, run, screen, start.init)
     f = config.features
     images = load_encoder(file, device, mirror=f.mirror, half=f.half, size=f.size)
-    if file.resolve() != (run.folder / ENCODER).resolve():
+    if world().main and file.resolve() != (run.folder / ENCODER).resolve():
         copy_file(file, run.folder / ENCODER)
     return images
+
+
+def _kept(key: str) -> tuple[Path, bool]:
+    """Where the encoder of a key is kept, and whether it is there."""
+    from metadiff_cli.commands.workspace import kept_encoder
+
+    path = kept_encoder(key)
+    return path, path.is_file()
 
 
 def _learn(
@@ -246,17 +258,18 @@ def _task_space(
     config: Config, base: "FeatureBank", val: "FeatureBank | None", device: Any, screen: Screen
 ) -> tuple["TaskSpace", "Tensor"]:
     """The task space of the base classes, its shrinkage as configured or as validation classes prefer; their means."""
+    from metadiff_cli.core.parallel import on_main
     from metadiff_cli.core.statistics import kept_statistics
     from metadiff_cli.core.tuning import SHRINKAGE, choose_shrinkage
 
-    statistics = kept_statistics(base)
+    statistics = on_main(lambda: kept_statistics(base))
     shrink, floor = config.space.shrink, config.space.floor
     if shrink == "auto":
         shrink = SHRINKAGE[0]
         if val is not None:
             shrink = choose_shrinkage(statistics, floor, val, device, seed=config.seed)
             screen.detail(f"shrinkage {shrink[0]:g} within classes and {shrink[1]:g} between, by validation classes")
-    return statistics.task_space(*shrink, floor).to(device), statistics.means
+    return on_main(lambda: statistics.task_space(*shrink, floor)).to(device), statistics.means
 
 
 def _paper_space(

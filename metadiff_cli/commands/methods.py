@@ -30,6 +30,7 @@ def train_method(
     from metadiff_cli.commands.workspace import CHECKPOINT
     from metadiff_cli.core.evaluation import Protocol
     from metadiff_cli.core.innerloop import ON_FEATURES
+    from metadiff_cli.core.parallel import on_main
     from metadiff_cli.core.trained import save_method
 
     frozen = name in ON_FEATURES
@@ -42,7 +43,7 @@ def train_method(
     result = measure_method(method, ("prototype", "analytic", "logreg", "ridge") if frozen else (), config, source,
                             split, protocol, screen)  # fmt: skip
     metrics = {key: result[key] for key in ("methods", "split", "way", "shot", "query", "episodes", "seed")}
-    save_method(run.folder / CHECKPOINT, method, metrics)
+    on_main(lambda: save_method(run.folder / CHECKPOINT, method, metrics))
     return result
 
 

@@ -10,6 +10,7 @@ from metadiff_cli.commands import options
 from metadiff_cli.commands.pretrained import trains_no_library
 from metadiff_cli.config import Config, resolve
 from metadiff_cli.console import Screen
+from metadiff_cli.world import world
 
 if TYPE_CHECKING:
     from metadiff_cli.commands.workspace import Run, Source
@@ -100,6 +101,7 @@ def pretrain_encoder(
     from metadiff_cli.commands.starting import Start
     from metadiff_cli.commands.workspace import ENCODER_STATE, encoder_key, kept_encoder
     from metadiff_cli.core.checkpoint import save_checkpoint
+    from metadiff_cli.core.parallel import on_main
     from metadiff_cli.paths import cache_dir
 
     train, val = source.split("train"), source.split("val") if source.has("val") else None
@@ -109,11 +111,17 @@ def pretrain_encoder(
         label="pretraining", state=run.folder / ENCODER_STATE, screen=screen,
         identity=Start(init=init).identity(config, "pretrain", source),
     )  # fmt: skip
-    _save_best(run, trainer, header)
-    path = kept_encoder(encoder_key(config, train, val, file_digest(init)))
+    metrics = {"validation": trainer.best_validation}
+
+    def keep() -> Path:
+        _save_best(run, trainer, header)
+        path = kept_encoder(encoder_key(config, train, val, file_digest(init)))
+        save_checkpoint(path, "encoder", _best(trainer), {**header, "metrics": metrics})
+        return path
+
+    path = on_main(keep)
     if (cache := cache_dir()) not in path.parents:
         screen.note(f"{cache / 'encoders'} cannot be written to: the encoder is kept in {path.parent}")
-    save_checkpoint(path, "encoder", _best(trainer), {**header, "metrics": {"validation": trainer.best_validation}})
     return trainer, path
 
 
@@ -172,7 +180,7 @@ def _show(
         f"  train {record.accuracy:.1f} %{shown}{'  best' if record.best and shown else ''}"
     )
     run.save_metrics(trainer.history, "pretrain")
-    if record.best:
+    if record.best and world().main:
         _save_best(run, trainer, header)
     return True
 
@@ -190,6 +198,7 @@ def _validation(config: Config, source: "Source", image: dict[str, Any]) -> Any:
     """The measurement after each epoch: prototype, 5-way 1-shot, on part of the validation images."""
     from metadiff_cli.core.features import ImageEncoder
     from metadiff_cli.core.inference import quick_accuracy
+    from metadiff_cli.core.parallel import on_main
 
     if not source.has("val"):
         return lambda encoder: None
@@ -200,6 +209,7 @@ def _validation(config: Config, source: "Source", image: dict[str, Any]) -> Any:
         frozen = ImageEncoder(
             encoder, config.encoder, image["size"], tuple(image["mean"]), tuple(image["std"]), False, device
         )
-        return quick_accuracy(frozen, val.images, val.labels, batch=config.runtime.batch_size, seed=config.seed)
+        batch = config.runtime.batch_size
+        return on_main(lambda: quick_accuracy(frozen, val.images, val.labels, batch=batch, seed=config.seed))
 
     return validate

@@ -11,6 +11,7 @@ from metadiff_cli.commands.signals import HeldSignals
 from metadiff_cli.config import Config, flat
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError, Stopped
+from metadiff_cli.world import world
 
 SAVE_EVERY = 60.0  # seconds: what a `kill -9` loses of an epoch at most, beside the step at hand
 NONE = "none"
@@ -65,14 +66,18 @@ def follow(
 ) -> None:  # fmt: skip
     """Run a training, from its state file when there is one, and keep that file up to date.
 
+    Several processes have the same state, and the main one keeps it: any number of them can go on from there.
+
     `show` takes each record, draws it, writes what belongs to it, and says whether the state is to be saved now. Raises
     Stopped after SIGINT or SIGTERM, with the state saved; ConfigError when the state has another `identity`.
     """
     from metadiff_cli.core.checkpoint import save_checkpoint
+    from metadiff_cli.core.parallel import barrier
 
     def save() -> float:
-        tensors, plain = trainer.state()
-        save_checkpoint(state, "state", tensors, {"plain": plain, "depends": identity})
+        if world().main:
+            tensors, plain = trainer.state()
+            save_checkpoint(state, "state", tensors, {"plain": plain, "depends": identity})
         return time.monotonic()
 
     _restore(trainer, state, identity, screen)
@@ -87,16 +92,19 @@ def follow(
         except Stopped:
             if not held.twice:
                 save()
+                if held.together:
+                    barrier()  # the end of any process has the others killed
             raise
 
 
 def _restore(trainer: Trainer, state: Path, identity: dict[str, Any], screen: Screen) -> None:
     from metadiff_cli.core.checkpoint import load_checkpoint
     from metadiff_cli.core.model import checkpoint_errors
+    from metadiff_cli.core.parallel import on_main
 
-    if not state.is_file():
+    kept = on_main(lambda: load_checkpoint(state, "state") if state.is_file() else None)
+    if kept is None:
         return
-    kept = load_checkpoint(state, "state")
     with checkpoint_errors(state):
         before, plain = kept.header["depends"], kept.header["plain"]
         refuse_changes(before, identity, state)

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
+from metadiff_cli.core.parallel import largest_of
 from metadiff_cli.errors import Stopped
+from metadiff_cli.world import world
 
 HELD = (signal.SIGINT, signal.SIGTERM)
 Result = TypeVar("Result")
@@ -16,12 +18,14 @@ class HeldSignals:
     """While it is open, a signal waits until `stop_if_asked`; a second one raises Stopped at once, a third one kills.
 
     What may be interrupted at any moment runs through `interruptible`. Outside of the main thread, which alone gets
-    signals, it does nothing.
+    signals, it does nothing. Of several processes all stop after the same step, whichever got the signal; only the main
+    one, which saves, stops at once within `interruptible`.
     """
 
     def __init__(self) -> None:
         self.asked: int | None = None
         self.twice = False
+        self.together = False  # whether all processes have stopped
         self._free = False
         self._previous: dict[int, Any] = {}
 
@@ -35,17 +39,19 @@ class HeldSignals:
             signal.signal(number, handler)
 
     def stop_if_asked(self) -> None:
-        """Raises Stopped when a signal has arrived."""
-        if self.asked is not None:
-            raise Stopped(self.asked)
+        """Raises Stopped when a signal has arrived, at any of the processes."""
+        if asked := largest_of(self.asked or 0):
+            self.together = True
+            raise Stopped(asked)
 
     def interruptible(self, work: Callable[..., Result]) -> Callable[..., Result]:
         """`work` as a function that a signal stops at once; only for what leaves the state of a training alone."""
 
         def run(*arguments: Any) -> Result:
             try:
-                self._free = True
-                self.stop_if_asked()
+                self._free = world().main
+                if self._free and self.asked is not None:
+                    raise Stopped(self.asked)
                 return work(*arguments)
             finally:
                 self._free = False

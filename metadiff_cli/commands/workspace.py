@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from metadiff_cli import __version__
 from metadiff_cli.commands.resuming import depends, refuse_changes
 from metadiff_cli.config import Config, check, read_yaml, to_yaml
 from metadiff_cli.console import Screen
+from metadiff_cli.core.parallel import check_same, lost, main_first, on_main, process_lost
 from metadiff_cli.data.cache import DecodedSplit, decode_split
 from metadiff_cli.data.folders import Dataset, Split, check_folder, open_dataset, require_split
 from metadiff_cli.data.glyphs import glyph_dataset
 from metadiff_cli.data.known import KNOWN
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError, Stopped
 from metadiff_cli.paths import LEFTOVER, cache_dir, data_dir, sweep, writable, write_text
+from metadiff_cli.world import world
 
 BROKEN_SHOWN = 5  # broken images that are named; the others are counted
 CONFIG, LOCK = "config.yaml", ".lock"
@@ -54,10 +56,12 @@ class Source:
         return self.decoded[name, size]
 
     def _decode(self, split: Split, size: int) -> DecodedSplit:
+        workers = self.config.runtime.num_workers
         with self.screen.progress(f"reading {split.name} images") as advance:
-            decoded = decode_split(
-                split, size, cache_dir() / "images", workers=self.config.runtime.num_workers, progress=advance
+            decoded = main_first(
+                lambda: decode_split(split, size, cache_dir() / "images", workers=workers, progress=advance)
             )
+        check_same(decoded.key, f"the {split.name} images")
         for note in decoded.notes:
             self.screen.note(note)
         for path, reason in decoded.broken[:BROKEN_SHOWN]:
@@ -104,7 +108,10 @@ def find_data(config: Config, given: Path | None) -> Path:
 
 @dataclass
 class Run:
-    """A run directory. Results are in files that depend on the configuration alone; manifest.json has the rest."""
+    """A run directory. Results are in files that depend on the configuration alone; manifest.json has the rest.
+
+    Of several processes the main one writes.
+    """
 
     folder: Path
     command: str
@@ -112,7 +119,7 @@ class Run:
 
     def save_config(self, config: Config) -> None:
         """Write config.yaml: everything that the results depend on and can be given to `--config`."""
-        write_text(self.folder / CONFIG, to_yaml(config))
+        self._write(CONFIG, to_yaml(config))
 
     def save_metrics(self, rows: list[dict[str, Any]], stage: str) -> None:
         """Write all rows so far to metrics.csv, or to <stage>-metrics.csv for a stage before the run's own."""
@@ -121,7 +128,7 @@ class Run:
         writer = csv.DictWriter(_Lines(lines), fieldnames=names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_text(self._metrics(stage), "".join(lines))
+        self._write(self._metrics(stage).name, "".join(lines))
 
     def read_metrics(self, stage: str) -> list[dict[str, str]]:
         """The rows of `save_metrics`, as text; none when the stage did not run here."""
@@ -145,13 +152,18 @@ class Run:
             "host": platform.node(),
             "platform": platform.platform(),
             "versions": _versions(),
+            "processes": world().size,
             **facts,
         }
-        write_text(self.folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        self.save_json("manifest.json", manifest)
 
     def save_json(self, name: str, document: dict[str, Any]) -> None:
         """Write a JSON document into the run directory."""
-        write_text(self.folder / name, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        self._write(name, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        if world().main:
+            write_text(self.folder / name, text)
 
 
 class _Lines:
@@ -172,14 +184,8 @@ def open_run(out: Path, command: str, config: Config, *, overwrite: bool, resume
         raise ConfigError("--overwrite and --resume exclude each other", hint="give one of them")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file, not a folder", hint="give another --out")
-    _check_contents(out, overwrite=overwrite, resume=resume)
-    with _alone(out):
-        sweep(out)
-        if overwrite:
-            _clear(out)
-        elif (out / CONFIG).is_file():
-            before = depends(check(read_yaml(out / CONFIG)))
-            refuse_changes(before, depends(config), out)
+    with ExitStack() as held:
+        on_main(lambda: _take(held, out, config, overwrite=overwrite, resume=resume))
         run = Run(out, command, time.time())
         try:
             run.save_config(config)
@@ -194,6 +200,22 @@ def open_run(out: Path, command: str, config: Config, *, overwrite: bool, resume
                 f"{error.strerror or error}{place}; what was saved in {out} before is whole",
                 hint="make room or mend the folder, and go on with --resume",
             ) from error
+        except RuntimeError as error:
+            if lost(error):
+                raise process_lost(error, resumable=True) from error
+            raise
+
+
+def _take(held: ExitStack, out: Path, config: Config, *, overwrite: bool, resume: bool) -> None:
+    """Check and lock the run directory, and empty it or compare its settings."""
+    _check_contents(out, overwrite=overwrite, resume=resume)
+    held.enter_context(_alone(out))
+    sweep(out)
+    if overwrite:
+        _clear(out)
+    elif (out / CONFIG).is_file():
+        before = depends(check(read_yaml(out / CONFIG)))
+        refuse_changes(before, depends(config), out)
 
 
 @contextmanager

@@ -151,6 +151,20 @@ class TaskUNet(nn.Module):
         return out
 
 
+class TaskDropout(nn.Dropout):
+    """Dropout that treats the tasks of a part of a batch as it would in the whole batch, from the same generator."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__(p)
+        self.first, self.whole = 0, 0  # of the part; 0 stands for no parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.whole == 0:
+            return super().forward(x)
+        factors = super().forward(x.new_ones(self.whole, *x.shape[1:]))
+        return x * factors[self.first : self.first + len(x)]
+
+
 class Block(nn.Module):
     """Normalise, modulate by the condition, non-linearity, linear."""
 
@@ -158,7 +172,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(inputs)
         self.modulation = nn.Linear(condition, 2 * inputs)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = TaskDropout(dropout)
         self.linear = nn.Linear(inputs, outputs)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:

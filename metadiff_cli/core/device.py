@@ -10,16 +10,22 @@ import torch
 from torch import Tensor
 
 from metadiff_cli.errors import ConfigError
+from metadiff_cli.world import world
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn `--device` into a device. Raises ConfigError when the machine does not have it."""
+    """Turn `--device` into a device. Raises ConfigError when the machine does not have it.
+
+    Of several processes on a machine each gets a GPU of its own.
+    """
+    if world().size > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        return _own_gpu(world().local_rank, world().local_size)
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("mps" if torch.backends.mps.is_available() and world().size == 1 else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("no CUDA device can be used here", hint="use --device auto or --device cpu")
     if name == "mps" and not torch.backends.mps.is_available():
@@ -27,6 +33,16 @@ def pick_device(name: str) -> torch.device:
     if name.split(":")[0] not in DEVICES:
         raise ConfigError(f"unknown device '{name}'", hint=f"choose one of {', '.join(DEVICES)}")
     return torch.device(name)
+
+
+def _own_gpu(number: int, processes: int) -> torch.device:
+    if number >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{processes} processes on a machine with {torch.cuda.device_count()} GPUs",
+            hint="start as many processes as there are GPUs, or use --device cpu",
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from metadiff_cli.core.parallel import mine
 from metadiff_cli.errors import DataError
 
 
@@ -19,6 +20,10 @@ class Episodes:
     support: np.ndarray  # (B, N, K) rows of the feature bank
     query: np.ndarray  # (B, M) rows of the feature bank
     labels: np.ndarray  # (B, M) position 0..N-1 of each query's class in the episode
+
+    def part(self, which: slice) -> "Episodes":
+        """Some of the tasks."""
+        return Episodes(self.classes[which], self.support[which], self.query[which], self.labels[which])
 
 
 def check_episodes(
@@ -107,9 +112,11 @@ def episode_batches(
     batch: int,
     seed: int,
     imbalance: float | None = None,
+    dealt: bool = False,
 ) -> Iterator[Episodes]:
-    """Episodes 0 .. count - 1 of `seed` in batches."""
-    for start in range(0, count, batch):
+    """Episodes 0 .. count - 1 of `seed` in batches; `dealt` leaves those that are this process's (`parallel.mine`)."""
+    starts = range(0, count, batch)
+    for start in mine(starts) if dealt else starts:
         indices = range(start, min(start + batch, count))
         yield join(
             [sample_episode(class_indices, way, shot, query, seed=seed, index=i, imbalance=imbalance) for i in indices]

@@ -3,8 +3,10 @@
 `evaluate` is a generator: it yields the number of episodes done and returns the results.
 """
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,12 @@ from metadiff_cli.core.inference import (
     ranks_of,
     seeds_of,
 )
+from metadiff_cli.core.parallel import gather_in_order, mine
 from metadiff_cli.core.pool import PoolGuidance, label_propagation, soft_kmeans
+from metadiff_cli.world import world
 
 BATCH_VALUES = 24_000_000  # numbers in the features of one batch of episodes: about 100 MB
+BATCHES = 16  # or more, where there are as many episodes: so many processes can share them
 
 
 @dataclass(frozen=True)
@@ -123,26 +128,30 @@ def _centred(support: Tensor, query: Tensor, centre: Tensor | None) -> tuple[Ten
 def evaluate(
     bank: FeatureBank, methods: Mapping[str, Method], protocol: Protocol, device: torch.device
 ) -> Generator[int, None, dict[str, Scores]]:
-    """Scores of each method on the protocol's episodes. Raises DataError when the classes do not suffice."""
+    """Scores of each method on the protocol's episodes. Raises DataError when the classes do not suffice.
+
+    Several processes share the batches, which are the same for any number of them, and each gets all scores.
+    """
     indices = bank.class_indices()
     largest = None if protocol.imbalance is None else 2 * protocol.query
     check_episodes(indices, bank.classes, protocol.way, protocol.shot, protocol.query, largest)
     rows = protocol.way * (protocol.shot + protocol.query)
-    batch = max(1, min(protocol.episodes, BATCH_VALUES // (rows * bank.features.shape[1])))
-    scores = {name: Scores() for name in methods}
-    done = 0
-    for episodes in episode_batches(
+    batch = max(1, min(math.ceil(protocol.episodes / BATCHES), BATCH_VALUES // (rows * bank.features.shape[1])))
+    own: list[dict[str, Scores]] = []
+    firsts = mine(range(0, protocol.episodes, batch))
+    for first, episodes in zip(firsts, episode_batches(
         indices, protocol.way, protocol.shot, protocol.query,
-        count=protocol.episodes, batch=batch, seed=protocol.seed, imbalance=protocol.imbalance,
-    ):  # fmt: skip
+        count=protocol.episodes, batch=batch, seed=protocol.seed, imbalance=protocol.imbalance, dealt=True,
+    ), strict=True):  # fmt: skip
         support = bank.take(episodes.support).to(device)  # (B, N, K, D)
         query = bank.take(episodes.query).to(device)  # (B, M, D)
         labels = torch.from_numpy(episodes.labels).to(device)
+        own.append({name: Scores() for name in methods})
         for name, method in methods.items():
-            scores[name].add(method(support, query, episodes, done), labels)
-        done += len(labels)
-        yield done
-    return scores
+            own[-1][name].add(method(support, query, episodes, first), labels)
+        yield min(protocol.episodes, len(own) * batch * world().size)
+    everyone = gather_in_order(own)
+    return {name: reduce(Scores.joined, (scores[name] for scores in everyone)) for name in methods}
 
 
 def summarise(

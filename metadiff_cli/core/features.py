@@ -7,6 +7,7 @@ works on features, so an episode costs an index and no forward pass.
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,12 @@ from filelock import FileLock
 from torch import Tensor
 
 from metadiff_cli.core.encoders import Encoder
+from metadiff_cli.core.parallel import barrier, mine, on_main
 from metadiff_cli.data.mapped import release
 from metadiff_cli.data.transforms import normalise
 from metadiff_cli.errors import DataError, MetaDiffError
 from metadiff_cli.paths import atomic, sweep, writable
+from metadiff_cli.world import world
 
 Progress = Callable[[int, int], None]
 VERSION = 1  # of the computation below: part of the key, so that old files are not taken for new ones
@@ -183,45 +186,70 @@ def build_bank(
     """
     name = f"{encoder.key}-{key[:32]}" + ("" if store == "fp32" else f"-{store}")
     path, shape, dtype = folder / f"{name}.npy", (len(labels), encoder.feature_size), np.dtype(STORES[store])
-    kept = _open(path, shape, dtype)  # no lock: files appear whole, and the folder may be read-only
-    if kept is None:
-        if (place := writable(folder)) != folder:
+    if on_main(lambda: _open(path, shape, dtype) is None):  # no lock: files appear whole, the folder may be read-only
+        place = on_main(lambda: writable(folder))
+        if place != folder:
             note(f"{folder} cannot be written to: features are kept in {place}")
-            folder, path = place, place / path.name
-        with FileLock(f"{path}.lock"):
-            kept = _open(path, shape, dtype)  # perhaps another process was faster
-            if kept is None:
-                sweep(folder, path.name)
-                parts = folder / f"{name}.parts"
-                shards = _make_shards(encoder, images, parts, batch, dtype, progress)
-                with atomic(path) as temporary:
-                    _join(shards, temporary, shape, dtype)
-                shutil.rmtree(parts, ignore_errors=True)
-                kept = np.load(path, mmap_mode="r", allow_pickle=False)
+            path = place / path.name
+        with FileLock(f"{path}.lock") if world().main else nullcontext():
+            if on_main(lambda: _open(path, shape, dtype) is None):  # perhaps another run was faster
+                _fill(path, encoder, images, batch, dtype, progress)
+    kept = _open(path, shape, dtype)
+    if kept is None:
+        raise _unseen(path)
     return FeatureBank(kept, np.asarray(labels), classes)
+
+
+def _fill(
+    path: Path, encoder: ImageEncoder, images: np.ndarray, batch: int, dtype: np.dtype, progress: Progress
+) -> None:
+    """The features of all images into one file, by way of shards that are removed in the end."""
+    parts = path.with_suffix(".parts")
+    on_main(lambda: sweep(path.parent, path.name))
+    shards = _make_shards(encoder, images, parts, batch, dtype, progress)
+    barrier()
+
+    def finish() -> None:
+        with atomic(path) as temporary:
+            _join(shards, temporary, (len(images), encoder.feature_size), dtype)
+        shutil.rmtree(parts, ignore_errors=True)
+
+    on_main(finish)
 
 
 def _make_shards(
     encoder: ImageEncoder, images: np.ndarray, folder: Path, batch: int, dtype: np.dtype, progress: Progress
 ) -> list[Path]:
-    """Files with the features of SHARD images after another; those that are there already are not made again."""
-    encode, paths = Encoding(encoder, batch), []
-    for start in range(0, len(images), SHARD):
-        stop = min(start + SHARD, len(images))
-        paths.append(path := folder / f"{start // SHARD:06d}.npy")
-        if _open(path, (stop - start, encoder.feature_size), dtype) is None:
-            further = partial(_further, progress, start, len(images))
-            shard = np.concatenate([_stored(z, dtype) for z in extract(encode, images[start:stop], further)])
+    """Files with the features of SHARD images after another; those that are there already are not made again.
+
+    Several processes share them out.
+    """
+    encode, done = Encoding(encoder, batch), 0
+    shards = [(start, folder / f"{start // SHARD:06d}.npy") for start in range(0, len(images), SHARD)]
+    for start, path in mine(shards):
+        pixels = images[start : start + SHARD]
+        if _open(path, (len(pixels), encoder.feature_size), dtype) is None:
+            further = partial(_further, progress, done, len(images))
+            shard = np.concatenate([_stored(z, dtype) for z in extract(encode, pixels, further)])
             with atomic(path) as temporary, temporary.open("wb") as file:
                 np.save(file, shard)
         else:
-            progress(stop, len(images))
-    return paths
+            _further(progress, done, len(images), len(pixels), 0)
+        done += len(pixels)
+    return [path for _, path in shards]
 
 
-def _further(progress: Progress, start: int, total: int, done: int, _: int) -> None:
-    """Progress of a shard as progress of the whole."""
-    progress(start + done, total)
+def _further(progress: Progress, before: int, total: int, done: int, _: int) -> None:
+    """Progress of a shard as progress of the whole; the other processes are about as far."""
+    progress(min(total, (before + done) * world().size), total)
+
+
+def _unseen(path: Path) -> MetaDiffError:
+    """Why a file that was just written is not there."""
+    return MetaDiffError(
+        f"{path} was written by one process and cannot be read by another",
+        hint="set METADIFF_CACHE_DIR to a folder on a file system that all machines share",
+    )
 
 
 def _join(shards: Sequence[Path], path: Path, shape: tuple[int, int], dtype: np.dtype) -> None:
@@ -230,6 +258,8 @@ def _join(shards: Sequence[Path], path: Path, shape: tuple[int, int], dtype: np.
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for shard in shards:
+            if not shard.is_file():
+                raise _unseen(shard)
             file.write(np.load(shard, allow_pickle=False).data)
 
 

@@ -19,7 +19,9 @@ from metadiff_cli.core.episodes import Episodes, check_episodes, training_batch
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.innerloop import InnerLearner
 from metadiff_cli.core.metatraining import adam_tensors, restore_adam, validation_due
+from metadiff_cli.core.parallel import mean_gradients, mean_of, part_of
 from metadiff_cli.errors import MetaDiffError
+from metadiff_cli.world import world
 
 REPORT_EVERY = 20  # steps
 LARGEST_SLOPE = 10.0  # entries of the outer gradient are clipped there, as MAML's code does on mini-ImageNet
@@ -63,6 +65,7 @@ class InnerTrainer:
         self.indices = [rows + q * len(bank.labels) for q in range(quarters) for rows in own]
         self.learner = learner.to(device)
         self.optimiser = torch.optim.Adam(self.learner.parameters(), lr=config.lr)
+        self.part = part_of(config.batch, "the batch of tasks")  # of a step's tasks, those of this process
         self.step = 0
         self.seen = torch.zeros(3, dtype=torch.float64)  # loss, accuracy, steps since the last validation
         self.best: dict[str, Tensor] = {}
@@ -125,11 +128,13 @@ class InnerTrainer:
         self.learner.train()
         self.optimiser.zero_grad(set_to_none=True)
         loss, accuracy = 0.0, 0.0
-        for part in _parts(episodes, self.learner.at_once):
-            share = len(part.labels) / self.config.batch
+        for part in _parts(episodes.part(self.part), self.learner.at_once):
+            share = len(part.labels) / self.config.batch * world().size
             part_loss, part_accuracy = self.loss(part)
             (share * part_loss).backward()  # type: ignore[no-untyped-call]
             loss, accuracy = loss + share * float(part_loss.detach()), accuracy + share * part_accuracy
+        loss, accuracy = mean_of(torch.tensor([loss, accuracy], dtype=torch.float64)).tolist()
+        mean_gradients(self.learner)
         if not math.isfinite(loss):
             raise MetaDiffError(
                 f"the loss became {loss} at step {self.step + 1}; the best parameters so far are kept",
@@ -176,4 +181,4 @@ class InnerTrainer:
 def _parts(episodes: Episodes, size: int) -> Iterator[Episodes]:
     """The tasks of a batch, `size` at a time."""
     for i in range(0, len(episodes.labels), size):
-        yield Episodes(*(array[i : i + size] for array in vars(episodes).values()))
+        yield episodes.part(slice(i, i + size))

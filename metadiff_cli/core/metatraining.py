@@ -20,6 +20,7 @@ from metadiff_cli.core.denoiser import (
     Ema,
     PaperDenoiser,
     SupportStats,
+    TaskDropout,
     build_denoiser,
     gaussian_posterior,
     support_stats,
@@ -28,8 +29,10 @@ from metadiff_cli.core.diffusion import Schedule, add_noise
 from metadiff_cli.core.domain import domain_of, shared_of
 from metadiff_cli.core.episodes import Episodes, check_episodes, training_batch
 from metadiff_cli.core.features import FeatureBank
+from metadiff_cli.core.parallel import mean_of, part_of, synchronised, weight_of
 from metadiff_cli.core.task_space import TaskSpace, class_means
 from metadiff_cli.errors import MetaDiffError
+from metadiff_cli.world import world
 
 IN_MEMORY = 1 << 30  # bytes of base images in task space; a larger bank is projected task by task
 REPORT_EVERY = 20  # steps between two records
@@ -111,6 +114,12 @@ class MetaTrainer:
         torch.manual_seed(seed)
         size = bank.features.shape[1]
         self.denoiser = build_denoiser(denoiser.kind, size, denoiser.width, denoiser.depth, denoiser.dropout).to(device)
+        self.part = part_of(config.batch, "metatrain.batch")  # of a step's tasks, those of this process
+        if world().size > 1:
+            for module in self.denoiser.modules():
+                if isinstance(module, TaskDropout):
+                    module.first, module.whole = self.part.start, config.batch
+        self.synchronised = synchronised(self.loss, self.denoiser)
         self.optimiser = torch.optim.AdamW(
             self.denoiser.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=device.type == "cpu"
         )
@@ -184,8 +193,8 @@ class MetaTrainer:
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.initial_seed())  # dropout draws from the default generator
-            loss = self.loss(episodes, generator)
-        value = float(loss.detach())
+            loss = weight_of(self.part, self.config.batch) * self.synchronised(episodes, generator)
+        value = float(mean_of(loss.detach().clone()))
         if not math.isfinite(value):
             raise MetaDiffError(
                 f"the loss became {value} at step {self.step + 1}; the best denoiser so far is kept",
@@ -201,16 +210,19 @@ class MetaTrainer:
         return value
 
     def loss(self, episodes: Episodes, generator: torch.Generator) -> Tensor:
-        """The training loss of a batch of tasks (design, "Training loss")."""
+        """The training loss of a batch of tasks (design, "Training loss"); each process takes its part."""
         self.denoiser.train()
+        whole = len(episodes.classes)
+        part = part_of(whole, "metatrain.batch")
+        episodes = episodes.part(part)
         support, query = self._points(episodes.support), self._points(episodes.query)  # (B, N, K, D), (B, M, D)
         stats = support_stats(support, self.space.precision)
         domain = domain_of(stats, self.shared)
         stats = replace(stats, mean=stats.mean - domain)
         w0 = self.targets(episodes, support, query) - domain
-        t = torch.randint(1, self.schedule.steps + 1, (len(w0),), generator=generator)
+        t = torch.randint(1, self.schedule.steps + 1, (whole,), generator=generator)[part]
         abar = self.abar[t.to(self.device)]
-        noise = torch.randn(w0.shape, generator=generator).to(self.device)
+        noise = torch.randn(whole, *w0.shape[1:], generator=generator)[part].to(self.device)
         w = add_noise(w0, abar, noise)
         if isinstance(self.denoiser, PaperDenoiser):
             error: Tensor = F.mse_loss(self.denoiser.epsilon(w, abar, stats), noise)

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from metadiff_cli.config import PretrainConfig
 from metadiff_cli.core.device import autocast, default_noise, set_default_noise
 from metadiff_cli.core.encoders import Encoder
-from metadiff_cli.data.transforms import Augmentation, augment, rotate_quarters
-from metadiff_cli.errors import DataError, MetaDiffError
+from metadiff_cli.core.parallel import all_rows, mean_buffers, mean_of, part_of, synchronised, weight_of
+from metadiff_cli.data.transforms import Augmentation, Changes, augment, rotate_quarters
+from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
+from metadiff_cli.world import world
 
 REPORT_EVERY = 10  # steps between two records: reading the loss waits for the device
 
@@ -152,7 +154,8 @@ class Pretrainer:
         outputs = 0 if self.pairs else outputs
         self.heads = Heads(encoder.channels, side, outputs, config.rotation_weight > 0, config.cosine_head)
         self.heads.to(device)
-        self.optimiser = self._new_optimiser()
+        self.part = self._own_part()  # of a batch's images, those of this process
+        self._prepare()
         self.epoch = 0
         self.step = 0  # of the epoch
         self.generator = torch.Generator()
@@ -190,6 +193,7 @@ class Pretrainer:
         """
         while self.epoch < self.config.epochs:
             yield from self._train_epoch()
+            mean_buffers(self.encoder)
             yield self._end_epoch(validate(self.encoder.eval()))
 
     def _end_epoch(self, validation: float | None) -> PretrainEpoch:
@@ -215,6 +219,8 @@ class Pretrainer:
         while self.step < self.steps:
             lr = learning_rate(self.config, (self.epoch + self.step / self.steps) / self.config.epochs)
             index = order[self.step * self.config.batch : (self.step + 1) * self.config.batch]
+            if world().size > 1:  # each process has noise of its own, of which no state is kept but the main one's
+                torch.manual_seed(_mix(self.seed, self.epoch, self.step, world().rank))
             self.sums += self._train_step(index, size, lr, self.generator)
             self.step, self.noise = self.step + 1, default_noise(self.device)
             yield self._report(lr) if self.step % REPORT_EVERY == 0 or self.step == self.steps else None
@@ -241,38 +247,44 @@ class Pretrainer:
         return order
 
     def _train_step(self, index: Tensor, size: int, lr: float, generator: torch.Generator) -> Tensor:
-        """One SGD step on the images `index`, or on pairs; returns loss, number of correct ones, number of images."""
+        """One SGD step on the images `index`, or on pairs; returns loss, number of correct ones, number of images.
+
+        Of several processes each draws for the whole batch and takes its part; loss and numbers are means over them.
+        """
         if self.pairs is not None:
             index, labels = self.pairs.draw(generator)
         else:
             turns = torch.randint(self.turns, (len(index),), generator=generator) if self.turns > 1 else 0
             labels = self.labels[index] * self.turns + turns
-        pixels = torch.from_numpy(self.images[index.numpy()]).to(self.device)
-        how = Augmentation(**self.config.augment.model_dump())
-        batch = augment(pixels, size, how, self.mean, self.std, generator)
-        labels = labels.to(self.device)
+        changes = Changes.draw(len(index), Augmentation(**self.config.augment.model_dump()), generator)
+        quarters = torch.randint(4 if self.heads.rotation else 1, (len(labels),), generator=generator)
+        pixels = torch.from_numpy(self.images[index[self.part].numpy()]).to(self.device)
+        batch = augment(pixels, size, changes.part(self.part), self.mean, self.std)
+        labels, quarters = labels[self.part].to(self.device), quarters[self.part].to(self.device)
         if self.turns > 1:
             batch = rotate_quarters(batch, labels % self.turns)
         with autocast(self.device, self.config.precision):
-            loss, logits, labels = self._loss(batch, labels, generator)
+            loss, logits, labels = self.synchronised(batch, labels, quarters)
+        loss = self.weight * loss
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimiser.step()
         correct = (logits.argmax(dim=1) == labels).sum()
-        return torch.stack([loss.detach().float(), correct.float(), correct.new_tensor(len(labels)).float()])
+        return mean_of(torch.stack([loss.detach().float(), correct.float(), correct.new_tensor(len(labels)).float()]))
 
-    def _loss(self, batch: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, and the logits (M, N) and labels (M,) that it is of."""
+    def _loss(self, batch: Tensor, labels: Tensor, quarters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, and the logits (M, N) and labels (M,) that it is of; `quarters` (B,) are turns to be recognised."""
         smoothing = self.config.label_smoothing
         if self.pairs is not None:
-            logits, labels = pair_logits(self.encoder(batch).float(), self.config.cosine_head or 1.0)
+            halves = [features.chunk(2) for features in all_rows(self.encoder(batch).float())]
+            features = torch.cat([one for one, _ in halves] + [other for _, other in halves])
+            logits, labels = pair_logits(features, self.config.cosine_head or 1.0)
             return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits, labels
         if self.heads.rotation is None:
             logits = self.heads.class_logits(self.encoder(batch))
             return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits, labels
-        quarters = torch.randint(4, (len(labels),), generator=generator).to(self.device)
         both = torch.cat([batch, rotate_quarters(batch, quarters)])
         features = self.encoder(both)
         logits = self.heads.class_logits(features[: len(labels)])
@@ -288,10 +300,30 @@ class Pretrainer:
                 "--out; --init-from ENCODER starts from the one that is kept",
             )
 
-    def _new_optimiser(self) -> torch.optim.SGD:
+    def _own_part(self) -> Tensor:
+        """Which images of a batch are this process's; of pairs both. Raises ConfigError when they cannot be shared."""
+        if self.pairs is None:
+            count = min(self.config.batch, len(self.labels))
+            part = part_of(count, "pretrain.batch")
+            self.weight = weight_of(part, count)
+            return torch.arange(count)[part]
+        if self.pairs.ways % world().size:
+            raise ConfigError(
+                f"{world().size} processes cannot share batches of {self.pairs.ways} pairs in equal parts",
+                hint=f"set pretrain.batch to a multiple of {2 * world().size}",
+            )
+        self.weight = 1.0  # each process has the loss of the whole batch
+        first = torch.arange(self.pairs.ways)[part_of(self.pairs.ways, "half of pretrain.batch")]
+        return torch.cat([first, first + self.pairs.ways])
+
+    def _prepare(self) -> None:
+        """Optimiser and loss for the present parameters."""
         weights = [*self.encoder.parameters(), *self.heads.parameters()]
         c = self.config
-        return torch.optim.SGD(weights, c.lr, momentum=c.momentum, nesterov=c.momentum > 0, weight_decay=c.weight_decay)
+        self.optimiser = torch.optim.SGD(
+            weights, c.lr, momentum=c.momentum, nesterov=c.momentum > 0, weight_decay=c.weight_decay
+        )
+        self.synchronised = synchronised(self._loss, self.encoder, self.heads)
 
     def _resize_heads(self, size: int) -> None:
         side = 1 if self.encoder.pooled else self.encoder.side(size)
@@ -299,7 +331,7 @@ class Pretrainer:
             return
         kept = self._momentum()
         self.heads.resize(side)
-        self.optimiser = self._new_optimiser()
+        self._prepare()
         self._set_momentum(kept)  # the heads' weights have a new shape and start without momentum
 
     def _named(self) -> dict[str, nn.Parameter]:
@@ -342,7 +374,7 @@ class Pretrainer:
         self.encoder.load_state_dict(part("encoder"))
         self.heads.resize(int(plain["side"]))
         self.heads.to(self.device).load_state_dict(part("heads"))
-        self.optimiser = self._new_optimiser()
+        self._prepare()
         self._set_momentum(part("momentum"))
         self.best, self.epoch, self.step = part("best"), int(plain["epoch"]), int(plain["step"])
         self.noise = part("noise")
@@ -361,6 +393,6 @@ def learning_rate(config: PretrainConfig, progress: float) -> float:
     return config.lr * max(1e-3, (1 + math.cos(math.pi * (progress - warm) / (1 - warm))) / 2)
 
 
-def _mix(seed: int, epoch: int) -> int:
-    """A seed of its own for each epoch."""
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(2))
+def _mix(*parts: int) -> int:
+    """A seed of its own for each seed and epoch, and what else there is."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(2))

@@ -23,6 +23,7 @@ from metadiff_cli.core.episodes import Episodes, episode_batches
 from metadiff_cli.core.evaluation import Protocol, evaluate, mean_interval, method_of, run_through
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.inference import Learner, Sampling, Tuning, adapt_tasks, ranks_of, seeds_of
+from metadiff_cli.core.parallel import gather_in_order, same
 from metadiff_cli.core.rejection import LEAVE_ONE_OUT, RATE, rejector_of
 from metadiff_cli.core.tables import TaskTable
 from metadiff_cli.core.task_space import ClassStatistics
@@ -66,7 +67,10 @@ def choose_shrinkage(
 
 
 def fit_tuning(learner: Learner, bank: FeatureBank, device: torch.device, *, seed: int, query: int = 15) -> Tuning:
-    """Fit on the classes of `bank`, which should be validation classes. Too few images lower shots and queries."""
+    """Fit on the classes of `bank`, which should be validation classes. Too few images lower shots and queries.
+
+    Several processes share the work and get the same.
+    """
     indices = bank.class_indices()
     smallest = min(len(rows) for rows in indices)
     query = max(1, min(query, smallest - 1))
@@ -82,7 +86,7 @@ def fit_tuning(learner: Learner, bank: FeatureBank, device: torch.device, *, see
     ours = {pair: best_scale(*tasks.collect(*pair, _logits(learner))) for pair in pairs}
     theirs = {pair: best_scale(*tasks.collect(*pair, _prototype(learner))) for pair in pairs}
     tuning = replace(learner.tuning, calibration=fit_calibration(ours), prototype_calibration=fit_calibration(theirs))
-    return replace(tuning, rejection=fit_rejection(learner.tuned(tuning), bank, device, seed=seed, query=query))
+    return same(replace(tuning, rejection=fit_rejection(learner.tuned(tuning), bank, device, seed=seed, query=query)))
 
 
 def fit_rejection(
@@ -122,12 +126,15 @@ class _Tasks:
 
     def collect(self, way: int, shot: int, cosines: Cosines, episodes: int = EPISODES) -> tuple[Tensor, Tensor]:
         """What `cosines` gives, as (M, N), of all queries of all episodes, and their labels (M,)."""
-        values, labels = [], []
-        for part in episode_batches(self.indices, way, shot, self.query, count=episodes, batch=25, seed=self.seed):
+        own = []
+        for part in episode_batches(
+            self.indices, way, shot, self.query, count=episodes, batch=25, seed=self.seed, dealt=True
+        ):
             support = self.bank.take(part.support).to(self.device)
             query = self.bank.take(part.query).to(self.device)
-            values.append(cosines(support, query, part).flatten(0, 1).cpu())
-            labels.append(torch.from_numpy(part.labels).flatten())
+            found = cosines(support, query, part).flatten(0, 1).cpu()
+            own.append((found, torch.from_numpy(part.labels).flatten()))
+        values, labels = zip(*gather_in_order(own), strict=True)
         return torch.cat(values), torch.cat(labels)
 
     def accuracy(self, way: int, shot: int, cosines: Cosines) -> float:

@@ -30,16 +30,31 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-def augment(
-    images: Tensor, size: int, how: Augmentation, mean: Tensor, std: Tensor, generator: torch.Generator
-) -> Tensor:
+@dataclass(frozen=True)
+class Changes:
+    """What becomes of each image of a batch: maps (B, 2, 3), and factors (3, B, 1, 1, 1) where colours change."""
+
+    maps: Tensor
+    colours: Tensor | None
+
+    @classmethod
+    def draw(cls, count: int, how: Augmentation, generator: torch.Generator) -> "Changes":
+        """For `count` images."""
+        maps = affine_maps(count, how, generator)
+        return cls(maps, colour_factors(count, how.jitter, generator) if how.jitter > 0 else None)
+
+    def part(self, rows: Tensor) -> "Changes":
+        """For some of the images."""
+        return Changes(self.maps[rows], None if self.colours is None else self.colours[:, rows])
+
+
+def augment(images: Tensor, size: int, changes: Changes, mean: Tensor, std: Tensor) -> Tensor:
     """Augmented and normalised batch (B, 3, size, size), channels last, of pixels (B, H, W, 3) uint8."""
     pixels = images.permute(0, 3, 1, 2).float().mul_(1 / 255)  # (B, 3, H, W)
-    theta = affine_maps(len(images), how, generator).to(pixels.device)
-    grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
+    grid = F.affine_grid(changes.maps.to(pixels.device), [len(images), 3, size, size], align_corners=False)
     pixels = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    if how.jitter > 0:
-        pixels = colour_jitter(pixels, how.jitter, generator)
+    if changes.colours is not None:
+        pixels = colour_jitter(pixels, changes.colours.to(pixels.device))
     out = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     return out.contiguous(memory_format=torch.channels_last)
 
@@ -61,10 +76,14 @@ def affine_maps(count: int, how: Augmentation, generator: torch.Generator) -> Te
     return torch.stack(rows, dim=1)
 
 
-def colour_jitter(pixels: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Brightness, then contrast, then saturation of pixels (B, 3, H, W) in 0..1, each with its own factor per image."""
-    factors = 1 + strength * (2 * torch.rand(3, len(pixels), 1, 1, 1, generator=generator) - 1)
-    bright, contrast, saturation = factors.to(pixels.device)
+def colour_factors(count: int, strength: float, generator: torch.Generator) -> Tensor:
+    """(3, count, 1, 1, 1): brightness, contrast and saturation of each image, 1 where they stay as they are."""
+    return 1 + strength * (2 * torch.rand(3, count, 1, 1, 1, generator=generator) - 1)
+
+
+def colour_jitter(pixels: Tensor, factors: Tensor) -> Tensor:
+    """Brightness, then contrast, then saturation of pixels (B, 3, H, W) in 0..1, by factors (3, B, 1, 1, 1)."""
+    bright, contrast, saturation = factors
     pixels = (pixels * bright).clamp_(0, 1)
     luma = pixels.new_tensor(GREY).view(1, 3, 1, 1)
     mean = (pixels.mean(dim=(2, 3), keepdim=True) * luma).sum(dim=1, keepdim=True)

@@ -19,7 +19,7 @@ from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.metatraining import MetaTrainer, MetaValidation, Queries
 from metadiff_cli.core.pretraining import Heads, Pairs, PretrainEpoch, Pretrainer, learning_rate, pair_logits
 from metadiff_cli.core.task_space import fit_task_space
-from metadiff_cli.data.transforms import Augmentation, affine_maps, augment, normalise, rotate_quarters
+from metadiff_cli.data.transforms import Augmentation, Changes, affine_maps, augment, normalise, rotate_quarters
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
 
 Trainer = TypeVar("Trainer", Pretrainer, MetaTrainer)
@@ -59,14 +59,17 @@ def test_dropblock_drops_its_rate_and_keeps_the_mean() -> None:
 def test_no_augmentation_is_normalisation() -> None:
     pixels = torch.randint(0, 256, (3, 12, 12, 3), dtype=torch.uint8)
     still = Augmentation(crop=(1.0, 1.0), aspect=(1.0, 1.0), flip=False, jitter=0.0)
-    out = augment(pixels, 12, still, MEAN, STD, torch.Generator().manual_seed(0))
+    out = augment(pixels, 12, Changes.draw(3, still, torch.Generator().manual_seed(0)), MEAN, STD)
     assert torch.allclose(out, normalise(pixels, MEAN, STD), atol=1e-4)
 
 
 def test_augmentation_follows_its_generator_and_stays_inside() -> None:
     pixels = torch.randint(0, 256, (64, 20, 20, 3), dtype=torch.uint8)
-    first, again = (augment(pixels, 16, Augmentation(), MEAN, STD, torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(first, again) and first.shape == (64, 3, 16, 16)
+    changes, again = (Changes.draw(64, Augmentation(), torch.Generator().manual_seed(3)) for _ in range(2))
+    first = augment(pixels, 16, changes, MEAN, STD)
+    assert torch.equal(first, augment(pixels, 16, again, MEAN, STD)) and first.shape == (64, 3, 16, 16)
+    rows = torch.arange(20, 30)
+    assert torch.allclose(augment(pixels[rows], 16, changes.part(rows), MEAN, STD), first[rows], atol=1e-5)
     theta = affine_maps(500, Augmentation(), torch.Generator().manual_seed(0))
     corners = torch.tensor([[x, y, 1.0] for x in (-1.0, 1.0) for y in (-1.0, 1.0)])
     assert float((theta @ corners.T).abs().max()) <= 1.0 + 1e-5
