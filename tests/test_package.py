@@ -19,6 +19,7 @@ COMMANDS = [
     "adapt",
     "evaluate",
     "export",
+    "refit",
     "inspect",
     "presets",
     "data",
