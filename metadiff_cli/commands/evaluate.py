@@ -140,6 +140,7 @@ def evaluate(
     from metadiff_cli.commands.learning import TRAJECTORIES, parse_controls, show_result
     from metadiff_cli.core.checkpoint import read_header
     from metadiff_cli.core.evaluation import Protocol
+    from metadiff_cli.core.parallel import on_main
 
     names = parse_controls(controls)
     old = compare.read_result(compare_to) if compare_to else None
@@ -164,7 +165,7 @@ def evaluate(
     if report is not None:
         from metadiff_cli.commands.evaluation_report import write_evaluation_report
 
-        write_evaluation_report(report, document)
+        on_main(lambda: write_evaluation_report(report, document))
         document.pop(TRAJECTORIES, None)
         screen.note(f"report written: {report}")
     if as_json:

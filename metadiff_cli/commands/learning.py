@@ -134,9 +134,9 @@ def measure(
         document["open_set"] = found
     if drawn:
         first = parts[0]
-        document[TRAJECTORIES] = trace_weights(
-            first.model.learner, first.bank, first.protocol, sampling, device
-        ).to_dict()
+        document[TRAJECTORIES] = on_main(
+            lambda: trace_weights(first.model.learner, first.bank, first.protocol, sampling, device).to_dict()
+        )
     return {
         **document,
         "halves": halves,

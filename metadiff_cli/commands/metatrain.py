@@ -92,19 +92,21 @@ def metatrain(
     from metadiff_cli.commands.learning import TRAJECTORIES, show_result
     from metadiff_cli.commands.starting import Start
     from metadiff_cli.commands.workspace import CHECKPOINT, find_data, open_run, open_source
+    from metadiff_cli.core.parallel import on_main
 
     find_data(resolved, data)  # before anything is written
     start = Start.of(file, init_from, method)
     place = out or Path("runs") / resolved.name
     with open_run(place, "metatrain", resolved, overwrite=overwrite, resume=resume) as run:
         source = open_source(resolved, data, screen)
-        start = replace(start, encoder=start.encoder or pretrained_file(resolved, encoder_weights, run, screen))
+        library = start.encoder or on_main(lambda: pretrained_file(resolved, encoder_weights, run, screen))
+        start = replace(start, encoder=library)
         if method == "metadiff":
             result = train_model(resolved, source, run, start, screen, drawn=report is not None)
         else:
             result = methods.train_method(method, resolved, source, run, start, screen)
         if report is not None:
-            write_training_report(report, result, run, resolved.name)
+            on_main(lambda: write_training_report(report, result, run, resolved.name))
             screen.note(f"report written: {report}")
         result.pop(TRAJECTORIES, None)
         run.save_json("result.json", result)

@@ -15,8 +15,10 @@ from metadiff_cli.core.episodes import check_episodes, episode_batches
 from metadiff_cli.core.evaluation import BATCH_VALUES, Protocol, mean_interval
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.inference import Learner, Sampling, adapt_tasks, ranks_of, seeds_of
+from metadiff_cli.core.parallel import gather_in_order, mine
 from metadiff_cli.core.rejection import rejector_of
 from metadiff_cli.errors import DataError
+from metadiff_cli.world import world
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,15 @@ def measure_open_set(
     learner: Learner, bank: FeatureBank, protocol: Protocol, sampling: Sampling, device: torch.device,
     progress: Callable[[int], None] = lambda done: None,
 ) -> OpenSet:  # fmt: skip
-    """Over the protocol's episodes. Raises CheckpointError when the learner has no fitted threshold."""
-    parts = []
+    """Over the protocol's episodes. Raises CheckpointError when the learner has no fitted threshold.
+
+    Several processes share the work and get the same.
+    """
+    own: list[OpenSet] = []
     for part in _parts(learner, bank, protocol, sampling, device):
-        parts.append(part)
-        progress(sum(len(p.auroc) for p in parts))
+        own.append(part)
+        progress(min(protocol.episodes, sum(len(p.auroc) for p in own) * world().size))
+    parts = gather_in_order(own)
     return OpenSet(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(OpenSet)))
 
 
@@ -78,19 +84,19 @@ def _parts(
     check_episodes(indices, bank.classes, total, protocol.shot, protocol.query)
     rows = total * (protocol.shot + protocol.query)
     batch = max(1, min(protocol.episodes, 50, BATCH_VALUES // (rows * bank.features.shape[1])))
-    done = 0
-    for episodes in episode_batches(
-        indices, total, protocol.shot, protocol.query, count=protocol.episodes, batch=batch, seed=protocol.seed
-    ):
+    firsts = mine(range(0, protocol.episodes, batch))
+    for first, episodes in zip(firsts, episode_batches(
+        indices, total, protocol.shot, protocol.query, count=protocol.episodes, batch=batch, seed=protocol.seed,
+        dealt=True,
+    ), strict=True):  # fmt: skip
         support = bank.take(episodes.support[:, :way]).to(device)
         query = bank.take(episodes.query).to(device)
         classifier = adapt_tasks(
             learner, support, sampling, ranks=ranks_of(episodes.classes[:, :way]),
-            seeds=seeds_of(protocol.seed, done, len(support)), pool=query if protocol.transductive else None,
+            seeds=seeds_of(protocol.seed, first, len(support)), pool=query if protocol.transductive else None,
         )  # fmt: skip
         margins = rejector_of(learner, classifier, support).margins(query)
         yield _scored(margins, classifier.probabilities(query).amax(dim=-1), way * protocol.query)
-        done += len(support)
 
 
 def _scored(margins: Tensor, confidence: Tensor, known: int) -> OpenSet:

@@ -196,12 +196,19 @@ def mean_buffers(module: nn.Module) -> None:
 
 
 def all_rows(rows: Tensor) -> list[Tensor]:
-    """The rows (B, ...) of each process, as many in each, with gradients back to where they are from."""
-    if world().size == 1:
-        return [rows]
-    from torch.distributed.nn.functional import all_gather
+    """The rows (B, ...) of each process, as many in each, for a loss that every process takes of all of them.
 
-    return list(all_gather(rows))  # type: ignore[no-untyped-call]
+    Gradients go to the process's own rows. Each has but one of the equal losses for them, and counts it for all.
+    """
+    rank, size = world().rank, world().size
+    if size == 1:
+        return [rows]
+    found = [torch.empty_like(rows) for _ in range(size)]
+    dist.all_gather(found, rows.detach().contiguous())
+    found[rank] = rows.view_as(rows)
+    if rows.requires_grad:
+        found[rank].register_hook(lambda gradient: gradient * size)
+    return found
 
 
 def speaks() -> bool:

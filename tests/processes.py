@@ -1,0 +1,50 @@
+"""Several processes that work together, as torchrun starts them."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 120  # after which a test gives up
+
+
+def begin(command: Sequence[str | Path], count: int = 2) -> list[subprocess.Popen[str]]:
+    """`count` processes of the interpreter with the arguments `command`, by the variables that torchrun sets."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), **settings()}
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)},
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+
+
+def end(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each."""
+    try:
+        texts = [process.communicate(timeout=SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
+
+
+def torchrun(command: Sequence[str | Path], count: int = 2) -> subprocess.CompletedProcess[str]:
+    """The command line by torchrun itself."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.run(
+        [*launcher, "-m", "metadiff_cli", *map(str, command)], cwd=ROOT, text=True, capture_output=True,
+        timeout=SECONDS, env={**os.environ, **settings()},
+    )  # fmt: skip
+
+
+def settings() -> dict[str, str]:
+    """The processes share the cores, and import what the tests do."""
+    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
