@@ -57,9 +57,14 @@ def save_checkpoint(path: Path, kind: str, tensors: dict[str, Tensor], header: d
     text = json.dumps(full, sort_keys=True, ensure_ascii=False, allow_nan=False)
     # a clone of each: safetensors refuses tensors that share memory, and views would be written whole
     plain = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
+    write_tensors(path, plain, {KEY: text})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, written atomically. Raises OSError."""
     with atomic(path) as temporary:
         try:
-            save_file(plain, temporary, metadata={KEY: text})
+            save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:
             raise _system_error(error) from error
         temporary.chmod(usual_mode())  # safetensors puts a file of its own there

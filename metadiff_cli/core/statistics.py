@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from metadiff_cli.core.checkpoint import write_tensors
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.task_space import ClassStatistics, class_statistics
-from metadiff_cli.paths import atomic
 
 VERSION = 1  # of the computation: part of the name, so that old files are not taken for new ones
 
@@ -28,8 +28,8 @@ def kept_statistics(bank: FeatureBank) -> ClassStatistics:
     if found is None:
         found = class_statistics(bank.by_class())
         if path is not None:
-            with suppress(OSError), atomic(path) as temporary:  # a full disk or a read-only cache costs time alone
-                save_file({name: t.contiguous() for name, t in vars(found).items()}, temporary)
+            with suppress(OSError):  # a full disk or a read-only cache costs time alone
+                write_tensors(path, {name: t.contiguous() for name, t in vars(found).items()})
     return found
 
 

@@ -1,5 +1,6 @@
 """Class statistics are made once for a bank that lies on disk."""
 
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +47,16 @@ def test_a_bank_in_memory_leaves_no_file(tmp_path: Path) -> None:
     bank = on_disk(tmp_path)
     kept_statistics(FeatureBank(np.array(bank.features), LABELS, CLASSES))
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_full_disk_costs_time_alone(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE refuses writing as a full disk does."""
+    bank = on_disk(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        found = kept_statistics(bank)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert same(found, class_statistics(bank.by_class()))
+    assert [path.name for path in tmp_path.iterdir()] == ["bank.npy"]
