@@ -24,7 +24,7 @@ def export(
     """Write a saved classifier as one ONNX graph.
 
     It goes from pixels to class probabilities, for runtimes without Python, and
-    needs the extra [onnx]. The input `pixels` is uint8 (n, S, S, 3): RGB images
+    needs the extra \\[onnx]. The input `pixels` is uint8 (n, S, S, 3): RGB images
     whose central square is resized to S x S; the rest is inside. Class names
     and calibration are in the file's metadata. With onnxruntime the graph is
     compared with metadiff's own probabilities, and nothing is written when they

@@ -31,8 +31,8 @@ class Page:
     command: Any
 
     def lines(self) -> list[str]:
-        """Its text, without the margin of the source."""
-        return [line.rstrip() for line in (self.command.help or "").splitlines()]
+        """Its text as it is shown."""
+        return [line.rstrip() for line in (self.command.help or "").replace("\\[", "[").splitlines()]
 
     def examples(self) -> list[str]:
         """The commands below "Examples:"."""
@@ -68,6 +68,12 @@ def test_an_option_has_a_group_and_says_its_default(page: Page, option: Any) -> 
         assert option.rich_help_panel, f"{page.name} {option.opts[0]} stands in no group"
     said = option.default is not None or "[default: " in option.help or option.required or option.multiple
     assert said or option.metavar in ("FILE", "DIR"), f"{page.name} {option.opts[0]} does not say its default"
+
+
+@every_page
+def test_no_bracket_is_taken_for_markup(page: Page) -> None:
+    for text in (page.command.help or "", *(option.help or "" for option in page.command.params)):
+        assert not re.search(r"(?<!\\)\[", text), text
 
 
 def test_defaults_are_shown_and_not_taken_for_markup(cli: CLI) -> None:
