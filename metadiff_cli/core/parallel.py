@@ -207,7 +207,7 @@ def all_rows(rows: Tensor) -> list[Tensor]:
     dist.all_gather(found, rows.detach().contiguous())
     found[rank] = rows.view_as(rows)
     if rows.requires_grad:
-        found[rank].register_hook(lambda gradient: gradient * size)
+        found[rank].register_hook(lambda gradient: gradient * size)  # type: ignore[no-untyped-call]
     return found
 
 
