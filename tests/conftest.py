@@ -53,7 +53,8 @@ def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ[key]
     os.environ["METADIFF_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["METADIFF_DATA_DIR"] = str(tmp_path_factory.mktemp("data"))
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(min(2, cores))  # two threads on one core wait for each other, and take many times as long
     yield
     os.environ.update(kept)
 

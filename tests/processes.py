@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 120  # after which a test gives up
+SECONDS = 600  # after which a test gives up
 
 
 def begin(command: Sequence[str | Path], count: int = 2) -> list[subprocess.Popen[str]]:
