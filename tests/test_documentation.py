@@ -44,9 +44,12 @@ def test_commands_and_their_options_exist(page: Path) -> None:
         assert {word for word in words if re.fullmatch(r"--[a-z-]+|-[a-zA-Z0-9]", word)} <= options(command), words
 
 
+LAUNCHERS = {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--ntasks-per-node"}  # torchrun, srun
+
+
 @every_page
 def test_options_that_are_mentioned_exist(page: Path) -> None:
-    known = options(typer.main.get_command(app))
+    known = options(typer.main.get_command(app)) | LAUNCHERS
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text(encoding="utf-8"))) <= known
 
 

@@ -117,7 +117,7 @@ def test_training_resumes_from_its_state(trained: dict[str, Path], tmp_path: Pat
     assert resumed.code == 0 and "going on after step 2" in resumed.err
     assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == trained["fomaml"].read_bytes()
     other = train("anil", tmp_path / "run", None, "--resume")
-    assert other.code == 2 and "another method" in other.err
+    assert other.code == 2 and "other settings" in other.err and "anil" in other.err
 
 
 def test_what_does_not_fit_is_refused(

@@ -39,8 +39,8 @@ def losses(run: Path) -> list[float]:
 
 
 def test_evaluation_is_the_same_to_the_last_digit(checkpoint: Path) -> None:
-    command = ["evaluate", "-c", checkpoint, "--episodes", "20", "--query", "5", "--open-set", "--halves", "--json",
-               "--controls", "prototype,posterior"]  # fmt: skip
+    command = ["evaluate", "-c", checkpoint, "--episodes", "20", "--way", "2", "--query", "5", "--open-set", "--halves",
+               "--json", "--controls", "prototype,posterior"]  # fmt: skip
     (code, out, error), (other_code, other_out, _) = end(begin([*COMMAND, *command]))
     assert code == other_code == 0, error
     assert other_out == ""  # one process draws

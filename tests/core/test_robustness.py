@@ -76,6 +76,7 @@ PROTOCOL = Protocol(way=5, shot=3, query=4, episodes=9, seed=3)
 
 def test_an_episode_is_the_same_in_any_batch_among_any_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     bank, methods = bank_of(world(12, 10, seed=1)), every_method(PROTOCOL)
+    monkeypatch.setattr(evaluation, "BATCHES", 1)  # all at once where memory allows it
     together = measured(bank, methods, PROTOCOL)
     fewer = measured(bank, methods, replace(PROTOCOL, episodes=4))
     monkeypatch.setattr(evaluation, "BATCH_VALUES", 2 * 5 * 7 * SIZE)  # two episodes at a time
