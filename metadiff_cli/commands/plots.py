@@ -234,7 +234,7 @@ def reliability(bins: Sequence[Bin], label: str) -> str:
 
 def _step(span: float) -> float:
     """1, 2 or 5 times a power of ten, about a fifth of the span."""
-    rough = span / 5
+    rough = max(span / 5, 1e-300)  # floats below have no logarithm, or few digits
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
 
