@@ -174,7 +174,8 @@ class InnerTrainer:
         self.learner.load_state_dict(part("learner"))
         self.best = part("best")
         restore_adam(self.learner, self.optimiser, part)
-        self.step, self.best_validation, self.history = int(plain["step"]), plain["best"], list(plain["history"])
+        self.step, self.best_validation = int(plain["step"]), plain["best"]
+        self.history = [vars(InnerValidation(**row)).copy() for row in plain["history"]]  # a file has keys sorted
         self.seen.copy_(torch.tensor(plain["seen"], dtype=torch.float64))
 
 

@@ -297,7 +297,8 @@ class MetaTrainer:
         self.ema.average = {n: t.to(self.device) for n, t in part("ema").items()}
         self.ema.updates, self.best = int(plain["updates"]), part("best")
         restore_adam(self.denoiser, self.optimiser, part)
-        self.step, self.best_gain, self.history = int(plain["step"]), plain["best"], list(plain["history"])
+        self.step, self.best_gain = int(plain["step"]), plain["best"]
+        self.history = [vars(MetaValidation(**row)).copy() for row in plain["history"]]  # a file has keys sorted
         self.total, self.count = float(plain["total"]), int(plain["count"])
 
 

@@ -382,7 +382,8 @@ class Pretrainer:
             self.generator.set_state(self.noise.pop("images"))
         self.sums.copy_(torch.tensor(plain["sums"]))
         self.reports = [(float(loss), float(accuracy)) for loss, accuracy in plain["reports"]]
-        self.best_validation, self.history = plain["best"], list(plain["history"])
+        self.best_validation = plain["best"]
+        self.history = [vars(PretrainEpoch(**row)).copy() for row in plain["history"]]  # a file has keys sorted
 
 
 def learning_rate(config: PretrainConfig, progress: float) -> float:
