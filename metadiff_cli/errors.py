@@ -1,5 +1,8 @@
 """A user's mistakes and a run's failures, each with the exit code that the command line ends with."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class MetaDiffError(Exception):
     """Something a person can act on: what is wrong and where, and in `hint` what to type or change next."""
@@ -55,3 +58,9 @@ class Stopped(BaseException):
         """`number` is the signal's; `resumable` says that --resume goes on from what is saved."""
         super().__init__(number)
         self.exit_code, self.resumable = 128 + number, resumable
+
+
+def suggest(word: str, known: Iterable[str], before: str = "", after: str = " ") -> str:
+    """For a hint: a question after the known word that is closest, or nothing when none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"{before}did you mean '{close[0]}'?{after}" if close else ""

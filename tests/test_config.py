@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metadiff_cli.config import Config, check, preset_folder, preset_names, resolve, to_yaml
+from metadiff_cli.config import Config
 from metadiff_cli.errors import ConfigError
+from metadiff_cli.settings import check, preset_folder, preset_names, resolve, to_yaml
 
 
 def test_each_layer_wins_over_the_one_before(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from conftest import invoke
 
 from metadiff_cli import __version__
-from metadiff_cli.config import preset_names, read_preset
+from metadiff_cli.settings import preset_names, read_preset
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [
@@ -46,9 +46,9 @@ def test_presets_come_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> N
     subprocess.run(install, check=True, capture_output=True)
     code = (
         f"import sys; sys.path.insert(0, {str(target)!r})\n"
-        "from metadiff_cli import config\n"
-        "config.resolve('glyphs-5w1s', environ={})\n"
-        "print(config.preset_folder()); print(*config.preset_names())"
+        "from metadiff_cli import settings\n"
+        "settings.resolve('glyphs-5w1s', environ={})\n"
+        "print(settings.preset_folder()); print(*settings.preset_names())"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     folder, names = done.stdout.splitlines()

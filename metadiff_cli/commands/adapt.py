@@ -205,8 +205,8 @@ def _check_arguments(
         raise ConfigError(f"unknown format '{format}'", hint=f"choose one of {', '.join(WRITERS)}")
     if support is None and classifier is None:
         raise ConfigError("give --support or --classifier", hint="--support DIR has one folder per class")
-    if save is not None and save.exists() and not overwrite:
-        raise ConfigError(f"{save} exists already", hint="add --overwrite or give another name")
+    if save is not None:
+        options.check_new(save, overwrite=overwrite)
     if move and sort_into is None:
         raise ConfigError("--move needs --sort-into", hint="add --sort-into DIR")
     if sort_into is not None and sort_into.exists() and not sort_into.is_dir():

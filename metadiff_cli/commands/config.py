@@ -5,8 +5,8 @@ from typing import Annotated, Any
 import typer
 
 from metadiff_cli.commands import options
-from metadiff_cli.config import check, layers, merge_layers, origins, to_yaml
 from metadiff_cli.console import Screen
+from metadiff_cli.settings import check, layers, merge_layers, origins, to_yaml
 
 app = typer.Typer(
     help="""Look at the configuration.

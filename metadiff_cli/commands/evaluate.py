@@ -6,11 +6,11 @@ from typing import Annotated, Any
 import typer
 
 from metadiff_cli.commands import compare, completions, options
-from metadiff_cli.config import Config, check
+from metadiff_cli.config import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError, GateError
+from metadiff_cli.settings import check
 
-SPLIT_NAMES = completions.SPLITS
 EPISODES, COMPARISON, GATES = "Episodes", "Comparison", "Gates, for CI"
 
 
@@ -133,8 +133,7 @@ def evaluate(
       metadiff evaluate --data ./photos --split all --open-set
     """
     screen = Screen(quiet=quiet, verbose=verbose)
-    if split not in SPLIT_NAMES:
-        raise ConfigError(f"unknown split '{split}'", hint=f"choose one of {', '.join(SPLIT_NAMES)}")
+    options.check_split(split)
     if open_set and imbalance is not None:
         raise ConfigError("--open-set asks for balanced queries", hint="leave out --imbalance or --open-set")
     from metadiff_cli.commands.learning import TRAJECTORIES, parse_controls, show_result

@@ -7,7 +7,6 @@ import typer
 
 from metadiff_cli.commands import options
 from metadiff_cli.console import Screen
-from metadiff_cli.errors import ConfigError
 
 
 def export(
@@ -37,8 +36,7 @@ def export(
       metadiff export pets.safetensors --onnx pets.onnx --overwrite --json
     """
     screen = Screen(quiet=quiet)
-    if onnx.exists() and (onnx.is_dir() or not overwrite):
-        raise ConfigError(f"{onnx} exists already", hint="add --overwrite or give another name")
+    options.check_new(onnx, overwrite=overwrite)
     import torch
 
     from metadiff_cli.core.export import export_onnx, require_exporter

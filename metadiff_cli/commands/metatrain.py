@@ -9,9 +9,10 @@ import typer
 
 from metadiff_cli.commands import completions, methods, options
 from metadiff_cli.commands.pretrained import check_encoder, pretrained_file
-from metadiff_cli.config import Config, resolve
+from metadiff_cli.config import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError
+from metadiff_cli.settings import resolve
 from metadiff_cli.world import world
 
 if TYPE_CHECKING:
@@ -288,8 +289,6 @@ def _train_denoiser(
     screen: Screen, device: Any, start: "Start", identity: dict[str, Any],
 ) -> tuple["Learner", dict[str, Any]]:  # fmt: skip
     """Train, select by the paired gain over `analytic`, and confirm the choice on fresh episodes."""
-    from dataclasses import replace
-
     from metadiff_cli.commands.resuming import follow
     from metadiff_cli.commands.workspace import STATE
     from metadiff_cli.core.evaluation import Protocol
@@ -324,16 +323,13 @@ def _train_denoiser(
 
 
 def _show(run: "Run", trainer: "MetaTrainer", screen: Screen, record: "MetaStep | MetaValidation", update: Any) -> bool:
-    """Draw a record; at a validation write the metrics, and have the state saved."""
+    from metadiff_cli.commands.resuming import show_step
     from metadiff_cli.core.metatraining import MetaValidation
 
-    update(record.step, record.steps, f"loss {record.loss:.3f}")
-    if not isinstance(record, MetaValidation):
-        return False
-    gain = "" if record.gain is None else f"  gain over analytic {record.gain:+.2f} ± {record.ci95:.2f}"
-    screen.note(f"step {record.step}/{record.steps}  loss {record.loss:.3f}{gain}{'  best' * record.best}")
-    run.save_metrics(trainer.history, "metatrain")
-    return True
+    measured = None
+    if isinstance(record, MetaValidation):
+        measured = "" if record.gain is None else f"  gain over analytic {record.gain:+.2f} ± {record.ci95:.2f}"
+    return show_step(run, trainer.history, screen, record, update, measured)
 
 
 def _verdict(learned: dict[str, Any]) -> str:

@@ -294,13 +294,10 @@ def _validation(val: "FeatureBank | None", config: Config, learner: Any) -> tupl
 def _show(
     run: "Run", trainer: "InnerTrainer", screen: Screen, record: "InnerStep | InnerValidation", update: Any
 ) -> bool:
-    """Draw a record; at a validation write the metrics, and have the state saved."""
+    from metadiff_cli.commands.resuming import show_step
     from metadiff_cli.core.innertraining import InnerValidation
 
-    update(record.step, record.steps, f"loss {record.loss:.3f}")
-    if not isinstance(record, InnerValidation):
-        return False
-    found = "" if record.validation is None else f"  validation {record.validation:.2f} ± {record.ci95:.2f}"
-    screen.note(f"step {record.step}/{record.steps}  loss {record.loss:.3f}{found}{'  best' * record.best}")
-    run.save_metrics(trainer.history, "metatrain")
-    return True
+    measured = None
+    if isinstance(record, InnerValidation):
+        measured = "" if record.validation is None else f"  validation {record.validation:.2f} ± {record.ci95:.2f}"
+    return show_step(run, trainer.history, screen, record, update, measured)

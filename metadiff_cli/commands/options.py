@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from metadiff_cli.commands import completions
-from metadiff_cli.config import Config, resolve
+from metadiff_cli.config import Config
 from metadiff_cli.errors import CheckpointError, ConfigError
+from metadiff_cli.settings import resolve
 
 if TYPE_CHECKING:
     import torch
@@ -261,6 +262,18 @@ def model_config(file: Path | None, settings: list[str] | None, *flags: Mapping[
     for part in flags:
         merged.update(part)
     return resolve(None, file, settings or (), merged)
+
+
+def check_split(name: str) -> None:
+    """Raises ConfigError for a split that there is not."""
+    if name not in completions.SPLITS:
+        raise ConfigError(f"unknown split '{name}'", hint=f"choose one of {', '.join(completions.SPLITS)}")
+
+
+def check_new(file: Path, *, overwrite: bool) -> None:
+    """Raises ConfigError when writing would replace a file without leave, or a folder."""
+    if file.is_dir() or (file.exists() and not overwrite):
+        raise ConfigError(f"{file} exists already", hint="add --overwrite or give another name")
 
 
 def checkpoint_path(given: Path | None) -> Path:

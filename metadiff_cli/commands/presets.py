@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from metadiff_cli.commands import completions, options
-from metadiff_cli.config import preset_folder, preset_names, read_preset
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError
 from metadiff_cli.paths import write_text
+from metadiff_cli.settings import preset_folder, preset_names, read_preset
 
 Name = Annotated[str, typer.Argument(help="Name of the preset.", autocompletion=completions.presets)]
 app = typer.Typer(

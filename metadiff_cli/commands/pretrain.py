@@ -8,8 +8,9 @@ import typer
 
 from metadiff_cli.commands import options
 from metadiff_cli.commands.pretrained import trains_no_library
-from metadiff_cli.config import Config, resolve
+from metadiff_cli.config import Config
 from metadiff_cli.console import Screen
+from metadiff_cli.settings import resolve
 from metadiff_cli.world import world
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from metadiff_cli.commands import completions, options
-from metadiff_cli.config import check
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError
+from metadiff_cli.settings import check
 
 
 def refit(
@@ -63,10 +63,8 @@ def refit(
       metadiff refit --data ./photos --split all --out mine.safetensors
     """
     screen = Screen(quiet=quiet, verbose=verbose)
-    if split not in completions.SPLITS:
-        raise ConfigError(f"unknown split '{split}'", hint=f"choose one of {', '.join(completions.SPLITS)}")
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} exists already", hint="add --overwrite or give another name")
+    options.check_split(split)
+    options.check_new(out, overwrite=overwrite)
     runtime = options.model_config(
         config, settings, options.runtime_flags(seed, device, threads, num_workers, batch_size)
     )

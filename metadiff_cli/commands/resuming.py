@@ -4,14 +4,18 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from metadiff_cli import __version__
 from metadiff_cli.commands.signals import HeldSignals
-from metadiff_cli.config import Config, flat
+from metadiff_cli.config import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError, Stopped
+from metadiff_cli.settings import flat
 from metadiff_cli.world import world
+
+if TYPE_CHECKING:
+    from metadiff_cli.commands.workspace import Run
 
 SAVE_EVERY = 60.0  # seconds: what a `kill -9` loses of an epoch at most, beside the step at hand
 NONE = "none"
@@ -95,6 +99,18 @@ def follow(
                 if held.together:
                     barrier()  # the end of any process has the others killed
             raise
+
+
+def show_step(
+    run: "Run", history: list[dict[str, Any]], screen: Screen, record: Any, update: Update, measured: str | None
+) -> bool:
+    """Draw a record of a training by steps; at a validation, which `measured` is of, write the metrics and save."""
+    update(record.step, record.steps, f"loss {record.loss:.3f}")
+    if measured is None:
+        return False
+    screen.note(f"step {record.step}/{record.steps}  loss {record.loss:.3f}{measured}{'  best' * record.best}")
+    run.save_metrics(history, "metatrain")
+    return True
 
 
 def _restore(trainer: Trainer, state: Path, identity: dict[str, Any], screen: Screen) -> None:

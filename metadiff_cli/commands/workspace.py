@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from metadiff_cli import __version__
 from metadiff_cli.commands.resuming import depends, refuse_changes
-from metadiff_cli.config import Config, check, read_yaml, to_yaml
+from metadiff_cli.config import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.parallel import check_same, lost, main_first, on_main, process_lost
 from metadiff_cli.data.cache import DecodedSplit, decode_split
@@ -27,6 +27,7 @@ from metadiff_cli.data.glyphs import glyph_dataset
 from metadiff_cli.data.known import KNOWN
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError, Stopped
 from metadiff_cli.paths import LEFTOVER, cache_dir, data_dir, sweep, writable, write_text
+from metadiff_cli.settings import check, read_yaml, to_yaml
 from metadiff_cli.world import world
 
 BROKEN_SHOWN = 5  # broken images that are named; the others are counted

@@ -18,12 +18,11 @@ from metadiff_cli.config import InnerLoop
 from metadiff_cli.core.episodes import Episodes, check_episodes, training_batch
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.innerloop import InnerLearner
-from metadiff_cli.core.metatraining import adam_tensors, restore_adam, validation_due
 from metadiff_cli.core.parallel import mean_gradients, mean_of, part_of
+from metadiff_cli.core.stepping import StepTrainer, Validate, adam_tensors, restore_adam
 from metadiff_cli.errors import MetaDiffError
 from metadiff_cli.world import world
 
-REPORT_EVERY = 20  # steps
 LARGEST_SLOPE = 10.0  # entries of the outer gradient are clipped there, as MAML's code does on mini-ImageNet
 
 
@@ -46,8 +45,10 @@ class InnerValidation(InnerStep):
     best: bool
 
 
-class InnerTrainer:
+class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
     """The state of the training of one learner: its parameters, optimiser, and the best parameters so far."""
+
+    config: InnerLoop
 
     def __init__(
         self, learner: InnerLearner, bank: FeatureBank, config: InnerLoop, *, shot: int, seed: int,
@@ -78,35 +79,14 @@ class InnerTrainer:
         chosen.load_state_dict(self.best or self.learner.state_dict())
         return chosen.eval()
 
-    @property
-    def position(self) -> str:
-        """How far the training is."""
-        return f"step {self.step} of {self.config.steps}"
-
-    def run(
-        self, validate: Callable[[InnerLearner], tuple[float, float] | None]
-    ) -> Iterator[InnerStep | InnerValidation | None]:
-        """Train the steps that are left; `validate` gives the accuracy of the learner and its interval.
-
-        None stands for a step without a record. At each yield and while `validate` runs, `state` is whole.
-        """
-        while self.step < self.config.steps or self._due():
-            if self._due():
-                yield self._validate(validate)
-                continue
-            self.seen += self._train_step()
-            self.step += 1
-            yield self._now() if self.step % REPORT_EVERY == 0 and not self._due() else None
-
-    def _due(self) -> bool:
-        """Whether a validation comes before the next step."""
-        return validation_due(self.step, self.history, self.config.validate_every, self.config.steps)
+    def _advance(self) -> None:
+        self.seen += self._train_step()
 
     def _now(self) -> InnerStep:
         loss, accuracy, count = self.seen.tolist()
         return InnerStep(self.step, self.config.steps, loss / count, 100 * accuracy / count)
 
-    def _validate(self, validate: Callable[[InnerLearner], tuple[float, float] | None]) -> InnerValidation:
+    def _validate(self, validate: Validate) -> InnerValidation:
         measured = validate(self.learner)
         accuracy, ci95 = measured if measured else (None, None)
         best = accuracy is None or self.best_validation is None or accuracy > self.best_validation
@@ -115,7 +95,6 @@ class InnerTrainer:
             self.best = {name: t.detach().clone() for name, t in self.learner.state_dict().items()}
         record = InnerValidation(**vars(self._now()), validation=accuracy, ci95=ci95, best=best)
         self.seen.zero_()
-        self.history.append(vars(record).copy())
         return record
 
     def _train_step(self) -> Tensor:

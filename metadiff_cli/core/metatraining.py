@@ -6,7 +6,7 @@ randomness of a step follows from (seed, step). `MetaTrainer.run` is a generator
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,23 +30,22 @@ from metadiff_cli.core.domain import domain_of, shared_of
 from metadiff_cli.core.episodes import Episodes, check_episodes, training_batch
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.parallel import mean_of, part_of, synchronised, weight_of
+from metadiff_cli.core.stepping import StepTrainer, Validate, adam_tensors, restore_adam
 from metadiff_cli.core.task_space import TaskSpace, class_means
 from metadiff_cli.errors import MetaDiffError
 from metadiff_cli.world import world
 
 IN_MEMORY = 1 << 30  # bytes of base images in task space; a larger bank is projected task by task
-REPORT_EVERY = 20  # steps between two records
 LOGIT_SCALE = 10.0  # of the cross-entropy of held-out images in training
 
 
 @dataclass(frozen=True)
 class MetaStep:
-    """Mean loss since the last record."""
+    """Mean loss since the last validation."""
 
     step: int
     steps: int
     loss: float
-    lr: float
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,10 @@ class Queries:
         return inner / lengths
 
 
-class MetaTrainer:
+class MetaTrainer(StepTrainer[MetaStep, MetaValidation]):
     """The state of a meta-training run: denoiser, its average, optimiser, and the best average so far."""
+
+    config: MetatrainConfig
 
     def __init__(
         self,
@@ -99,7 +100,6 @@ class MetaTrainer:
         Raises DataError when the base classes have too few images for the episodes asked for.
         """
         self.bank, self.config, self.seed, self.device = bank, config, seed, device
-        self.kind = denoiser.kind
         self.shared = shared_of(denoiser.kind)
         self.space = space.to(device)
         self.schedule = Schedule()
@@ -146,41 +146,21 @@ class MetaTrainer:
         """The denoiser with the best averaged parameters so far."""
         return self._with(self.best or self.ema.state())
 
-    @property
-    def position(self) -> str:
-        """How far the training is."""
-        return f"step {self.step} of {self.config.steps}"
+    def _advance(self) -> None:
+        self.total += self._train_step(self._lr())
+        self.count += 1
 
-    def run(
-        self, validate: Callable[[nn.Module], tuple[float, float] | None]
-    ) -> Iterator[MetaStep | MetaValidation | None]:
-        """Train the steps that are left; `validate` gives the paired gain of a denoiser and its interval.
+    def _now(self) -> MetaStep:
+        return MetaStep(self.step, self.config.steps, self.total / self.count)
 
-        None stands for a step without a record. At each yield and while `validate` runs, `state` is whole.
-        """
-        while self.step < self.config.steps or self._due():
-            if self._due():
-                yield self._validate(validate)
-                continue
-            lr = self._lr()
-            self.total += self._train_step(lr)
-            self.count, self.step = self.count + 1, self.step + 1
-            report = self.step % REPORT_EVERY == 0 and not self._due()
-            yield MetaStep(self.step, self.config.steps, self.total / self.count, lr) if report else None
-
-    def _due(self) -> bool:
-        """Whether a validation comes before the next step."""
-        return validation_due(self.step, self.history, self.config.validate_every, self.config.steps)
-
-    def _validate(self, validate: Callable[[nn.Module], tuple[float, float] | None]) -> MetaValidation:
+    def _validate(self, validate: Validate) -> MetaValidation:
         measured = validate(self.averaged())
         gain, ci95 = measured if measured else (None, None)
         best = gain is None or self.best_gain is None or gain > self.best_gain
         if best:
             self.best_gain, self.best = gain, self.ema.state()
-        record = MetaValidation(self.step, self.config.steps, self.total / self.count, gain, ci95, best)
+        record = MetaValidation(**vars(self._now()), gain=gain, ci95=ci95, best=best)
         self.total, self.count = 0.0, 0
-        self.history.append(vars(record).copy())
         return record
 
     def _train_step(self, lr: float) -> float:
@@ -245,7 +225,7 @@ class MetaTrainer:
         return self.space.to_task(self.bank.take(rows).to(self.device))
 
     def _weighted_loss(
-        self, w: Tensor, w0: Tensor, abar: Tensor, stats: SupportStats, queries: "Queries", labels: Tensor
+        self, w: Tensor, w0: Tensor, abar: Tensor, stats: SupportStats, queries: Queries, labels: Tensor
     ) -> Tensor:
         """Precision-weighted ||x0 - w0||^2 per dimension, plus kappa times the held-out cross-entropy.
 
@@ -302,34 +282,6 @@ class MetaTrainer:
         self.total, self.count = float(plain["total"]), int(plain["count"])
 
 
-def validation_due(step: int, history: list[dict[str, Any]], every: int, steps: int) -> bool:
-    """Whether the validation after `step` steps is still to be made; `history` has those that were."""
-    done = history[-1]["step"] if history else 0
-    return step > done and (step % every == 0 or step == steps)
-
-
 def _is_small(bank: FeatureBank) -> bool:
     """Whether its images may stay in memory in task space, where no step has to bring them there."""
     return 4 * bank.features.size <= IN_MEMORY
-
-
-def adam_tensors(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The moments of Adam or AdamW for a module's parameters, named adam.<parameter>.<key>."""
-    return {
-        f"adam.{name}.{key}": value
-        for name, parameter in module.named_parameters()
-        for key, value in optimiser.state[parameter].items()
-    }
-
-
-def restore_adam(module: nn.Module, optimiser: torch.optim.Optimizer, part: Callable[[str], dict[str, Tensor]]) -> None:
-    """Put back what `adam_tensors` gave; `part(prefix)` gives the tensors below a prefix."""
-    for name, parameter in module.named_parameters():
-        values = part(f"adam.{name}")
-        if values:
-            moments = {
-                key: torch.empty_like(parameter).copy_(t)  # in the parameter's memory format
-                for key, t in values.items()
-                if key != "step"
-            }
-            optimiser.state[parameter] = {"step": values["step"].cpu(), **moments}

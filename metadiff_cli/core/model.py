@@ -12,7 +12,7 @@ from metadiff_cli.core.checkpoint import KINDS, Checkpoint, load_checkpoint, sav
 from metadiff_cli.core.classifier import Calibration, Rejection
 from metadiff_cli.core.denoiser import build_denoiser
 from metadiff_cli.core.domain import Usual
-from metadiff_cli.core.encoders import Encoder, build_encoder
+from metadiff_cli.core.encoders import ENCODERS, Encoder, build_encoder
 from metadiff_cli.core.features import ImageEncoder
 from metadiff_cli.core.headers import check_denoiser, check_image, check_tuning
 from metadiff_cli.core.inference import Learner, TaskClassifier, Tuning
@@ -168,8 +168,10 @@ def image_encoder(checkpoint: Checkpoint, device: torch.device, mirror: bool) ->
 def _network(checkpoint: Checkpoint) -> Encoder:
     """The encoder that the header names, with random weights."""
     name, image = checkpoint.header["encoder"], checkpoint.header["image"]
-    if not is_pretrained(name):
+    if name in ENCODERS:
         return build_encoder(name)
+    if not is_pretrained(name):
+        raise ValueError(f"an unknown encoder {name!r:.80}")
     check_image(image)
     return build_pretrained(name, image["size"], checkpoint.part("encoder"))
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from metadiff_cli.config import PretrainConfig
 from metadiff_cli.core.device import autocast, default_noise, set_default_noise
 from metadiff_cli.core.encoders import Encoder
+from metadiff_cli.core.objectives import Heads, Pairs, pair_logits
 from metadiff_cli.core.parallel import all_rows, mean_buffers, mean_of, part_of, synchronised, weight_of
 from metadiff_cli.data.transforms import Augmentation, Changes, augment, rotate_quarters
-from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
+from metadiff_cli.errors import ConfigError, MetaDiffError
 from metadiff_cli.world import world
 
 REPORT_EVERY = 10  # steps between two records: reading the loss waits for the device
@@ -51,80 +52,6 @@ class PretrainEpoch:
     best: bool
 
 
-class Heads(nn.Module):
-    """Linear heads over flattened or pooled feature maps: the base classes, and optionally the 4 rotations.
-
-    `classes` 0 stands for no base classes: pairs of images need no head.
-
-    With `cosine` the logits of the classes are that scale times the cosine to each class's weight (Chen et al. 2019):
-    with thousands of classes over few features a linear head hardly gets going.
-    """
-
-    def __init__(self, channels: int, side: int, classes: int, rotation: bool, cosine: float | None = None) -> None:
-        super().__init__()
-        self.channels, self.side, self.cosine = channels, side, cosine
-        self.classes = nn.Linear(channels * side * side, classes) if classes else None
-        self.rotation = nn.Linear(channels * side * side, 4) if rotation else None
-
-    def class_logits(self, features: Tensor) -> Tensor:
-        """(B, C) of features (B, D)."""
-        assert self.classes is not None
-        if self.cosine is None:
-            logits: Tensor = self.classes(features)
-            return logits
-        return self.cosine * F.linear(F.normalize(features, dim=1), F.normalize(self.classes.weight, dim=1))
-
-    @torch.no_grad()
-    def resize(self, side: int) -> None:
-        """Follow a change of image size: weights are resampled over the positions and keep their scale."""
-        for layer in (self.classes, self.rotation):
-            if layer is None or side == self.side:
-                continue
-            maps = layer.weight.view(-1, self.channels, self.side, self.side)
-            maps = F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
-            layer.weight = nn.Parameter(maps.flatten(1) * (self.side / side) ** 2)
-        self.side = side
-
-
-class Pairs:
-    """Two images of each of `ways` classes, drawn anew for each batch; classes of one image are left out."""
-
-    def __init__(self, labels: np.ndarray, turns: int, ways: int) -> None:
-        """`turns` 4 makes four classes of each. Raises DataError when there are not `ways` classes."""
-        self.rows = torch.from_numpy(np.argsort(labels, kind="stable"))  # class after class
-        counts = torch.from_numpy(np.bincount(labels))
-        self.first = torch.cumsum(counts, 0) - counts
-        self.classes, self.counts = torch.nonzero(counts >= 2).flatten(), counts
-        self.turns, self.ways = turns, ways
-        if len(self.classes) * turns < ways:
-            raise DataError(
-                f"a batch of pairs wants {ways} classes of two images, there are {len(self.classes) * turns}",
-                hint=f"lower --set pretrain.batch={2 * len(self.classes) * turns}, or use pretrain.objective=classes",
-            )
-
-    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Rows (2 N,), first one image of each class and then the other, and labels: class times turns plus turn."""
-        chosen = torch.randperm(len(self.classes) * self.turns, generator=generator)[: self.ways]
-        classes, turn = self.classes[chosen // self.turns], chosen % self.turns
-        count = self.counts[classes]
-        first, other = torch.rand(2, self.ways, generator=generator, dtype=torch.float64)
-        one = (first * count).long()
-        two = (one + 1 + (other * (count - 1)).long()) % count  # another one than `one`
-        rows = self.rows[torch.cat([self.first[classes] + one, self.first[classes] + two])]
-        return rows, (classes * self.turns + turn).repeat(2)
-
-
-def pair_logits(features: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Scaled cosines (2 N, N) of features (2 N, D) of pairs to the other half, and which one is the twin (2 N,).
-
-    They are relative to the mean of the batch: features behind a ReLU have no negative side, and their cosines no room.
-    """
-    one, two = F.normalize(features - features.mean(dim=0), dim=1).chunk(2)
-    cosines = one @ two.T
-    twins = torch.arange(len(one), device=features.device).repeat(2)
-    return scale * torch.cat([cosines, cosines.T]), twins
-
-
 class Pretrainer:
     """The state of a pretraining run: encoder, heads, optimiser, and the best encoder so far."""
 
@@ -149,12 +76,12 @@ class Pretrainer:
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.encoder = encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         side = 1 if encoder.pooled else encoder.side(self.size_of(0))
-        outputs = classes * self.turns
+        self.how = Augmentation(**config.augment.model_dump())
         self.pairs = Pairs(labels, self.turns, config.batch // 2) if config.objective == "pairs" else None
-        outputs = 0 if self.pairs else outputs
+        outputs = 0 if self.pairs else classes * self.turns
         self.heads = Heads(encoder.channels, side, outputs, config.rotation_weight > 0, config.cosine_head)
         self.heads.to(device)
-        self.part = self._own_part()  # of a batch's images, those of this process
+        self.part, self.weight = self._share()  # of a batch's images, those of this process; what their loss weighs
         self._prepare()
         self.epoch = 0
         self.step = 0  # of the epoch
@@ -256,7 +183,7 @@ class Pretrainer:
         else:
             turns = torch.randint(self.turns, (len(index),), generator=generator) if self.turns > 1 else 0
             labels = self.labels[index] * self.turns + turns
-        changes = Changes.draw(len(index), Augmentation(**self.config.augment.model_dump()), generator)
+        changes = Changes.draw(len(index), self.how, generator)
         quarters = torch.randint(4 if self.heads.rotation else 1, (len(labels),), generator=generator)
         pixels = torch.from_numpy(self.images[index[self.part].numpy()]).to(self.device)
         batch = augment(pixels, size, changes.part(self.part), self.mean, self.std)
@@ -300,21 +227,22 @@ class Pretrainer:
                 "--out; --init-from ENCODER starts from the one that is kept",
             )
 
-    def _own_part(self) -> Tensor:
-        """Which images of a batch are this process's; of pairs both. Raises ConfigError when they cannot be shared."""
+    def _share(self) -> tuple[Tensor, float]:
+        """Which images of a batch are this process's, of pairs both, and the weight of their loss.
+
+        Raises ConfigError when they cannot be shared.
+        """
         if self.pairs is None:
             count = min(self.config.batch, len(self.labels))
             part = part_of(count, "pretrain.batch")
-            self.weight = weight_of(part, count)
-            return torch.arange(count)[part]
+            return torch.arange(count)[part], weight_of(part, count)
         if self.pairs.ways % world().size:
             raise ConfigError(
                 f"{world().size} processes cannot share batches of {self.pairs.ways} pairs in equal parts",
                 hint=f"set pretrain.batch to a multiple of {2 * world().size}",
             )
-        self.weight = 1.0  # each process has the loss of the whole batch
         first = torch.arange(self.pairs.ways)[part_of(self.pairs.ways, "half of pretrain.batch")]
-        return torch.cat([first, first + self.pairs.ways])
+        return torch.cat([first, first + self.pairs.ways]), 1.0  # each process has the loss of the whole batch
 
     def _prepare(self) -> None:
         """Optimiser and loss for the present parameters."""

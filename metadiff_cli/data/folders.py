@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from metadiff_cli.data.images import IMAGE_SUFFIXES
-from metadiff_cli.errors import ConfigError, DataError
+from metadiff_cli.errors import ConfigError, DataError, suggest
 
 SPLITS = ("train", "val", "test")
 IGNORED = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
@@ -77,10 +77,8 @@ def open_dataset(root: Path, *, layout: str = "auto", seed: int = 0, progress: P
 
     openers: dict[str, Callable[[Path, int, Scan], Dataset]] = {"auto": open_detected, "folder": open_folder, **LAYOUTS}
     if layout not in openers:
-        close = difflib.get_close_matches(layout, openers, n=1)
         raise ConfigError(
-            f"unknown layout '{layout}'",
-            hint=f"did you mean '{close[0]}'?" if close else f"choose one of {', '.join(openers)}",
+            f"unknown layout '{layout}'", hint=f"{suggest(layout, openers)}choose one of {', '.join(openers)}"
         )
     check_folder(root)
     return openers[layout](root, seed, Scan(progress=progress))

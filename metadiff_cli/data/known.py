@@ -1,9 +1,8 @@
 """The data sets that have a layout and class splits here: what they are, who allows what, and how to get them."""
 
-import difflib
 from dataclasses import dataclass
 
-from metadiff_cli.errors import ConfigError
+from metadiff_cli.errors import ConfigError, suggest
 
 IMAGENET = "ImageNet's terms of access: non-commercial research and education"
 UNSTATED = "none stated by its authors"
@@ -60,6 +59,4 @@ def known(name: str) -> Known:
         return KNOWN[name]
     if name in ("cifar-100", "cifar100"):
         raise ConfigError(f"'{name}' has two class splits", hint="choose cifar-fs or fc100; they share the download")
-    close = difflib.get_close_matches(name, KNOWN, n=1)
-    suggestion = f"did you mean '{close[0]}'? " if close else ""
-    raise ConfigError(f"unknown data set '{name}'", hint=f"{suggestion}`metadiff data list` shows all")
+    raise ConfigError(f"unknown data set '{name}'", hint=f"{suggest(name, KNOWN)}`metadiff data list` shows all")

@@ -9,7 +9,7 @@ import yaml
 from conftest import Result
 
 from metadiff_cli.commands import completions
-from metadiff_cli.config import preset_names, resolve
+from metadiff_cli.settings import preset_names, resolve
 
 CLI = Callable[..., Result]
 

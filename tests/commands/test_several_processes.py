@@ -11,7 +11,7 @@ import pytest
 from conftest import SMALL, invoke
 from processes import SECONDS, begin, end, torchrun
 
-from metadiff_cli.config import preset_names
+from metadiff_cli.settings import preset_names
 
 COMMAND = ["-m", "metadiff_cli"]
 

@@ -17,7 +17,8 @@ from metadiff_cli.core.encoders import Conv4, DropBlock, build_encoder
 from metadiff_cli.core.episodes import training_batch
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.metatraining import MetaTrainer, MetaValidation, Queries
-from metadiff_cli.core.pretraining import Heads, Pairs, PretrainEpoch, Pretrainer, learning_rate, pair_logits
+from metadiff_cli.core.objectives import Heads, Pairs, pair_logits
+from metadiff_cli.core.pretraining import PretrainEpoch, Pretrainer, learning_rate
 from metadiff_cli.core.task_space import fit_task_space
 from metadiff_cli.data.transforms import Augmentation, Changes, affine_maps, augment, normalise, rotate_quarters
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError

@@ -5,8 +5,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from metadiff_cli.config import check, resolve
 from metadiff_cli.errors import MetaDiffError
+from metadiff_cli.settings import check, resolve
 
 
 def small_model(path: Path) -> Path:

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from targets import config
 
-from metadiff_cli.config import Config, preset_folder, read_yaml, resolve
+from metadiff_cli.config import Config
 from metadiff_cli.errors import ConfigError
+from metadiff_cli.settings import preset_folder, read_yaml, resolve
 
 KEYS = [
     "seed",
