@@ -105,6 +105,7 @@ class PretrainConfig(Section):
     ] = ()  # (share of the epochs, image size); empty: full size
     augment: AugmentConfig = AugmentConfig()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False  # the encoder by torch.compile: some minutes at each image size before it trains
 
     @model_validator(mode="after")
     def _stages_fill_the_epochs(self) -> "PretrainConfig":

@@ -28,9 +28,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ))
 
 
-def test_every_benchmark_runs_and_tells_its_ratios() -> None:
-    done = run("--tiny", "--json", "--images", "6")
+def test_every_benchmark_runs_and_tells_its_ratios(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib, a development dependency")
+    plot = tmp_path / "memory.svg"
+    done = run("--tiny", "--json", "--images", "6", "--plot", str(plot))
     assert done.returncode == 0, done.stderr
+    assert plot.read_text(encoding="utf-8").lstrip().startswith("<?xml")
     document = json.loads(done.stdout)
     assert document["schema"] == "metadiff.benchmarks/1" and document["sizes"]["images"] == 6
     assert list(document["results"]) == NAMES and document["machine"]["cores"]
@@ -43,13 +46,10 @@ def test_every_benchmark_runs_and_tells_its_ratios() -> None:
     assert difference.endswith(": 0.00 points")  # both ways of evaluating give the same
 
 
-def test_one_benchmark_as_a_table_with_a_plot(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the plot needs matplotlib, a development dependency")
-    plot = tmp_path / "memory.svg"
-    done = run("memory", "--tiny", "--plot", str(plot))
+def test_one_benchmark_as_a_table() -> None:
+    done = run("evaluation", "--tiny")
     assert done.returncode == 0, done.stderr
-    assert "peak memory" in done.stdout and "metadiff: largest / smallest" in done.stdout
-    assert plot.read_text(encoding="utf-8").lstrip().startswith("<?xml")
+    assert "Evaluation on cached features" in done.stdout and "evaluate / one task at a time" in done.stdout
 
 
 def test_an_unknown_benchmark_is_refused() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from metadiff_cli.core.denoiser import SupportStats
+from metadiff_cli.core.device import sent
 from metadiff_cli.errors import ConfigError
 
 Guide = Callable[[Tensor], SupportStats]
@@ -74,9 +75,9 @@ def ddim(
     `guide` may replace the support statistics by others that depend on the current estimate.
     """
     times = trailing_steps(schedule.steps, steps)
-    abar = schedule.abar
+    abar = sent(schedule.abar, w.device).to(w.dtype)
     for i, (t, after) in enumerate(zip(times, [*times[1:], 0], strict=True)):
-        a, b = abar[t].to(w), abar[after].to(w)
+        a, b = abar[t], abar[after]
         x0 = denoiser(w, a.expand(len(w)), stats)
         keep = ((1 - b) / (1 - a)).sqrt()  # of eps: sqrt(1 - b) eps = keep (w - sqrt(a) x0)
         w = (keep * w).add_((b.sqrt() - keep * a.sqrt()) * x0)
@@ -97,9 +98,9 @@ def ddpm(
 ) -> Iterator[SamplerStep]:
     """Ancestral sampling (Ho et al. 2020, eq. 6 and 7, for any subset of the steps); `draw` gives noise (B, N, D)."""
     times = trailing_steps(schedule.steps, steps)
-    abar = schedule.abar
+    abar = sent(schedule.abar, w.device).to(w.dtype)
     for i, (t, after) in enumerate(zip(times, [*times[1:], 0], strict=True)):
-        a, b = abar[t].to(w), abar[after].to(w)
+        a, b = abar[t], abar[after]
         ratio = a / b
         x0 = denoiser(w, a.expand(len(w)), stats)
         w = (b.sqrt() * (1 - ratio) * x0 + ratio.sqrt() * (1 - b) * w) / (1 - a)
@@ -141,4 +142,4 @@ class Noise:
         rows = [
             torch.randn(ways, self.size, generator=g)[rank] for g, rank in zip(self.generators, self.ranks, strict=True)
         ]
-        return torch.stack(rows).to(self.device) * self.temperature
+        return sent(torch.stack(rows), self.device) * self.temperature

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metadiff_cli.core.classifier import calibration_error, cosine_logits, reliability
+from metadiff_cli.core.device import sent
 from metadiff_cli.core.episodes import Episodes, check_episodes, episode_batches
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.inference import (
@@ -143,9 +144,9 @@ def evaluate(
         indices, protocol.way, protocol.shot, protocol.query,
         count=protocol.episodes, batch=batch, seed=protocol.seed, imbalance=protocol.imbalance, dealt=True,
     ), strict=True):  # fmt: skip
-        support = bank.take(episodes.support).to(device)  # (B, N, K, D)
-        query = bank.take(episodes.query).to(device)  # (B, M, D)
-        labels = torch.from_numpy(episodes.labels).to(device)
+        support = sent(bank.take(episodes.support), device)  # (B, N, K, D)
+        query = sent(bank.take(episodes.query), device)  # (B, M, D)
+        labels = sent(torch.from_numpy(episodes.labels), device)
         own.append({name: Scores() for name in methods})
         for name, method in methods.items():
             own[-1][name].add(method(support, query, episodes, first), labels)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 
+from metadiff_cli.core.device import sent
 from metadiff_cli.core.encoders import Encoder
 from metadiff_cli.core.parallel import barrier, mine, on_main
 from metadiff_cli.data.mapped import release
@@ -67,8 +68,8 @@ class ImageEncoder:
 
     def traceable(self, pixels: Tensor) -> Tensor:
         """The computation of `encode` alone, as the exporter can follow it."""
-        mean, std = (torch.tensor(v, device=self.device) for v in (self.mean, self.std))
-        images = normalise(pixels.to(self.device), mean, std)
+        mean, std = (sent(torch.tensor(v), self.device) for v in (self.mean, self.std))
+        images = normalise(sent(pixels, self.device), mean, std)
         z = F.normalize(self.encoder(images), dim=1)
         if self.mirror:
             z = F.normalize(z + F.normalize(self.encoder(images.flip(3)), dim=1), dim=1)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metadiff_cli.config import InnerLoop
+from metadiff_cli.core.device import sent
 from metadiff_cli.core.episodes import Episodes, check_episodes, training_batch
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.innerloop import InnerLearner
@@ -68,7 +69,8 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
         self.optimiser = torch.optim.Adam(self.learner.parameters(), lr=config.lr)
         self.part = part_of(config.batch, "the batch of tasks")  # of a step's tasks, those of this process
         self.step = 0
-        self.seen = torch.zeros(3, dtype=torch.float64)  # loss, accuracy, steps since the last validation
+        self.seen = torch.zeros(2, dtype=torch.float64, device=device)  # sums of loss and accuracy since the last
+        self.count = 0  # validation, and the steps since then
         self.best: dict[str, Tensor] = {}
         self.best_validation: float | None = None
         self.history: list[dict[str, Any]] = []
@@ -81,24 +83,40 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
 
     def _advance(self) -> None:
         self.seen += self._train_step()
+        self.count += 1
 
     def _now(self) -> InnerStep:
-        loss, accuracy, count = self.seen.tolist()
-        return InnerStep(self.step, self.config.steps, loss / count, 100 * accuracy / count)
+        loss, accuracy = self._seen()
+        return InnerStep(self.step, self.config.steps, loss / self.count, 100 * accuracy / self.count)
+
+    def _seen(self) -> list[float]:
+        """The sums since the last validation; they are read now and then, as a GPU is waited for.
+
+        Raises MetaDiffError where the loss is no number.
+        """
+        sums: list[float] = self.seen.tolist()
+        if not math.isfinite(sums[0]):
+            raise MetaDiffError(
+                f"the loss became {sums[0]} before step {self.step + 1}; the best parameters so far are kept",
+                hint="try a lower rate or lr in --set baselines.images.rate=... or baselines.frozen.rate=...",
+            )
+        return sums
 
     def _validate(self, validate: Validate) -> InnerValidation:
+        now = self._now()
         measured = validate(self.learner)
         accuracy, ci95 = measured if measured else (None, None)
         best = accuracy is None or self.best_validation is None or accuracy > self.best_validation
         if best:
             self.best_validation = accuracy
             self.best = {name: t.detach().clone() for name, t in self.learner.state_dict().items()}
-        record = InnerValidation(**vars(self._now()), validation=accuracy, ci95=ci95, best=best)
+        record = InnerValidation(**vars(now), validation=accuracy, ci95=ci95, best=best)
         self.seen.zero_()
+        self.count = 0
         return record
 
     def _train_step(self) -> Tensor:
-        """One step of the outer optimiser; returns loss, accuracy in 0..1 and the number of steps, which is 1."""
+        """One step of the outer optimiser; returns loss and accuracy in 0..1."""
         way = self.learner.way
         episodes = training_batch(
             self.indices, (way, way), (self.shot, self.shot), self.config.query,
@@ -106,29 +124,23 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
         )  # fmt: skip
         self.learner.train()
         self.optimiser.zero_grad(set_to_none=True)
-        loss, accuracy = 0.0, 0.0
+        seen = torch.zeros_like(self.seen)
         for part in _parts(episodes.part(self.part), self.learner.at_once):
             share = len(part.labels) / self.config.batch * world().size
             part_loss, part_accuracy = self.loss(part)
             (share * part_loss).backward()  # type: ignore[no-untyped-call]
-            loss, accuracy = loss + share * float(part_loss.detach()), accuracy + share * part_accuracy
-        loss, accuracy = mean_of(torch.tensor([loss, accuracy], dtype=torch.float64)).tolist()
+            seen += share * torch.stack([part_loss.detach(), part_accuracy])
         mean_gradients(self.learner)
-        if not math.isfinite(loss):
-            raise MetaDiffError(
-                f"the loss became {loss} at step {self.step + 1}; the best parameters so far are kept",
-                hint="try a lower rate or lr in --set baselines.images.rate=... or baselines.frozen.rate=...",
-            )
         nn.utils.clip_grad_value_(self.learner.parameters(), LARGEST_SLOPE)
         self.optimiser.step()
-        return torch.tensor([loss, accuracy, 1.0], dtype=torch.float64)
+        return mean_of(seen)
 
-    def loss(self, episodes: Episodes) -> tuple[Tensor, float]:
+    def loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the queries after adaptation to the support, and their accuracy in 0..1."""
-        labels = torch.from_numpy(episodes.labels).to(self.device)
+        labels = sent(torch.from_numpy(episodes.labels), self.device)
         logits = self.learner(self._fetch(episodes.support), self._fetch(episodes.query), self.config.inner_steps)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return loss, float((logits.detach().argmax(dim=-1) == labels).float().mean())
+        return loss, (logits.detach().argmax(dim=-1) == labels).float().mean()
 
     def _fetch(self, rows: np.ndarray) -> Tensor:
         """Features or pixels (..., D) of rows (...), turned where the row says so."""
@@ -139,13 +151,14 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
                 side = math.isqrt(values.shape[-1] // 3)
                 squares = values[turned].view(-1, side, side, 3)
                 values[turned] = squares.rot90(q, dims=(1, 2)).flatten(1)
-        return values.to(self.device)
+        return sent(values, self.device)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the next step depends on, as tensors by name and plain values."""
         tensors = {f"learner.{n}": t for n, t in self.learner.state_dict().items()}
         tensors |= {f"best.{n}": t for n, t in self.best.items()} | adam_tensors(self.learner, self.optimiser)
-        plain = {"step": self.step, "seen": self.seen.tolist(), "best": self.best_validation, "history": self.history}
+        seen = [*self._seen(), self.count]
+        plain = {"step": self.step, "seen": seen, "best": self.best_validation, "history": self.history}
         return tensors, plain
 
     def restore(self, part: Callable[[str], dict[str, Tensor]], plain: dict[str, Any]) -> None:
@@ -155,7 +168,9 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
         restore_adam(self.learner, self.optimiser, part)
         self.step, self.best_validation = int(plain["step"]), plain["best"]
         self.history = [vars(InnerValidation(**row)).copy() for row in plain["history"]]  # a file has keys sorted
-        self.seen.copy_(torch.tensor(plain["seen"], dtype=torch.float64))
+        *sums, count = plain["seen"]
+        self.seen.copy_(torch.tensor(sums, dtype=torch.float64))
+        self.count = int(count)
 
 
 def _parts(episodes: Episodes, size: int) -> Iterator[Episodes]:

@@ -25,6 +25,7 @@ from metadiff_cli.core.denoiser import (
     gaussian_posterior,
     support_stats,
 )
+from metadiff_cli.core.device import sent
 from metadiff_cli.core.diffusion import Schedule, add_noise
 from metadiff_cli.core.domain import domain_of, shared_of
 from metadiff_cli.core.episodes import Episodes, check_episodes, training_batch
@@ -125,7 +126,8 @@ class MetaTrainer(StepTrainer[MetaStep, MetaValidation]):
         )
         self.ema = Ema(self.denoiser, config.ema)
         self.step = 0
-        self.total, self.count = 0.0, 0  # of the losses since the last validation
+        self.total = torch.zeros((), dtype=torch.float64, device=device)  # of the losses since the last validation
+        self.count = 0  # of those losses
         self.best: dict[str, Tensor] = {}
         self.best_gain: float | None = None
         self.history: list[dict[str, Any]] = []
@@ -151,19 +153,34 @@ class MetaTrainer(StepTrainer[MetaStep, MetaValidation]):
         self.count += 1
 
     def _now(self) -> MetaStep:
-        return MetaStep(self.step, self.config.steps, self.total / self.count)
+        return MetaStep(self.step, self.config.steps, self._total() / self.count)
 
     def _validate(self, validate: Validate) -> MetaValidation:
+        now = self._now()
         measured = validate(self.averaged())
         gain, ci95 = measured if measured else (None, None)
         best = gain is None or self.best_gain is None or gain > self.best_gain
         if best:
             self.best_gain, self.best = gain, self.ema.state()
-        record = MetaValidation(**vars(self._now()), gain=gain, ci95=ci95, best=best)
-        self.total, self.count = 0.0, 0
+        record = MetaValidation(**vars(now), gain=gain, ci95=ci95, best=best)
+        self.total.zero_()
+        self.count = 0
         return record
 
-    def _train_step(self, lr: float) -> float:
+    def _total(self) -> float:
+        """The sum of the losses since the last validation; it is read now and then, as a GPU is waited for.
+
+        Raises MetaDiffError where it is no number.
+        """
+        total = float(self.total)
+        if not math.isfinite(total):
+            raise MetaDiffError(
+                f"the loss became {total} before step {self.step + 1}; the best denoiser so far is kept",
+                hint="try a lower --set metatrain.lr=... with --overwrite or another --out",
+            )
+        return total
+
+    def _train_step(self, lr: float) -> Tensor:
         episodes = training_batch(
             self.indices, self.config.ways, self.config.shots, self.config.query,
             batch=self.config.batch, seed=self.seed, step=self.step,
@@ -174,12 +191,7 @@ class MetaTrainer(StepTrainer[MetaStep, MetaValidation]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.initial_seed())  # dropout draws from the default generator
             loss = weight_of(self.part, self.config.batch) * self.synchronised(episodes, generator)
-        value = float(mean_of(loss.detach().clone()))
-        if not math.isfinite(value):
-            raise MetaDiffError(
-                f"the loss became {value} at step {self.step + 1}; the best denoiser so far is kept",
-                hint="try a lower --set metatrain.lr=... with --overwrite or another --out",
-            )
+        value = mean_of(loss.detach().clone())
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         self.optimiser.zero_grad(set_to_none=True)
@@ -201,20 +213,20 @@ class MetaTrainer(StepTrainer[MetaStep, MetaValidation]):
         stats = replace(stats, mean=stats.mean - domain)
         w0 = self.targets(episodes, support, query) - domain
         t = torch.randint(1, self.schedule.steps + 1, (whole,), generator=generator)[part]
-        abar = self.abar[t.to(self.device)]
-        noise = torch.randn(whole, *w0.shape[1:], generator=generator)[part].to(self.device)
+        abar = self.abar[sent(t, self.device)]
+        noise = sent(torch.randn(whole, *w0.shape[1:], generator=generator)[part], self.device)
         w = add_noise(w0, abar, noise)
         if isinstance(self.denoiser, PaperDenoiser):
             error: Tensor = F.mse_loss(self.denoiser.epsilon(w, abar, stats), noise)
             return error
-        labels = torch.from_numpy(episodes.labels).to(self.device)
-        squares = self._squares(query) if self.squares is None else self.squares[torch.from_numpy(episodes.query)]
-        return self._weighted_loss(w, w0, abar, stats, Queries(query, squares.to(self.device), domain), labels)
+        labels, rows = (sent(torch.from_numpy(values), self.device) for values in (episodes.labels, episodes.query))
+        squares = self._squares(query) if self.squares is None else self.squares[rows]
+        return self._weighted_loss(w, w0, abar, stats, Queries(query, squares, domain), labels)
 
     def _points(self, rows: np.ndarray) -> Tensor:
         """Images (..., D) in task space of rows (...) of the bank."""
         if self.points is not None:
-            return self.points[torch.from_numpy(rows).to(self.device)]
+            return self.points[sent(torch.from_numpy(rows), self.device)]
         return self._project(rows)
 
     def _squares(self, points: Tensor) -> Tensor:
@@ -222,7 +234,7 @@ class MetaTrainer(StepTrainer[MetaStep, MetaValidation]):
         return points.square() @ self.space.precision
 
     def _project(self, rows: np.ndarray) -> Tensor:
-        return self.space.to_task(self.bank.take(rows).to(self.device))
+        return self.space.to_task(sent(self.bank.take(rows), self.device))
 
     def _weighted_loss(
         self, w: Tensor, w0: Tensor, abar: Tensor, stats: SupportStats, queries: Queries, labels: Tensor
@@ -242,7 +254,7 @@ class MetaTrainer(StepTrainer[MetaStep, MetaValidation]):
     def targets(self, episodes: Episodes, support: Tensor, query: Tensor) -> Tensor:
         """w_0 (B, N, D): class means without the images of the episode at hand, `support` (B, N, K, D) and `query`."""
         tasks, ways, shots, size = support.shape
-        classes = torch.from_numpy(episodes.classes).to(self.device)
+        classes = sent(torch.from_numpy(episodes.classes), self.device)
         held_out = query.view(tasks, ways, -1, size)  # balanced: the queries of a class stand together
         used = support.sum(dim=2) + held_out.sum(dim=2)
         left = self.counts[classes] - shots - held_out.shape[2]
@@ -266,7 +278,7 @@ class MetaTrainer(StepTrainer[MetaStep, MetaValidation]):
         tensors |= {f"ema.{n}": t for n, t in self.ema.average.items()} | {f"best.{n}": t for n, t in self.best.items()}
         tensors |= adam_tensors(self.denoiser, self.optimiser)
         plain = {
-            "step": self.step, "total": self.total, "count": self.count, "updates": self.ema.updates,
+            "step": self.step, "total": self._total(), "count": self.count, "updates": self.ema.updates,
             "best": self.best_gain, "history": self.history,
         }  # fmt: skip
         return tensors, plain
@@ -279,7 +291,8 @@ class MetaTrainer(StepTrainer[MetaStep, MetaValidation]):
         restore_adam(self.denoiser, self.optimiser, part)
         self.step, self.best_gain = int(plain["step"]), plain["best"]
         self.history = [vars(MetaValidation(**row)).copy() for row in plain["history"]]  # a file has keys sorted
-        self.total, self.count = float(plain["total"]), int(plain["count"])
+        self.total.fill_(float(plain["total"]))
+        self.count = int(plain["count"])
 
 
 def _is_small(bank: FeatureBank) -> bool:

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metadiff_cli.config import PretrainConfig
-from metadiff_cli.core.device import autocast, default_noise, set_default_noise
+from metadiff_cli.core.device import autocast, default_noise, sent, set_default_noise
 from metadiff_cli.core.encoders import Encoder
 from metadiff_cli.core.objectives import Heads, Pairs, pair_logits
 from metadiff_cli.core.parallel import all_rows, mean_buffers, mean_of, part_of, synchronised, weight_of
+from metadiff_cli.core.pixels import Pixels
 from metadiff_cli.data.transforms import Augmentation, Changes, augment, rotate_quarters
 from metadiff_cli.errors import ConfigError, MetaDiffError
 from metadiff_cli.world import world
@@ -70,7 +71,8 @@ class Pretrainer:
         device: torch.device,
     ) -> None:
         """`images` (n, S, S, 3) uint8, may be memory-mapped; `labels` (n,) in 0..classes - 1."""
-        self.config, self.images, self.seed, self.size, self.device = config, images, seed, size, device
+        self.config, self.seed, self.size, self.device = config, seed, size, device
+        self.pixels = Pixels(images, device)
         self.labels = torch.as_tensor(np.asarray(labels))
         self.turns = 4 if config.rotated_classes else 1
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
@@ -185,11 +187,13 @@ class Pretrainer:
             labels = self.labels[index] * self.turns + turns
         changes = Changes.draw(len(index), self.how, generator)
         quarters = torch.randint(4 if self.heads.rotation else 1, (len(labels),), generator=generator)
-        pixels = torch.from_numpy(self.images[index[self.part].numpy()]).to(self.device)
-        batch = augment(pixels, size, changes.part(self.part), self.mean, self.std)
-        labels, quarters = labels[self.part].to(self.device), quarters[self.part].to(self.device)
+        pixels, labels, quarters = self.pixels.take(index[self.part]), labels[self.part], quarters[self.part]
+        batch = augment(pixels, size, changes.part(self.part).to(self.device), self.mean, self.std)
         if self.turns > 1:
             batch = rotate_quarters(batch, labels % self.turns)
+        if self.heads.rotation is not None:
+            batch = torch.cat([batch, rotate_quarters(batch, quarters)])
+        labels, quarters = sent(labels, self.device), sent(quarters, self.device)
         with autocast(self.device, self.config.precision):
             loss, logits, labels = self.synchronised(batch, labels, quarters)
         loss = self.weight * loss
@@ -199,21 +203,24 @@ class Pretrainer:
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimiser.step()
         correct = (logits.argmax(dim=1) == labels).sum()
-        return mean_of(torch.stack([loss.detach().float(), correct.float(), correct.new_tensor(len(labels)).float()]))
+        count = torch.full_like(correct, len(labels))
+        return mean_of(torch.stack([loss.detach().float(), correct.float(), count.float()]))
 
     def _loss(self, batch: Tensor, labels: Tensor, quarters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, and the logits (M, N) and labels (M,) that it is of; `quarters` (B,) are turns to be recognised."""
+        """The loss, and the logits (M, N) and labels (M,) that it is of.
+
+        Where turns `quarters` (B,) are to be recognised, the turned images follow the others in the batch.
+        """
         smoothing = self.config.label_smoothing
         if self.pairs is not None:
-            halves = [features.chunk(2) for features in all_rows(self.encoder(batch).float())]
+            halves = [features.chunk(2) for features in all_rows(self.encode(batch).float())]
             features = torch.cat([one for one, _ in halves] + [other for _, other in halves])
             logits, labels = pair_logits(features, self.config.cosine_head or 1.0)
             return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits, labels
         if self.heads.rotation is None:
-            logits = self.heads.class_logits(self.encoder(batch))
+            logits = self.heads.class_logits(self.encode(batch))
             return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits, labels
-        both = torch.cat([batch, rotate_quarters(batch, quarters)])
-        features = self.encoder(both)
+        features = self.encode(batch)
         logits = self.heads.class_logits(features[: len(labels)])
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
         turned = F.cross_entropy(self.heads.rotation(features[len(labels) :]), quarters)
@@ -251,6 +258,8 @@ class Pretrainer:
         self.optimiser = torch.optim.SGD(
             weights, c.lr, momentum=c.momentum, nesterov=c.momentum > 0, weight_decay=c.weight_decay
         )
+        # of an own name: what is validated and saved stays the plain module
+        self.encode = torch.compile(self.encoder, dynamic=False) if c.compile else self.encoder
         self.synchronised = synchronised(self._loss, self.encoder, self.heads)
 
     def _resize_heads(self, size: int) -> None:

@@ -47,14 +47,20 @@ class Changes:
         """For some of the images."""
         return Changes(self.maps[rows], None if self.colours is None else self.colours[:, rows])
 
+    def to(self, device: torch.device) -> "Changes":
+        """On the device of the images. They are small enough that a GPU's driver takes them without a wait."""
+        quick = device.type == "cuda"
+        colours = None if self.colours is None else self.colours.to(device, non_blocking=quick)
+        return Changes(self.maps.to(device, non_blocking=quick), colours)
+
 
 def augment(images: Tensor, size: int, changes: Changes, mean: Tensor, std: Tensor) -> Tensor:
     """Augmented and normalised batch (B, 3, size, size), channels last, of pixels (B, H, W, 3) uint8."""
     pixels = images.permute(0, 3, 1, 2).float().mul_(1 / 255)  # (B, 3, H, W)
-    grid = F.affine_grid(changes.maps.to(pixels.device), [len(images), 3, size, size], align_corners=False)
+    grid = F.affine_grid(changes.maps, [len(images), 3, size, size], align_corners=False)
     pixels = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
     if changes.colours is not None:
-        pixels = colour_jitter(pixels, changes.colours.to(pixels.device))
+        pixels = colour_jitter(pixels, changes.colours)
     out = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     return out.contiguous(memory_format=torch.channels_last)
 
@@ -85,7 +91,7 @@ def colour_jitter(pixels: Tensor, factors: Tensor) -> Tensor:
     """Brightness, then contrast, then saturation of pixels (B, 3, H, W) in 0..1, by factors (3, B, 1, 1, 1)."""
     bright, contrast, saturation = factors
     pixels = (pixels * bright).clamp_(0, 1)
-    luma = pixels.new_tensor(GREY).view(1, 3, 1, 1)
+    luma = torch.tensor(GREY).to(pixels.device, pixels.dtype, non_blocking=pixels.is_cuda).view(1, 3, 1, 1)
     mean = (pixels.mean(dim=(2, 3), keepdim=True) * luma).sum(dim=1, keepdim=True)
     pixels = (mean + (pixels - mean) * contrast).clamp_(0, 1)
     grey = (pixels * luma).sum(dim=1, keepdim=True)
@@ -94,9 +100,10 @@ def colour_jitter(pixels: Tensor, factors: Tensor) -> Tensor:
 
 
 def rotate_quarters(images: Tensor, quarters: Tensor) -> Tensor:
-    """Turn each image of (B, C, S, S) counter-clockwise by its own number of quarter turns (B,)."""
+    """Turn each image of (B, C, S, S) counter-clockwise by its own number of quarter turns (B,), on the CPU."""
     out = images.clone()
     for k in (1, 2, 3):
-        chosen = quarters == k
+        # found on the CPU: a mask would have the GPU waited for
+        chosen = torch.nonzero(quarters == k).flatten().to(images.device, non_blocking=images.is_cuda)
         out[chosen] = torch.rot90(images[chosen], k, dims=(2, 3))
     return out

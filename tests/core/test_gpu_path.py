@@ -1,0 +1,187 @@
+"""The steps of every training and the samplers on a GPU, by the stand-in of tests/gpu.py: each tensor is where it has
+to be, and nothing in a step waits for the GPU.
+
+Autograd's engine asks the driver for the GPU, so backward passes, which are torch's own code, are zeros here.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gpu import GPU, FakeGpu, Waited
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorDeviceMismatchError,
+)
+
+from metadiff_cli.config import DenoiserConfig, FrozenBaseline, ImageBaseline, MetatrainConfig, PretrainConfig
+from metadiff_cli.core.denoiser import build_denoiser, support_stats
+from metadiff_cli.core.diffusion import Noise, Schedule, ddim, ddpm, finish
+from metadiff_cli.core.encoders import build_encoder
+from metadiff_cli.core.features import FeatureBank, ImageEncoder
+from metadiff_cli.core.innerloop import FrozenLearner, build_image_learner
+from metadiff_cli.core.innertraining import InnerTrainer
+from metadiff_cli.core.metatraining import MetaTrainer
+from metadiff_cli.core.pixels import Pixels
+from metadiff_cli.core.pretraining import Pretrainer
+from metadiff_cli.core.task_space import fit_task_space
+
+CLASSES, SIDE, SIZE = 8, 32, 12
+CPU = torch.device("cpu")
+Zeros = Callable[[torch.nn.Module], None]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    """A GPU of 1 GB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(16, dtype=torch.uint8))
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, weights, **_: [torch.zeros_like(w) for w in weights])
+    # under inference_mode `.to` would ask the driver before the stand-in is asked
+    monkeypatch.setattr(torch._C, "_InferenceMode", lambda mode: torch.no_grad())
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    with FakeGpu() as gpu:
+        yield gpu
+    torch.__future__.set_overwrite_module_params_on_conversion(before)
+
+
+@pytest.fixture
+def no_gradients(monkeypatch: pytest.MonkeyPatch) -> Zeros:
+    """Backward passes that give the parameters of a module zeros."""
+
+    def of(module: torch.nn.Module) -> None:
+        def backward(loss: torch.Tensor) -> None:
+            assert loss.device == GPU and loss.requires_grad
+            for parameter in module.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+
+    return of
+
+
+def images() -> tuple[np.ndarray, np.ndarray]:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, SIDE, SIDE, 3), dtype=np.uint8)
+    return pixels, np.arange(40) % CLASSES
+
+
+def features() -> FeatureBank:
+    z = np.random.default_rng(0).normal(size=(160, SIZE)).astype(np.float32)
+    return FeatureBank(z, np.arange(160) % CLASSES, tuple(f"c{i}" for i in range(CLASSES)))
+
+
+@pytest.mark.parametrize(("wait", "error"), [
+    (lambda here, there: there.cpu(), Waited),
+    (lambda here, there: here.to(GPU), Waited),
+    (lambda here, there: here.copy_(there), Waited),
+    (lambda here, there: there.sum().item(), DataDependentOutputException),
+    (lambda here, there: there[there > 0], DynamicOutputShapeException),
+    (lambda here, there: there + here, FakeTensorDeviceMismatchError),
+], ids=["to the CPU", "to the GPU", "copied", "item", "mask", "two devices"])  # fmt: skip
+def test_the_stand_in_notices(gpu: FakeGpu, wait: Callable[..., object], error: type[Exception]) -> None:
+    here, there = torch.zeros(3), torch.zeros(3, device=GPU)
+    with gpu.nobody_waits():
+        assert (there + here.to(GPU, non_blocking=True)).device == GPU
+        with pytest.raises(error):
+            wait(here, there)
+
+
+@pytest.mark.parametrize("encoder", ["conv4", "resnet10", "resnet12"])
+@pytest.mark.parametrize("how", [
+    {"rotation_weight": 1.0},
+    {"rotated_classes": True, "label_smoothing": 0.1},
+    {"objective": "pairs", "cosine_head": 10.0},
+], ids=["rotation head", "rotated classes", "pairs"])  # fmt: skip
+def test_pretraining(gpu: FakeGpu, no_gradients: Zeros, encoder: str, how: dict[str, object]) -> None:
+    pixels, labels = images()
+    config = PretrainConfig(batch=8, precision="fp32", **how)
+    trainer = Pretrainer(
+        build_encoder(encoder), config, pixels, labels, classes=CLASSES, size=SIDE, mean=[0.5] * 3, std=[0.25] * 3,
+        seed=0, device=GPU,
+    )  # fmt: skip
+    trainer.encoder.train()
+    no_gradients(trainer.encoder)
+    assert trainer.pixels.kept is not None
+    with gpu.nobody_waits():
+        for _ in range(2):
+            trainer.sums += trainer._train_step(torch.arange(8), SIDE, 0.1, torch.Generator().manual_seed(0))
+    assert trainer.sums.device == GPU
+    assert all(p.device == GPU and p.grad is not None and p.grad.device == GPU for p in trainer.encoder.parameters())
+
+
+@pytest.mark.parametrize("kind", ["unet", "paper"])
+def test_metatraining(gpu: FakeGpu, no_gradients: Zeros, kind: str) -> None:
+    bank = features()
+    space = fit_task_space(list(bank.by_class()))
+    config = MetatrainConfig(batch=3, ways=(3, 5), shots=(1, 3), query=2)
+    trainer = MetaTrainer(bank, space, DenoiserConfig(kind=kind, width=16, depth=1), config, seed=0, device=GPU)
+    no_gradients(trainer.denoiser)
+    with gpu.nobody_waits():
+        for _ in range(2):
+            trainer._advance()
+            trainer.step += 1
+    assert trainer.total.device == GPU and trainer.count == 2
+
+
+@pytest.mark.parametrize("method", ["anil-frozen", "metasgd-frozen", "maml", "fomaml", "anil"])
+def test_gradient_based(gpu: FakeGpu, no_gradients: Zeros, method: str) -> None:
+    if method.endswith("frozen"):
+        config, bank = FrozenBaseline(batch=3, query=2, inner_steps=2), features()
+        learner = FrozenLearner(method, 5, torch.zeros(SIZE), config)
+        trainer = InnerTrainer(learner, bank, config, shot=1, seed=0, device=GPU)
+    else:
+        pixels, labels = images()
+        bank = FeatureBank(pixels.reshape(len(pixels), -1), labels, tuple(f"c{i}" for i in range(CLASSES)))
+        images_config = ImageBaseline(batch=2, query=2, inner_steps=2, rotated_classes=True)
+        learner = build_image_learner(method, 5, build_encoder("conv4"), SIDE, (0.5,) * 3, (0.25,) * 3, images_config)
+        trainer = InnerTrainer(learner, bank, images_config, shot=1, seed=0, device=GPU, quarters=4)
+    no_gradients(trainer.learner)
+    with gpu.nobody_waits():
+        trainer._advance()
+    assert trainer.seen.device == GPU
+
+
+@pytest.mark.parametrize("kind", ["analytic", "unet", "paper"])
+@pytest.mark.parametrize("method", ["ddim", "ddpm"])
+def test_sampling(gpu: FakeGpu, kind: str, method: str) -> None:
+    denoiser = build_denoiser(kind, SIZE, 16, 1, 0.0).to(GPU).eval()
+    stats = support_stats(torch.zeros(2, 5, 1, SIZE, device=GPU), torch.ones(SIZE, device=GPU))
+    with gpu.nobody_waits():
+        noise = Noise([0, 1], torch.arange(5).expand(2, -1), SIZE, 1.0, GPU)
+        start = noise.draw()
+        if method == "ddim":
+            found = finish(ddim(denoiser, start, Schedule(), 10, stats))
+        else:
+            found = finish(ddpm(denoiser, start, Schedule(), 10, stats, noise.draw))
+    assert found.shape == (2, 5, SIZE) and found.device == GPU
+
+
+def test_features(gpu: FakeGpu) -> None:
+    encoder = ImageEncoder(build_encoder("conv4").to(GPU), "conv4", SIDE, (0.5,) * 3, (0.25,) * 3, True, GPU)
+    with gpu.nobody_waits():
+        z = encoder.encode(torch.from_numpy(images()[0]))
+    assert z.device == GPU and z.shape == (40, encoder.feature_size)
+
+
+def test_pixels_too_large_for_the_gpu_are_sent_batch_by_batch(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, _ = images()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * pixels.nbytes - 1, 2**30))
+    large = Pixels(pixels, GPU)
+    assert large.kept is None
+    with gpu.nobody_waits():
+        assert large.take(torch.tensor([3, 1])).device == GPU
+
+
+def test_pixels_that_are_kept_are_those_of_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pixels, _ = images()
+    np.save(tmp_path / "pixels.npy", pixels)
+    monkeypatch.setattr("metadiff_cli.core.pixels.CHUNK", 7)  # the last chunk is a short one
+    monkeypatch.setattr("metadiff_cli.core.pixels._fits", lambda images, device: True)
+    kept = Pixels(np.load(tmp_path / "pixels.npy", mmap_mode="r"), CPU)
+    rows = torch.tensor([39, 0, 7, 7])
+    assert kept.kept is not None
+    assert torch.equal(kept.take(rows), torch.from_numpy(pixels[rows.numpy()]))
