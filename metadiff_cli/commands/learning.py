@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from metadiff_cli.core.evaluation import (
     Scores,
     evaluate,
     label_propagation_method,
+    lengths_for,
     method_of,
     prototype_method,
     run_through,
@@ -74,21 +76,23 @@ def parse_controls(text: str) -> list[str]:
 
 
 def methods_of(
-    model: Model, controls: Sequence[str], sampling: Sampling, protocol: Protocol, device: torch.device
-) -> dict[str, Method]:
+    model: Model, bank: FeatureBank, controls: Sequence[str], sampling: Sampling, protocol: Protocol,
+    device: torch.device,
+) -> dict[str, Method]:  # fmt: skip
     """MetaDiff and those of the controls that are made of the model, by name; `methods.further` has the others."""
     learner = model.learner
+    ours = partial(method_of, lengths=lengths_for(learner.space, bank, protocol, device))
     makers = {
         "prototype": lambda: prototype_method(learner),
-        "analytic": lambda: method_of(learner.analytic(), sampling, protocol),
-        "untrained": lambda: method_of(_untrained(model, protocol.seed, device), sampling, protocol),
-        "posterior": lambda: method_of(learner, replace(POSTERIOR, guidance=sampling.guidance), protocol),
-        "inductive": lambda: method_of(learner, sampling, replace(protocol, transductive=False)),
+        "analytic": lambda: ours(learner.analytic(), sampling, protocol),
+        "untrained": lambda: ours(_untrained(model, protocol.seed, device), sampling, protocol),
+        "posterior": lambda: ours(learner, replace(POSTERIOR, guidance=sampling.guidance), protocol),
+        "inductive": lambda: ours(learner, sampling, replace(protocol, transductive=False)),
         "soft-kmeans": lambda: soft_kmeans_method(learner),
         "label-propagation": lambda: label_propagation_method(learner),
     }
     named = [name for name in controls if name in makers]
-    return {"metadiff": method_of(learner, sampling, protocol), **{name: makers[name]() for name in named}}
+    return {"metadiff": ours(learner, sampling, protocol), **{name: makers[name]() for name in named}}
 
 
 def _untrained(model: Model, seed: int, device: torch.device) -> Learner:
@@ -198,7 +202,7 @@ def _scores(
 ) -> dict[str, Scores]:  # fmt: skip
     found: dict[str, Scores] = {}
     for part in parts:
-        methods = {**methods_of(part.model, controls, sampling, part.protocol, device), **more}
+        methods = {**methods_of(part.model, part.bank, controls, sampling, part.protocol, device), **more}
         scores = run_through(evaluate(part.bank, methods, part.protocol, device), progress)
         found = {name: found[name].joined(s) if name in found else s for name, s in scores.items()}
     return found

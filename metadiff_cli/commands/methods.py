@@ -66,9 +66,8 @@ def measure_method(
     methods = {method.name: _as_method(method, protocol.way)}
     if method.base is not None:
         bank = feature_bank(method.images, source, split, config, screen)
-        of_model = methods_of(
-            Model(method.images, method.base, method.header), controls, sampling_of(config), protocol, device
-        )
+        model = Model(method.images, method.base, method.header)
+        of_model = methods_of(model, bank, controls, sampling_of(config), protocol, device)
         methods |= {control: of_model[control] for control in controls if control in of_model}
         methods |= _fitted(controls, config)
     else:

@@ -18,6 +18,7 @@ LOO_PENALTY = 0.25  # nats per factor of four away from the fitted default
 PROTOTYPE = 1e6  # a guidance scale at which nothing is left of the prior
 GUIDANCE_GRID = (1.0, 4.0, 16.0, 64.0, PROTOTYPE)
 LOO_GRID = (1.0, 4.0, 16.0, PROTOTYPE)  # 64 is too near the prototype to be worth its maps
+SHORTEST = 1e-12  # what a length counts for at least
 HALF_TRUST = 10.0  # the guidance scale at which the two metrics weigh the same; see task_logits
 
 
@@ -25,7 +26,23 @@ def cosine_logits(z: Tensor, weights: Tensor, scale: float | Tensor = 1.0, centr
     """s * cos(z, w), (B, Q, N), of features z (B, Q, D) and weights (B, N, D), both relative to `centre` (D,)."""
     if centre is not None:
         z, weights = z - centre, weights - centre
-    return scale * (F.normalize(z, dim=-1) @ F.normalize(weights, dim=-1).transpose(-1, -2))
+    lengths = torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min(SHORTEST)  # divided by last: Q N, not Q D
+    cosines: Tensor = z @ F.normalize(weights, dim=-1).transpose(-1, -2) / lengths
+    return scale * cosines
+
+
+def whitened_cosines(z: Tensor, weights: Tensor, space: TaskSpace, squares: Tensor | None = None) -> Tensor:
+    """Cosines (B, Q, N) of features z (B, Q, D) and weights (B, N, D), both relative to mu, in the metric S_w^-1.
+
+    `squares` (B, Q) are `space.squares(z)` where they are known: then no image is projected.
+    """
+    w = space.to_task(weights)
+    scaled = w * space.precision
+    direction = scaled @ space.basis.T  # (B, N, D): its product with a feature is the inner product with w
+    inner = z @ direction.mT - space.mean.view(-1, 1, z.shape[-1]) @ direction.mT
+    squares = space.squares(z) if squares is None else squares
+    lengths = squares.clamp_min(0).sqrt().unsqueeze(-1) * (w * scaled).sum(dim=-1).sqrt().unsqueeze(-2)
+    return inner / lengths.clamp_min(SHORTEST)
 
 
 def blend(whitened: Tensor, plain: Tensor, guidance: Tensor | float) -> Tensor:
@@ -38,13 +55,15 @@ def blend(whitened: Tensor, plain: Tensor, guidance: Tensor | float) -> Tensor:
 
 
 def task_logits(
-    z: Tensor, weights: Tensor, space: TaskSpace, guidance: Tensor | float, scale: float | Tensor = 1.0
-) -> Tensor:
+    z: Tensor, weights: Tensor, space: TaskSpace, guidance: Tensor | float, scale: float | Tensor = 1.0,
+    squares: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Logits (B, Q, N) of generated classifiers: s times the blend of the cosines of whitened and of plain features.
 
     Whitened, the noise within a class has the same size in every direction: the metric of linear discriminant analysis.
+    `squares` are as in `whitened_cosines`.
     """
-    whitened = cosine_logits(space.whiten(z), space.whiten(weights))
+    whitened = whitened_cosines(z, weights, space, squares)
     return scale * blend(whitened, cosine_logits(space.plain(z), space.plain(weights)), guidance)
 
 

@@ -6,7 +6,7 @@
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,11 @@ from metadiff_cli.core.inference import (
 )
 from metadiff_cli.core.parallel import gather_in_order, mine
 from metadiff_cli.core.pool import PoolGuidance, label_propagation, soft_kmeans
+from metadiff_cli.core.task_space import TaskSpace
 from metadiff_cli.world import world
 
 BATCH_VALUES = 24_000_000  # numbers in the features of one batch of episodes: about 100 MB
+PART = 4096  # images that are projected at once
 BATCHES = 16  # or more, where there are as many episodes: so many processes can share them
 
 
@@ -73,8 +75,36 @@ class Scores:
         return Scores(self.accuracy + other.accuracy, self.confidence + other.confidence, self.correct + other.correct)
 
 
-def method_of(learner: Learner, sampling: Sampling, protocol: Protocol, pool: PoolGuidance | None = None) -> Method:
-    """Adaptation with a learner as a method: (support z, query z, episodes, first) -> probabilities (B, M, N)."""
+class Lengths:
+    """Squared lengths of a bank's images in a task space, for many episodes: a projection an image, none a query."""
+
+    def __init__(self, space: TaskSpace, bank: FeatureBank, device: torch.device) -> None:
+        self.space, self.bank, self.device = space, bank, device
+
+    def of(self, episodes: Episodes, query: Tensor, mean: Tensor) -> Tensor:
+        """`squares` (B, M) of the queries (B, M, D) in the tasks' own spaces, which are around `mean` (B, 1, D)."""
+        return self.space.squares_around(mean, query, self._squares[torch.from_numpy(episodes.query)].to(query.device))
+
+    @cached_property
+    def _squares(self) -> Tensor:
+        parts = np.array_split(np.arange(len(self.bank.labels)), math.ceil(len(self.bank.labels) / PART))
+        return torch.cat([self.space.squares(sent(self.bank.take(rows), self.device)).cpu() for rows in parts])
+
+
+def lengths_for(space: TaskSpace, bank: FeatureBank, protocol: Protocol, device: torch.device) -> Lengths | None:
+    """`Lengths`, or None where the protocol has fewer queries than the bank has images."""
+    queries = protocol.episodes * protocol.way * protocol.query
+    return Lengths(space, bank, device) if queries > len(bank.labels) else None
+
+
+def method_of(
+    learner: Learner, sampling: Sampling, protocol: Protocol, pool: PoolGuidance | None = None,
+    lengths: Lengths | None = None,
+) -> Method:  # fmt: skip
+    """Adaptation with a learner as a method: (support z, query z, episodes, first) -> probabilities (B, M, N).
+
+    `lengths` are those of the bank that is evaluated, in the learner's space.
+    """
 
     def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
         seeds = seeds_of(protocol.seed, first, len(support))
@@ -82,7 +112,8 @@ def method_of(learner: Learner, sampling: Sampling, protocol: Protocol, pool: Po
             learner, support, sampling, ranks=ranks_of(episodes.classes), seeds=seeds,
             pool=query if protocol.transductive else None, pool_guidance=pool,
         )  # fmt: skip
-        return classifier.probabilities(query)
+        squares = None if lengths is None else lengths.of(episodes, query, classifier.space.mean)
+        return classifier.probabilities(query, squares)
 
     return run
 

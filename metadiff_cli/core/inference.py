@@ -88,18 +88,22 @@ class TaskClassifier:
         """The guidance scale of the only task (B = 1)."""
         return float(self.guidance)
 
-    def logits(self, z: Tensor, sample: int = 0) -> Tensor:
-        """Unscaled logits (B, Q, N) of features z (B, Q, D) under one of the M samples."""
-        return task_logits(z, self.weights[sample], self.space, self.guidance)
+    def logits(self, z: Tensor, sample: int = 0, squares: Tensor | None = None) -> Tensor:
+        """Unscaled logits (B, Q, N) of features z (B, Q, D) under one of the M samples.
+
+        `squares` (B, Q) are `space.squares(z)`, where they are known already.
+        """
+        return task_logits(z, self.weights[sample], self.space, self.guidance, squares=squares)
 
     @torch.inference_mode()
-    def probabilities(self, z: Tensor) -> Tensor:
-        """(B, Q, N), averaged over the samples, of features z (B, Q, D)."""
-        return self.traceable(z)
+    def probabilities(self, z: Tensor, squares: Tensor | None = None) -> Tensor:
+        """(B, Q, N), averaged over the samples, of features z (B, Q, D); `squares` as for `logits`."""
+        return self.traceable(z, squares)
 
-    def traceable(self, z: Tensor) -> Tensor:
+    def traceable(self, z: Tensor, squares: Tensor | None = None) -> Tensor:
         """The computation of `probabilities` alone, as the exporter can follow it."""
-        each = [(self.scale * self.logits(z, m)).softmax(dim=-1) for m in range(len(self.weights))]
+        squares = self.space.squares(z) if squares is None else squares
+        each = [(self.scale * self.logits(z, m, squares)).softmax(dim=-1) for m in range(len(self.weights))]
         return torch.stack(each).mean(dim=0)
 
 

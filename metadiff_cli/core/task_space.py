@@ -41,6 +41,18 @@ class TaskSpace:
         """Task space in units of the noise of an image, (..., D) of features z (..., D): the metric S_w^-1."""
         return self.to_task(z) * self.precision.sqrt()
 
+    def squares(self, z: Tensor) -> Tensor:
+        """Squared lengths (...) of whitened features z (..., D)."""
+        return self.to_task(z).square() @ self.precision
+
+    def squares_around(self, mean: Tensor, z: Tensor, squares: Tensor) -> Tensor:
+        """`squares` (B, Q) of z (B, Q, D) as they are in the spaces `around(mean)`, without a projection of z."""
+        moved = (mean - self.mean) @ self.basis  # (B, 1, D)
+        scaled = moved * self.precision
+        direction = scaled @ self.basis.T
+        inner = (z @ direction.mT).squeeze(-1) - self.mean @ direction.mT  # (B, Q)
+        return squares - 2 * inner + (moved * scaled).sum(dim=-1)
+
     def plain(self, z: Tensor) -> Tensor:
         """Features z (..., D) as plain cosines take them."""
         return z if self.centre is None else z - self.centre

@@ -4,6 +4,7 @@ of rejection, and whether the learned part is kept."""
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from metadiff_cli.core.classifier import (
 from metadiff_cli.core.denoiser import AnalyticDenoiser, support_stats
 from metadiff_cli.core.domain import Usual, shift_of
 from metadiff_cli.core.episodes import Episodes, episode_batches
-from metadiff_cli.core.evaluation import Protocol, evaluate, mean_interval, method_of, run_through
+from metadiff_cli.core.evaluation import Protocol, evaluate, lengths_for, mean_interval, method_of, run_through
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.inference import Learner, Sampling, Tuning, adapt_tasks, ranks_of, seeds_of
 from metadiff_cli.core.parallel import gather_in_order, same
@@ -36,11 +37,9 @@ SEED = 7919  # added to the seed: these episodes are neither those of selection 
 
 def paired_gain(learner: Learner, bank: FeatureBank, protocol: Protocol, device: torch.device) -> tuple[float, float]:
     """Accuracy of a learner minus that of its analytic form on the same episodes: points and half-width of 95 %."""
-    sampling = Sampling()
-    methods = {
-        "learned": method_of(learner, sampling, protocol),
-        "analytic": method_of(learner.analytic(), sampling, protocol),
-    }
+    ours = partial(method_of, sampling=Sampling(), protocol=protocol)
+    lengths = lengths_for(learner.space, bank, protocol, device)
+    methods = {"learned": ours(learner, lengths=lengths), "analytic": ours(learner.analytic(), lengths=lengths)}
     scores = run_through(evaluate(bank, methods, protocol, device))
     first, second = (100 * torch.cat(scores[name].accuracy) for name in ("learned", "analytic"))
     return mean_interval(first - second)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metadiff_cli.core.episodes import sample_episode
-from metadiff_cli.core.evaluation import Protocol, Scores, evaluate, mean_interval, method_of, run_through
+from metadiff_cli.core.evaluation import Protocol, Scores, evaluate, lengths_for, mean_interval, method_of, run_through
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.inference import Learner, Sampling, Tuning
 from tests.benchmarks.common import CPU, Ratio, Report, Sizes, feature_bank, rates
@@ -78,10 +78,12 @@ def evaluation(sizes: Sizes) -> Report:
     bank, learner = feature_bank(sizes, seed=1), trained_learner(sizes)
     protocol = Protocol(sizes.way, sizes.shot, sizes.query, sizes.episodes)
     method, indices = method_of(learner, Sampling(), protocol), bank.class_indices()
+    lengths = lengths_for(learner.space, bank, protocol, CPU)
+    batched = method_of(learner, Sampling(), protocol, lengths=lengths)
     results: dict[str, Tensor] = {}
 
     def together() -> int:
-        scores = run_through(evaluate(bank, {"m": method}, protocol, CPU))
+        scores = run_through(evaluate(bank, {"m": batched}, protocol, CPU))
         results["together"] = torch.cat(scores["m"].accuracy)
         return sizes.episodes
 

@@ -21,10 +21,11 @@ from metadiff_cli.core.classifier import (
     support_gradient,
     support_loss,
     task_logits,
+    whitened_cosines,
 )
 from metadiff_cli.core.denoiser import support_stats
 from metadiff_cli.core.support import TaskSupport
-from metadiff_cli.core.task_space import TaskSpace
+from metadiff_cli.core.task_space import TaskSpace, fit_task_space
 
 
 def test_the_gradient_equals_autograd() -> None:
@@ -141,3 +142,15 @@ def test_a_few_images_at_a_time_give_the_same_cosines() -> None:
     assert len(parts) == 3
     for a, logits in whole.items():
         assert torch.allclose(torch.cat([part[a] for part in parts], dim=1), logits, atol=1e-5)
+
+
+def test_known_squares_spare_the_projection_and_change_nothing() -> None:
+    g = torch.Generator().manual_seed(0)
+    space = fit_task_space([torch.randn(9, 6, generator=g) + 2 * torch.randn(6, generator=g) for _ in range(5)])
+    z, w, mean = (torch.randn(2, n, 6, generator=g) for n in (4, 3, 1))
+    around = space.around(mean)
+    squares = space.squares_around(mean, z, space.squares(z))
+    assert torch.allclose(squares, around.squares(z), rtol=1e-4)
+    expected = cosine_logits(around.whiten(z), around.whiten(w))
+    assert torch.allclose(whitened_cosines(z, w, around, squares), expected, atol=1e-5)
+    assert torch.allclose(whitened_cosines(z, w, around), expected, atol=1e-5)

@@ -95,6 +95,18 @@ def test_imbalanced_episodes_do_not_depend_on_the_batch_either(monkeypatch: pyte
     assert equal(together, measured(bank, methods, protocol)["analytic"], 9, atol=1e-5)
 
 
+def test_lengths_measured_once_for_a_bank_change_no_more_than_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, learner = bank_of(world(12, 12, seed=1)), learners()["analytic"]
+    monkeypatch.setattr(evaluation, "PART", 50)  # the bank's 144 images in several parts
+    lengths = evaluation.lengths_for(learner.space, bank, replace(PROTOCOL, episodes=100), CPU)
+    assert lengths is not None
+    assert evaluation.lengths_for(learner.space, bank, replace(PROTOCOL, episodes=1), CPU) is None
+    methods = {"each query": evaluation.method_of(learner, DRAWS, PROTOCOL)}
+    methods["once"] = evaluation.method_of(learner, DRAWS, PROTOCOL, lengths=lengths)
+    scores = measured(bank, methods, PROTOCOL)
+    assert equal(scores["each query"], scores["once"], 9, atol=1e-5)
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """Sets the number of threads, and sets it back."""
