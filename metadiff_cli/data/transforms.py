@@ -57,12 +57,22 @@ class Changes:
 def augment(images: Tensor, size: int, changes: Changes, mean: Tensor, std: Tensor) -> Tensor:
     """Augmented and normalised batch (B, 3, size, size), channels last, of pixels (B, H, W, 3) uint8."""
     pixels = images.permute(0, 3, 1, 2).float().mul_(1 / 255)  # (B, 3, H, W)
-    grid = F.affine_grid(changes.maps, [len(images), 3, size, size], align_corners=False)
+    grid = sampling_grid(changes.maps, size)
     pixels = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
     if changes.colours is not None:
         pixels = colour_jitter(pixels, changes.colours)
     out = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     return out.contiguous(memory_format=torch.channels_last)
+
+
+def sampling_grid(maps: Tensor, size: int) -> Tensor:
+    """Input coordinates (B, size, size, 2) of the centres of the output's pixels under maps (B, 2, 3).
+
+    What `affine_grid` gives; a sum of rows and columns takes a third of the time of its matrix products.
+    """
+    centres = (torch.arange(size, device=maps.device) + 0.5) * (2 / size) - 1
+    across, down, offset = maps.unsqueeze(1).unsqueeze(1).unbind(dim=-1)  # (B, 1, 1, 2) each
+    return across * centres.view(1, 1, -1, 1) + (down * centres.view(1, -1, 1, 1) + offset)
 
 
 def affine_maps(count: int, how: Augmentation, generator: torch.Generator) -> Tensor:

@@ -20,7 +20,15 @@ from metadiff_cli.core.metatraining import MetaTrainer, MetaValidation, Queries
 from metadiff_cli.core.objectives import Heads, Pairs, pair_logits
 from metadiff_cli.core.pretraining import PretrainEpoch, Pretrainer, learning_rate
 from metadiff_cli.core.task_space import fit_task_space
-from metadiff_cli.data.transforms import Augmentation, Changes, affine_maps, augment, normalise, rotate_quarters
+from metadiff_cli.data.transforms import (
+    Augmentation,
+    Changes,
+    affine_maps,
+    augment,
+    normalise,
+    rotate_quarters,
+    sampling_grid,
+)
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
 
 Trainer = TypeVar("Trainer", Pretrainer, MetaTrainer)
@@ -62,6 +70,12 @@ def test_no_augmentation_is_normalisation() -> None:
     still = Augmentation(crop=(1.0, 1.0), aspect=(1.0, 1.0), flip=False, jitter=0.0)
     out = augment(pixels, 12, Changes.draw(3, still, torch.Generator().manual_seed(0)), MEAN, STD)
     assert torch.allclose(out, normalise(pixels, MEAN, STD), atol=1e-4)
+
+
+def test_the_grid_is_that_of_torch() -> None:
+    maps = affine_maps(9, Augmentation(rotate=10), torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.affine_grid(maps, [9, 3, 13, 13], align_corners=False)
+    assert torch.allclose(sampling_grid(maps, 13), expected, atol=1e-6)
 
 
 def test_augmentation_follows_its_generator_and_stays_inside() -> None:
