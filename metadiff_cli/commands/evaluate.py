@@ -136,7 +136,7 @@ def evaluate(
     options.check_split(split)
     if open_set and imbalance is not None:
         raise ConfigError("--open-set asks for balanced queries", hint="leave out --imbalance or --open-set")
-    from metadiff_cli.commands.learning import TRAJECTORIES, parse_controls, show_result
+    from metadiff_cli.commands.learning import PICTURES, parse_controls, show_result
     from metadiff_cli.core.checkpoint import read_header
     from metadiff_cli.core.evaluation import Protocol
     from metadiff_cli.core.parallel import on_main
@@ -165,7 +165,7 @@ def evaluate(
         from metadiff_cli.commands.evaluation_report import write_evaluation_report
 
         on_main(lambda: write_evaluation_report(report, document))
-        document.pop(TRAJECTORIES, None)
+        document.pop(PICTURES, None)
         screen.note(f"report written: {report}")
     if as_json:
         screen.json(document)

@@ -8,9 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from metadiff_cli.commands.learning import RESULT_COLUMNS, TRAJECTORIES, result_rows, result_title
+from metadiff_cli.commands.learning import PICTURES, RESULT_COLUMNS, result_rows, result_title
 from metadiff_cli.commands.openset import COLUMNS, open_set_rows, open_set_title
-from metadiff_cli.commands.plots import Bin, Interval, Way, curve, intervals, reliability, travels
+from metadiff_cli.commands.plots import Bin, Interval, Way, curve, curves, intervals, reliability, travels
 from metadiff_cli.commands.report import write_page
 
 CURVES = {
@@ -19,7 +19,7 @@ CURVES = {
     "validation": "Validation accuracy, %",
     "gain": "Gain over the analytic denoiser, points",
 }
-APART = ("methods", "reliability", "open_set", TRAJECTORIES)  # shown by tables and plots of their own
+APART = ("methods", "reliability", "open_set", PICTURES)  # shown by tables and plots of their own
 NO_CURVE = frozenset({"epoch", "epochs", "step", "steps", "size", "best", "ci95"})
 
 
@@ -40,9 +40,10 @@ def write_evaluation_report(
 
     `metrics` are the rows of metrics.csv, as numbers or text, and `pretraining` those of the stage before. Where the
     document has `reliability`, a list of `{"confidence", "accuracy", "count"}` with both in 0..1, its diagram is drawn;
-    where it has TRAJECTORIES, the ways of the weights. Raises MetaDiffError when the file cannot be written.
+    where it has PICTURES, the ways of the weights and the memory of training. Raises MetaDiffError when the file cannot
+    be written.
     """
-    figures = [_accuracy(document), *_differences(document), *_reliability(document), *_travels(document)]
+    figures = [_accuracy(document), *_differences(document), *_reliability(document), *_pictures(document)]
     figures += [*_training(metrics), *_training(pretraining, "Pretraining: ")]
     rows = result_rows(dict(document))
     write_page(
@@ -121,10 +122,14 @@ def _reliability(document: Mapping[str, Any]) -> list[Figure]:
     return [Figure("Reliability", Markup(svg), about)]
 
 
-def _travels(document: Mapping[str, Any]) -> list[Figure]:
-    """The weights of one task on their way, where the document has them."""
-    if (found := document.get(TRAJECTORIES)) is None:
+def _pictures(document: Mapping[str, Any]) -> list[Figure]:
+    """The weights of one task on their way and the memory of training, where the document has them."""
+    if (found := document.get(PICTURES)) is None:
         return []
+    return [_travels(found["trajectories"], document["shot"]), _memory(found["memory"])]
+
+
+def _travels(found: Mapping[str, Any], shot: int) -> Figure:
     steps, draws = len(found["weights"]) - 1, len(found["weights"][0])
     ways = [
         Way(name, tuple(target), [[tuple(found["weights"][s][r][n]) for s in range(steps + 1)] for r in range(draws)])
@@ -134,10 +139,21 @@ def _travels(document: Mapping[str, Any]) -> list[Figure]:
     svg = travels(ways, f"first principal component, {first}", f"second, {second}")
     about = (
         f"One task's class weights from {draws} draws of noise, {steps} steps each to the large dots, in the plane of "
-        f"their targets: the rings, means of all images of a class. Temperature 1, {document['shot']}-shot "
+        f"their targets: the rings, means of all images of a class. Temperature 1, {shot}-shot "
         "support: the fewer images, the shorter the way."
     )
-    return [Figure("From noise to weights", Markup(svg), about)]
+    return Figure("From noise to weights", Markup(svg), about)
+
+
+def _memory(found: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    svg = curves(list(found.items()), "inner steps (MetaDiff: diffusion steps)", "memory of a training step, MB")
+    last, megabytes = found["MetaDiff"][-1]
+    about = (
+        "The most that the tensors of a meta-training step of one 5-way 1-shot task take at once, in MB: "
+        f"{megabytes:.1f} with MetaDiff at {last} steps. MAML adapts this encoder on the images, so the encoder is "
+        "trained on the way; MetaDiff's is trained before."
+    )
+    return Figure("Memory against steps", Markup(svg), about if "MAML" in found else about.split(" MAML")[0])
 
 
 def _training(metrics: Sequence[Mapping[str, Any]], stage: str = "") -> list[Figure]:

@@ -27,6 +27,7 @@ from metadiff_cli.core.evaluation import (
 )
 from metadiff_cli.core.features import FeatureBank, ImageEncoder, build_bank, every_other
 from metadiff_cli.core.inference import Learner, Sampling
+from metadiff_cli.core.memory import training_memory
 from metadiff_cli.core.model import Model
 from metadiff_cli.core.novelty import measure_novelty
 from metadiff_cli.core.parallel import on_main
@@ -44,7 +45,7 @@ POSTERIOR = Sampling(
     steps=100, samples=16, temperature=1.0
 )  # classifiers drawn from the posterior, probabilities averaged
 
-TRAJECTORIES = "trajectories"  # key of what a page draws and JSON does not hold
+PICTURES = "pictures"  # key of what a page draws and JSON does not hold
 AGAINST = ("prototype", "analytic", "inductive")  # what the paired differences of every method refer to
 
 
@@ -121,7 +122,7 @@ def measure(
     """The `evaluate --json` document of a model, its controls, and `more` methods.
 
     With `halves`, what is fitted on classes is fitted on the other half of them. With `open_set`, also how well images
-    of classes that a task does not contain are rejected. With `drawn`, also TRAJECTORIES, for a page alone.
+    of classes that a task does not contain are rejected. With `drawn`, also PICTURES, for a page alone.
     """
     device = model.images.device
     if open_set and not halves:
@@ -138,9 +139,7 @@ def measure(
         document["open_set"] = found
     if drawn:
         first = parts[0]
-        document[TRAJECTORIES] = on_main(
-            lambda: trace_weights(first.model.learner, first.bank, first.protocol, sampling, device).to_dict()
-        )
+        document[PICTURES] = on_main(lambda: _pictures(first, sampling))
     return {
         **document,
         "halves": halves,
@@ -206,6 +205,12 @@ def _scores(
         scores = run_through(evaluate(part.bank, methods, part.protocol, device), progress)
         found = {name: found[name].joined(s) if name in found else s for name, s in scores.items()}
     return found
+
+
+def _pictures(part: Part, sampling: Sampling) -> dict[str, Any]:
+    images, learner = part.model.images, part.model.learner
+    ways = trace_weights(learner, part.bank, part.protocol, sampling, images.device)
+    return {"trajectories": ways.to_dict(), "memory": training_memory(images, learner.space, part.bank)}
 
 
 def _novelty(learner: Learner, bank: FeatureBank, protocol: Protocol, sampling: Sampling) -> dict[str, float] | None:

@@ -90,7 +90,7 @@ def metatrain(
         from metadiff_cli.commands.plan import show_plan
 
         return show_plan("metatrain", resolved, data, screen, as_json=as_json, encoder=file)
-    from metadiff_cli.commands.learning import TRAJECTORIES, show_result
+    from metadiff_cli.commands.learning import PICTURES, show_result
     from metadiff_cli.commands.starting import Start
     from metadiff_cli.commands.workspace import CHECKPOINT, find_data, open_run, open_source
     from metadiff_cli.core.parallel import on_main
@@ -109,7 +109,7 @@ def metatrain(
         if report is not None:
             on_main(lambda: write_training_report(report, result, run, resolved.name))
             screen.note(f"report written: {report}")
-        result.pop(TRAJECTORIES, None)
+        result.pop(PICTURES, None)
         run.save_json("result.json", result)
         run.save_manifest(data=source.dataset.root, encoder=str(encoder_weights or file or "") or None)
     if as_json:

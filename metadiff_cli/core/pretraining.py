@@ -195,7 +195,7 @@ class Pretrainer:
             batch = torch.cat([batch, rotate_quarters(batch, quarters)])
         labels, quarters = sent(labels, self.device), sent(quarters, self.device)
         with autocast(self.device, self.config.precision):
-            loss, logits, labels = self.synchronised(batch, labels, quarters)
+            loss, logits, labels = self._compiled_loss(batch, labels, quarters)
         loss = self.weight * loss
         for group in self.optimiser.param_groups:
             group["lr"] = lr
@@ -205,6 +205,19 @@ class Pretrainer:
         correct = (logits.argmax(dim=1) == labels).sum()
         count = torch.full_like(correct, len(labels))
         return mean_of(torch.stack([loss.detach().float(), correct.float(), count.float()]))
+
+    def _compiled_loss(self, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`_loss`, synchronised; the first call compiles where that is asked for. Raises ConfigError when it cannot."""
+        try:
+            return self.synchronised(*arguments)
+        except Exception as error:
+            if not self.config.compile or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
+            reason = " ".join(str(error).strip().splitlines()[:2])
+            raise ConfigError(
+                f"torch.compile cannot compile {type(self.encoder).__name__} here ({reason})",
+                hint="leave out pretrain.compile; on a CPU it needs a C++ compiler",
+            ) from error
 
     def _loss(self, batch: Tensor, labels: Tensor, quarters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, and the logits (M, N) and labels (M,) that it is of.

@@ -29,10 +29,12 @@ class Sizes:
     batch: int = 32  # tasks of a training step
     inner: tuple[int, ...] = (5, 10, 100, 1000)
     memory_inner: tuple[int, ...] = (1, 5, 10, 50, 100, 1000)
-    memory_limit: float = 8.0  # GB that one measurement may take
+    memory_limit: float = 4.0  # GB that one measurement may take
     allocator: str = "exact"  # of the memory benchmark: "exact" gives freed tensors back at once, or "default"
     image: int = 84
     encoder: str = "conv4"
+    device: str = "cpu"  # of `pretraining`
+    compile: int = 0  # 1: `pretraining` is measured with torch.compile too
     images: int = 3000  # of extraction
     pretrain_batch: int = 64
     pretrain_steps: int = 20  # a round
@@ -111,6 +113,8 @@ def _rate(work: Callable[[], int], seconds: float) -> float:
     done, started = 0, time.perf_counter()
     while True:
         done += work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         passed = time.perf_counter() - started
         if passed >= seconds:
             return done / passed

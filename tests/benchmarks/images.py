@@ -99,48 +99,57 @@ def _forward(encoder: nn.Module, images: torch.Tensor, count: int) -> int:
 def pretraining(sizes: Sizes) -> Report:
     """Training steps on decoded images with augmentation, beside the same step on a random tensor."""
     keep_freed_memory()
+    works = {"pretrain": _training(sizes, PretrainConfig(batch=sizes.pretrain_batch))}
+    if sizes.compile:
+        works["pretrain, compiled"] = _training(sizes, PretrainConfig(batch=sizes.pretrain_batch, compile=True))
+    found = rates({**works, "bare training step": _bare_training(sizes)}, sizes)
+    bare = found["bare training step"]
+    ratios = [Ratio("pretrain / bare training step", found["pretrain"] / bare, least=0.9)]
+    if sizes.compile:
+        ratios.append(Ratio("compiled / not compiled", found["pretrain, compiled"] / found["pretrain"]))
+    return Report(
+        f"Pretraining {sizes.encoder} on {sizes.image} x {sizes.image} images, batches of {sizes.pretrain_batch}",
+        ("how", "images/s"), [(name, round(speed, 1)) for name, speed in found.items()], ratios,
+    )  # fmt: skip
+
+
+def _training(sizes: Sizes, config: PretrainConfig) -> Callable[[], int]:
+    """Some steps of pretraining on random images."""
     rng = np.random.default_rng(0)
     count = max(sizes.pretrain_batch * 8, sizes.classes)
     images = rng.integers(0, 256, (count, sizes.image, sizes.image, 3), dtype=np.uint8)
-    config = PretrainConfig(batch=sizes.pretrain_batch)
     trainer = Pretrainer(
         build_encoder(sizes.encoder), config, images, np.arange(count) % sizes.classes, classes=sizes.classes,
-        size=sizes.image, mean=[0.5] * 3, std=[0.25] * 3, seed=0, device=CPU,
+        size=sizes.image, mean=[0.5] * 3, std=[0.25] * 3, seed=0, device=torch.device(sizes.device),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    done = sizes.pretrain_batch * sizes.pretrain_steps
 
-    def ours() -> int:
+    def steps() -> int:
         trainer.encoder.train()
         for _ in range(sizes.pretrain_steps):
             index = torch.randint(0, count, (sizes.pretrain_batch,), generator=generator)
             trainer._train_step(index, sizes.image, 0.01, generator)
-        return done
+        return sizes.pretrain_batch * sizes.pretrain_steps
 
-    found = rates({"pretrain": ours, "bare training step": _bare_training(sizes, config)}, sizes)
-    ratio = found["pretrain"] / found["bare training step"]
-    return Report(
-        f"Pretraining {sizes.encoder} on {sizes.image} x {sizes.image} images, batches of {sizes.pretrain_batch}",
-        ("how", "images/s"), [(name, round(speed, 1)) for name, speed in found.items()],
-        [Ratio("pretrain / bare training step", ratio, least=0.9)],
-    )  # fmt: skip
+    return steps
 
 
-def _bare_training(sizes: Sizes, config: PretrainConfig) -> Callable[[], int]:
+def _bare_training(sizes: Sizes) -> Callable[[], int]:
     """Forward, backward and SGD on one random batch, in the precision and memory format that pretraining chooses."""
-    encoder = build_encoder(sizes.encoder).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    head = nn.Linear(encoder.feature_size(sizes.image), sizes.classes)
+    config, device = PretrainConfig(batch=sizes.pretrain_batch), torch.device(sizes.device)
+    encoder = build_encoder(sizes.encoder).train().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    head = nn.Linear(encoder.feature_size(sizes.image), sizes.classes).to(device)
     optimiser = torch.optim.SGD(
         [*encoder.parameters(), *head.parameters()], 0.01, momentum=config.momentum, nesterov=True,
         weight_decay=config.weight_decay,
     )  # fmt: skip
-    batch = torch.randn(sizes.pretrain_batch, 3, sizes.image, sizes.image)
+    batch = torch.randn(sizes.pretrain_batch, 3, sizes.image, sizes.image, device=device)
     batch = batch.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, sizes.classes, (sizes.pretrain_batch,))
+    labels = torch.randint(0, sizes.classes, (sizes.pretrain_batch,), device=device)
 
     def steps() -> int:
         for _ in range(sizes.pretrain_steps):
-            with autocast(CPU, config.precision):
+            with autocast(device, config.precision):
                 loss = F.cross_entropy(head(encoder(batch)), labels)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]

@@ -32,7 +32,7 @@ from tests.benchmarks.common import CPU, Ratio, Report, Sizes, feature_bank, pix
 
 MAML_STEPS = 5
 KINDS = ("metadiff", "anil", "anil-autograd", "maml")
-MEMORY_STEPS = 3
+MEMORY_STEPS = 2
 EXACT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: freed tensors go back at once
 
 

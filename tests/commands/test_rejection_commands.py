@@ -130,9 +130,15 @@ def test_the_page_of_a_training_has_its_curves(cli: CLI, tmp_path: Path) -> None
     result = cli("metatrain", "--preset", "glyphs-5w1s", "--out", tmp_path / "run", "--seed", "5", "--report", page,
                  "--json", *SMALL)  # fmt: skip
     assert result.code == 0, result.err
-    assert "trajectories" not in json.loads(result.out) and "trajectories" not in read_header(
+    assert "pictures" not in json.loads(result.out) and "pictures" not in read_header(
         tmp_path / "run" / "checkpoint.safetensors"
     )
     text = Page(page).text
-    for words in ("Training loss", "Gain over the analytic", "Pretraining: training loss", "From noise to weights"):
+    for words in (
+        "Training loss",
+        "Gain over the analytic",
+        "Pretraining: training loss",
+        "From noise to weights",
+        "Memory against steps",
+    ):
         assert words in text

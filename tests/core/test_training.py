@@ -2,7 +2,7 @@
 
 import itertools
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -125,6 +125,34 @@ def trainer_of(**settings: object) -> Pretrainer:
         build_encoder("conv4"), PretrainConfig.model_validate(values), pixels, labels, classes=4, size=32,
         mean=[0.5] * 3, std=[0.25] * 3, seed=0, device=CPU,
     )  # fmt: skip
+
+
+def test_compiled_the_encoder_trains_as_it_does_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, compiled = torch.compile, []
+
+    def by_eager(module: torch.nn.Module, **how: Any) -> Any:  # the tracing alone: a C++ compiler is not always there
+        compiled.append(module)
+        return original(module, backend="eager", **how)
+
+    monkeypatch.setattr(torch, "compile", by_eager)
+    trainers = [trainer_of(compile=yes, stages=[[0.5, 16], [0.5, 32]]) for yes in (True, False)]
+    for trainer in trainers:
+        list(trainer.run(lambda encoder: None))
+    assert compiled and all(module is trainers[0].encoder for module in compiled)
+    ours, plain = (trainer.encoder.state_dict() for trainer in trainers)
+    assert list(ours) == list(plain)
+    assert all(torch.allclose(ours[name], plain[name], atol=1e-5) for name in plain)
+
+
+def test_what_cannot_be_compiled_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(module: torch.nn.Module, example: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **how: original(module, backend=broken, **how))
+    trainer = trainer_of(compile=True)
+    with pytest.raises(ConfigError, match=r"cannot compile Conv4 here .*no compiler here"):
+        list(trainer.run(lambda encoder: None))
 
 
 @pytest.mark.parametrize("settings", [{}, {"rotation_weight": 1.0}, {"rotated_classes": True},
