@@ -27,7 +27,6 @@ from metadiff_cli.core.evaluation import (
 )
 from metadiff_cli.core.features import FeatureBank, ImageEncoder, build_bank, every_other
 from metadiff_cli.core.inference import Learner, Sampling
-from metadiff_cli.core.memory import training_memory
 from metadiff_cli.core.model import Model
 from metadiff_cli.core.novelty import measure_novelty
 from metadiff_cli.core.parallel import on_main
@@ -208,6 +207,8 @@ def _scores(
 
 
 def _pictures(part: Part, sampling: Sampling) -> dict[str, Any]:
+    from metadiff_cli.core.memory import training_memory
+
     images, learner = part.model.images, part.model.learner
     ways = trace_weights(learner, part.bank, part.protocol, sampling, images.device)
     return {"trajectories": ways.to_dict(), "memory": training_memory(images, learner.space, part.bank)}

@@ -3,17 +3,19 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metadiff_cli.commands.classifiers import NAMED, Ready, check_sentences, encode_queries, rejection_document
 from metadiff_cli.commands.output import Errors, Outcome, decide
 from metadiff_cli.commands.queries import Queries
-from metadiff_cli.commands.report import AdaptReport, Confusion, QueryImage, write_report
 from metadiff_cli.commands.scoring import Score
 from metadiff_cli.config import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.adaptation import Prediction, predict_images
 from metadiff_cli.data.sorting import Sorter
+
+if TYPE_CHECKING:
+    from metadiff_cli.commands.report import QueryImage
 
 
 class Stream:
@@ -82,6 +84,8 @@ class Stream:
 
     def write_report(self, path: Path, checkpoint: str) -> None:
         """The page of everything that was predicted."""
+        from metadiff_cli.commands.report import AdaptReport, Confusion, write_report
+
         assert self.kept is not None
         support = self.ready.origin.support
         by_class: dict[str, list[str]] = {cls: [] for cls in self.classes}
@@ -136,8 +140,10 @@ class Stream:
         self.errors.show(screen)
 
 
-def _kept(prediction: Prediction, outcome: Outcome) -> QueryImage:
+def _kept(prediction: Prediction, outcome: Outcome) -> "QueryImage":
     """A prediction as the report shows it."""
+    from metadiff_cli.commands.report import QueryImage
+
     return QueryImage(
         prediction.path, prediction.probabilities, prediction.reason, outcome.rejected, prediction.twin, outcome.truth
     )

@@ -6,17 +6,18 @@ A' S_b A = I and A' S_w A = diag(1 / lambda). In v = A'(z - mu) a class mean has
 and an image is its class mean plus noise of variance 1 / lambda_d. (Design, section 2.)
 """
 
+import math
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from metadiff_cli.errors import DataError
 
 CHUNK = 4096  # images whose products are summed at once
+BLOCKS = 4  # of the rows of a scatter matrix
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _moments(classes: Iterable[Tensor]) -> tuple[Tensor, Tensor, int, float]:
         inverse += 1.0 / len(features)
     stacked = means.stacked()
     assert within is not None
-    return stacked, within, total, inverse / len(stacked)
+    return stacked, within.triu() + within.triu(1).T, total, inverse / len(stacked)
 
 
 class _Means:
@@ -186,13 +187,15 @@ def _mean(features: Tensor) -> Tensor:
 
 
 def _add_scatter(scatter: Tensor, features: Tensor, mean: Tensor) -> None:
-    """Add the sum of (z - mean)(z - mean)' over features (n, D) to `scatter` (D, D), which is in float64.
+    """Add the sum of (z - mean)(z - mean)' over features (n, D) to the upper blocks of `scatter` (D, D) in float64.
 
     Products are taken in the features' own precision: the differences have no more digits than that.
     """
+    step = math.ceil(len(scatter) / BLOCKS)
     for part in torch.split(features, CHUNK):
-        rest = (part - mean.to(part.dtype)).numpy()
-        scatter += torch.from_numpy(np.matmul(rest.T, rest))  # NumPy sees the symmetry and does half the work
+        rest = part - mean.to(part.dtype)
+        for start in range(0, len(scatter), step):  # below lies the same once more, which takes time
+            scatter[start : start + step, start:] += rest[:, start : start + step].T @ rest[:, start:]
 
 
 def _shrink(s: Tensor, share: float) -> Tensor:

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from metadiff_cli.core.episodes import sample_episode
-from metadiff_cli.core.evaluation import Protocol, Scores, evaluate, lengths_for, mean_interval, method_of, run_through
+from metadiff_cli.core.evaluation import (
+    Lengths,
+    Protocol,
+    Scores,
+    evaluate,
+    lengths_for,
+    mean_interval,
+    method_of,
+    run_through,
+)
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.inference import Learner, Sampling, Tuning
 from tests.benchmarks.common import CPU, Ratio, Report, Sizes, feature_bank, rates
@@ -65,9 +74,11 @@ def _difference(first: str, second: str, values: Tensor) -> str:
 
 
 def _timed(learner: Learner, bank: FeatureBank, how: Sampling, episodes: int, sizes: Sizes) -> Timed:
+    """Timed after a first run with a single step, which makes the lengths that `evaluate` has made once too."""
     protocol = Protocol(sizes.way, sizes.shot, sizes.query, episodes)
-    method = method_of(learner, how, protocol)
-    run_through(evaluate(bank, {"m": method_of(learner, Sampling(1), protocol)}, protocol, CPU))  # warm up
+    lengths = Lengths(learner.space, bank, CPU)
+    method = method_of(learner, how, protocol, lengths=lengths)
+    run_through(evaluate(bank, {"m": method_of(learner, Sampling(1), protocol, lengths=lengths)}, protocol, CPU))
     started = time.perf_counter()
     scores = run_through(evaluate(bank, {"m": method}, protocol, CPU))
     return Timed(100 * torch.cat(scores["m"].accuracy), episodes / (time.perf_counter() - started))

@@ -23,6 +23,7 @@ class Sizes:
     features: int = 1600
     classes: int = 64
     per_class: int = 60
+    noise: float = 5.0  # of an image, where a class mean has 1
     way: int = 5
     shot: int = 1
     query: int = 15
@@ -44,7 +45,7 @@ class Sizes:
     draw_steps: int = 100  # of the short DDPM
     samples: int = 16
     episodes: int = 600
-    draw_episodes: int = 25
+    draw_episodes: int = 10
     large_images: tuple[int, ...] = (1_000, 10_000, 100_000)
     large_side: int = 28  # pixels
     large_classes: int = 1000
@@ -125,7 +126,7 @@ def feature_bank(sizes: Sizes, seed: int = 0) -> FeatureBank:
     rng = np.random.default_rng(seed)
     spread = np.linspace(2.0, 0.2, sizes.features) / np.sqrt(sizes.features)
     means = rng.normal(size=(sizes.classes, 1, sizes.features)) * spread
-    noise = rng.normal(size=(sizes.classes, sizes.per_class, sizes.features)) * 3.0 * spread[::-1]
+    noise = rng.normal(size=(sizes.classes, sizes.per_class, sizes.features)) * sizes.noise * spread[::-1]
     z = (means + noise).reshape(-1, sizes.features).astype(np.float32)
     z /= np.linalg.norm(z, axis=1, keepdims=True)
     return FeatureBank(z, np.repeat(np.arange(sizes.classes), sizes.per_class), class_names(sizes.classes))
