@@ -144,7 +144,7 @@ def plot(report: Report, path: Path) -> None:
     axes.grid(True, which="major", alpha=0.3)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 if __name__ == "__main__":
