@@ -12,6 +12,7 @@ from PIL import Image
 
 from metadiff_cli import __version__
 from metadiff_cli.app import app
+from tests.benchmarks.__main__ import build_parser
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -49,7 +50,8 @@ LAUNCHERS = {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint"
 
 @every_page
 def test_options_that_are_mentioned_exist(page: Path) -> None:
-    known = options(typer.main.get_command(app)) | LAUNCHERS
+    benchmarks = {o for action in build_parser()._actions for o in action.option_strings}
+    known = options(typer.main.get_command(app)) | LAUNCHERS | benchmarks
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text(encoding="utf-8"))) <= known
 
 

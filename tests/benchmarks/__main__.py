@@ -30,7 +30,7 @@ BENCHMARKS: dict[str, Callable[[Sizes], Report]] = {
 }
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     """Names, outputs, and an option for each of the sizes."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(BENCHMARKS)}; all without a name")
@@ -44,6 +44,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         assert size.default is not MISSING
         parser.add_argument(f"--{size.name.replace('_', '-')}", type=kind, nargs="+" if many else None, metavar="N",
                             help=f"default: {size.default}")  # fmt: skip
+    return parser
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; an unknown name ends the process."""
+    parser = build_parser()
     chosen = parser.parse_args(arguments)
     if unknown := [name for name in chosen.names if name not in BENCHMARKS]:
         parser.error(f"unknown benchmark {', '.join(unknown)}; choose from {', '.join(BENCHMARKS)}")
