@@ -150,10 +150,14 @@ def _memory(found: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
     last, megabytes = found["MetaDiff"][-1]
     about = (
         "The most that the tensors of a meta-training step of one 5-way 1-shot task take at once, in MB: "
-        f"{megabytes:.1f} with MetaDiff at {last} steps. MAML adapts this encoder on the images, so the encoder is "
-        "trained on the way; MetaDiff's is trained before."
+        f"{megabytes:.1f} with MetaDiff at {last} steps."
     )
-    return Figure("Memory against steps", Markup(svg), about if "MAML" in found else about.split(" MAML")[0])
+    if "MAML" in found:
+        about += (
+            " MAML adapts this encoder on the images, so the encoder is trained on the way; MetaDiff's is trained "
+            "before."
+        )
+    return Figure("Memory against steps", Markup(svg), about)
 
 
 def _training(metrics: Sequence[Mapping[str, Any]], stage: str = "") -> list[Figure]:

@@ -83,7 +83,8 @@ class Lengths:
 
     def of(self, episodes: Episodes, query: Tensor, mean: Tensor) -> Tensor:
         """`squares` (B, M) of the queries (B, M, D) in the tasks' own spaces, which are around `mean` (B, 1, D)."""
-        return self.space.squares_around(mean, query, self._squares[torch.from_numpy(episodes.query)].to(query.device))
+        squares = sent(self._squares[torch.from_numpy(episodes.query)], query.device)
+        return self.space.squares_around(mean, query, squares)
 
     @cached_property
     def _squares(self) -> Tensor:

@@ -21,7 +21,6 @@ from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.innerloop import InnerLearner
 from metadiff_cli.core.parallel import mean_gradients, mean_of, part_of
 from metadiff_cli.core.stepping import StepTrainer, Validate, adam_tensors, restore_adam
-from metadiff_cli.errors import MetaDiffError
 from metadiff_cli.world import world
 
 LARGEST_SLOPE = 10.0  # entries of the outer gradient are clipped there, as MAML's code does on mini-ImageNet
@@ -50,6 +49,8 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
     """The state of the training of one learner: its parameters, optimiser, and the best parameters so far."""
 
     config: InnerLoop
+    trained = "learner"
+    remedy = "try a lower rate or lr in --set baselines.images.rate=... or baselines.frozen.rate=..."
 
     def __init__(
         self, learner: InnerLearner, bank: FeatureBank, config: InnerLoop, *, shot: int, seed: int,
@@ -69,8 +70,8 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
         self.optimiser = torch.optim.Adam(self.learner.parameters(), lr=config.lr)
         self.part = part_of(config.batch, "the batch of tasks")  # of a step's tasks, those of this process
         self.step = 0
-        self.seen = torch.zeros(2, dtype=torch.float64, device=device)  # sums of loss and accuracy since the last
-        self.count = 0  # validation, and the steps since then
+        # sums of loss and accuracy over the `count` steps since the last validation
+        self.seen, self.count = torch.zeros(2, dtype=torch.float64, device=device), 0
         self.best: dict[str, Tensor] = {}
         self.best_validation: float | None = None
         self.history: list[dict[str, Any]] = []
@@ -86,21 +87,8 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
         self.count += 1
 
     def _now(self) -> InnerStep:
-        loss, accuracy = self._seen()
-        return InnerStep(self.step, self.config.steps, loss / self.count, 100 * accuracy / self.count)
-
-    def _seen(self) -> list[float]:
-        """The sums since the last validation; they are read now and then, as a GPU is waited for.
-
-        Raises MetaDiffError where the loss is no number.
-        """
-        sums: list[float] = self.seen.tolist()
-        if not math.isfinite(sums[0]):
-            raise MetaDiffError(
-                f"the loss became {sums[0]} before step {self.step + 1}; the best parameters so far are kept",
-                hint="try a lower rate or lr in --set baselines.images.rate=... or baselines.frozen.rate=...",
-            )
-        return sums
+        loss, accuracy = self.seen.tolist()
+        return InnerStep(self.step, self.config.steps, self._finite(loss) / self.count, 100 * accuracy / self.count)
 
     def _validate(self, validate: Validate) -> InnerValidation:
         now = self._now()
@@ -157,8 +145,11 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
         """Everything that the next step depends on, as tensors by name and plain values."""
         tensors = {f"learner.{n}": t for n, t in self.learner.state_dict().items()}
         tensors |= {f"best.{n}": t for n, t in self.best.items()} | adam_tensors(self.learner, self.optimiser)
-        seen = [*self._seen(), self.count]
-        plain = {"step": self.step, "seen": seen, "best": self.best_validation, "history": self.history}
+        loss, accuracy = self.seen.tolist()
+        plain = {
+            "step": self.step, "seen": [self._finite(loss), accuracy, self.count], "best": self.best_validation,
+            "history": self.history,
+        }  # fmt: skip
         return tensors, plain
 
     def restore(self, part: Callable[[str], dict[str, Tensor]], plain: dict[str, Any]) -> None:

@@ -33,7 +33,6 @@ from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.parallel import mean_of, part_of, synchronised, weight_of
 from metadiff_cli.core.stepping import StepTrainer, Validate, adam_tensors, restore_adam
 from metadiff_cli.core.task_space import TaskSpace, class_means
-from metadiff_cli.errors import MetaDiffError
 from metadiff_cli.world import world
 
 IN_MEMORY = 1 << 30  # bytes of base images in task space; a larger bank is projected task by task
@@ -84,6 +83,8 @@ class MetaTrainer(StepTrainer[MetaStep, MetaValidation]):
     """The state of a meta-training run: denoiser, its average, optimiser, and the best average so far."""
 
     config: MetatrainConfig
+    trained = "denoiser"
+    remedy = "try a lower --set metatrain.lr=... with --overwrite or another --out"
 
     def __init__(
         self,
@@ -153,7 +154,7 @@ class MetaTrainer(StepTrainer[MetaStep, MetaValidation]):
         self.count += 1
 
     def _now(self) -> MetaStep:
-        return MetaStep(self.step, self.config.steps, self._total() / self.count)
+        return MetaStep(self.step, self.config.steps, self._finite(float(self.total)) / self.count)
 
     def _validate(self, validate: Validate) -> MetaValidation:
         now = self._now()
@@ -166,19 +167,6 @@ class MetaTrainer(StepTrainer[MetaStep, MetaValidation]):
         self.total.zero_()
         self.count = 0
         return record
-
-    def _total(self) -> float:
-        """The sum of the losses since the last validation; it is read now and then, as a GPU is waited for.
-
-        Raises MetaDiffError where it is no number.
-        """
-        total = float(self.total)
-        if not math.isfinite(total):
-            raise MetaDiffError(
-                f"the loss became {total} before step {self.step + 1}; the best denoiser so far is kept",
-                hint="try a lower --set metatrain.lr=... with --overwrite or another --out",
-            )
-        return total
 
     def _train_step(self, lr: float) -> Tensor:
         episodes = training_batch(
@@ -278,8 +266,8 @@ class MetaTrainer(StepTrainer[MetaStep, MetaValidation]):
         tensors |= {f"ema.{n}": t for n, t in self.ema.average.items()} | {f"best.{n}": t for n, t in self.best.items()}
         tensors |= adam_tensors(self.denoiser, self.optimiser)
         plain = {
-            "step": self.step, "total": self._total(), "count": self.count, "updates": self.ema.updates,
-            "best": self.best_gain, "history": self.history,
+            "step": self.step, "total": self._finite(float(self.total)), "count": self.count,
+            "updates": self.ema.updates, "best": self.best_gain, "history": self.history,
         }  # fmt: skip
         return tensors, plain
 

@@ -84,8 +84,9 @@ def base_classes(learner: Learner) -> Tensor:
 
 def known_scores(classifier: TaskClassifier, base: Tensor, z: Tensor) -> Tensor:
     """(B, Q) of features z (B, Q, D), averaged over the samples inside the logarithm."""
-    own = [_log_mean_exp(classifier.scale * classifier.logits(z, m)) for m in range(len(classifier.weights))]
-    return _log_mean_exp(torch.stack(own, dim=-1)) - _base_scores(classifier, base, z)
+    squares = classifier.space.squares(z)
+    own = [_log_mean_exp(classifier.scale * classifier.logits(z, m, squares)) for m in range(len(classifier.weights))]
+    return _log_mean_exp(torch.stack(own, dim=-1)) - _base_scores(classifier, base, z, squares)
 
 
 def left_out_scores(classifier: TaskClassifier, base: Tensor, support: TaskSupport, alone: Tensor) -> Tensor:
@@ -95,15 +96,16 @@ def left_out_scores(classifier: TaskClassifier, base: Tensor, support: TaskSuppo
     analytic posterior mean of their other images.
     """
     z, labels, ways = support.z, support.labels, len(support.count)
+    squares = classifier.space.squares(z)
     index = labels.view(1, -1, 1).expand(len(z), -1, 1)
     own = _own_cosines(classifier, support).masked_fill(alone[labels], -torch.inf).unsqueeze(-1)
     # a class left out altogether counts neither in the sum nor in the number of classes
     fewer = torch.where(alone[labels], math.log(ways / (ways - 1)), 0.0)
     each = [
-        _log_mean_exp(classifier.scale * classifier.logits(z, m).scatter(2, index, own)) + fewer
+        _log_mean_exp(classifier.scale * classifier.logits(z, m, squares).scatter(2, index, own)) + fewer
         for m in range(len(classifier.weights))
     ]
-    return _log_mean_exp(torch.stack(each, dim=-1)) - _base_scores(classifier, base, z)
+    return _log_mean_exp(torch.stack(each, dim=-1)) - _base_scores(classifier, base, z, squares)
 
 
 def _own_cosines(classifier: TaskClassifier, support: TaskSupport) -> Tensor:
@@ -117,9 +119,10 @@ def _own_cosines(classifier: TaskClassifier, support: TaskSupport) -> Tensor:
     return blend(whitened, F.cosine_similarity(space.plain(z), space.plain(own), dim=-1).unsqueeze(-1), a).squeeze(-1)
 
 
-def _base_scores(classifier: TaskClassifier, base: Tensor, z: Tensor) -> Tensor:
-    """log mean exp of the logits of the base classes, (B, Q) of features z (B, Q, D)."""
-    return _log_mean_exp(task_logits(z, base.unsqueeze(0), classifier.space, classifier.guidance, classifier.scale))
+def _base_scores(classifier: TaskClassifier, base: Tensor, z: Tensor, squares: Tensor) -> Tensor:
+    """log mean exp of the logits of the base classes, (B, Q) of features z (B, Q, D) with `squares` (B, Q)."""
+    c = classifier
+    return _log_mean_exp(task_logits(z, base.unsqueeze(0), c.space, c.guidance, c.scale, squares))
 
 
 def _log_mean_exp(values: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Trainings that count steps and measure themselves on validation classes now and then."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metadiff_cli.config import InnerLoop, MetatrainConfig
+from metadiff_cli.errors import MetaDiffError
 
 REPORT_EVERY = 20  # steps between two records
 
@@ -17,8 +19,13 @@ Validate = Callable[[Any], tuple[float, float] | None]  # what was trained -> a 
 
 
 class StepTrainer(ABC, Generic[Step, Validation]):
-    """`run` and where it is; what a step and a validation are is the trainer's own. `history` has the validations."""
+    """`run` and where it is; what a step and a validation are is the trainer's own. `history` has the validations.
 
+    `trained` names what is trained, and `remedy` says what to try when its loss is lost.
+    """
+
+    trained: str
+    remedy: str
     config: MetatrainConfig | InnerLoop
     step: int
     history: list[dict[str, Any]]
@@ -48,6 +55,15 @@ class StepTrainer(ABC, Generic[Step, Validation]):
         done = self.history[-1]["step"] if self.history else 0
         every, steps = self.config.validate_every, self.config.steps
         return self.step > done and (self.step % every == 0 or self.step == steps)
+
+    def _finite(self, loss: float) -> float:
+        """The loss. It is read with the records alone, as a GPU is waited for. Raises MetaDiffError for no number."""
+        if not math.isfinite(loss):
+            raise MetaDiffError(
+                f"the loss became {loss} before step {self.step + 1}; the best {self.trained} so far is kept",
+                hint=self.remedy,
+            )
+        return loss
 
     @abstractmethod
     def _advance(self) -> None:

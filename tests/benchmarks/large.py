@@ -1,6 +1,7 @@
 """Large folders and large feature banks: cost per image as they grow, peak memory, and how soon training starts.
 
-Each number is from a process of its own. Times are those of the processor, which other processes do not lengthen.
+Each number is from a process of its own. Times of images are those of the processor, which other processes do not
+lengthen; the first step of a training is timed by the clock as well.
 """
 
 import json
