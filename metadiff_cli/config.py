@@ -124,6 +124,7 @@ class FeaturesConfig(Section):
     """How an image becomes a feature vector."""
 
     mirror: bool = True  # average over the image and its mirror image
+    shift: Annotated[int, Field(ge=0, le=64)] = 0  # pixels; average over images moved so far, too: nine times the work
     size: Annotated[int, Field(ge=16, le=1024)] | None = (
         None  # pixels; larger than in training may show more (Touvron et al. 2019)
     )
@@ -186,6 +187,7 @@ class InnerLoop(Section):
     steps: Count = 60000
     batch: Few = 4  # tasks
     lr: Positive = 1e-3
+    schedule: Literal["constant", "cosine"] = "constant"  # of lr, over all steps
     query: Few = 15
     validate_every: Count = 1000  # steps
     validation_episodes: Count = 100
@@ -206,6 +208,7 @@ class ImageBaseline(InnerLoop):
 
     statistics: Literal["queries", "support"] = "queries"  # of BatchNorm on a query: all queries of the task, or none
     rotated_classes: bool = False  # each base class turned by 90, 180, 270 degrees counts as a further class
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions in training; trained learners take fp32
 
 
 class BaselinesConfig(Section):

@@ -138,11 +138,13 @@ def _frozen(config: Config, file: Path | None, device: "torch.device") -> "Image
 
     f = config.features
     if file is not None:
-        return load_encoder(file, device, mirror=f.mirror, size=f.size)
+        return load_encoder(file, device, mirror=f.mirror, shift=f.shift, size=f.size)
     if is_pretrained(config.encoder):
-        return with_statistics(untrained_encoder(config.encoder, f.size), device, mirror=f.mirror)
+        return with_statistics(untrained_encoder(config.encoder, f.size), device, mirror=f.mirror, shift=f.shift)
     half = (0.5,) * 3
-    return ImageEncoder(build_encoder(config.encoder), config.encoder, config.data.size, half, half, f.mirror, device)
+    return ImageEncoder(
+        build_encoder(config.encoder), config.encoder, config.data.size, half, half, f.mirror, device, f.shift
+    )
 
 
 def _sample(source: "Source") -> tuple["np.ndarray", "np.ndarray", float]:

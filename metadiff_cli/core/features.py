@@ -1,6 +1,7 @@
 """FeatureBank: a frozen encoder over a data set, once, kept on disk.
 
-Images -> z (n, D): L2-normalised, averaged with the mirror image's, normalised again. Everything after this stage
+Images -> z (n, D): L2-normalised, averaged over an image's views (its mirror image, images moved by some pixels),
+normalised again. Everything after this stage
 works on features, so an episode costs an index and no forward pass.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from metadiff_cli.core.encoders import Encoder
 from metadiff_cli.core.parallel import barrier, mine, on_main
 from metadiff_cli.data.mapped import release
 from metadiff_cli.data.transforms import normalise
-from metadiff_cli.errors import DataError, MetaDiffError
+from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
 from metadiff_cli.paths import atomic, sweep, writable
 from metadiff_cli.world import world
 
@@ -45,6 +47,13 @@ class ImageEncoder:
     std: tuple[float, ...]
     mirror: bool
     device: torch.device
+    shift: int = 0  # pixels; else eight images more, moved by so much to the sides and corners
+
+    def __post_init__(self) -> None:
+        if self.shift >= self.size:
+            raise ConfigError(
+                f"images of {self.size} pixels cannot be moved by {self.shift}", hint="--set features.shift=3, say"
+            )
 
     @property
     def feature_size(self) -> int:
@@ -55,6 +64,8 @@ class ImageEncoder:
     def key(self) -> str:
         """Hash of the weights and of everything else that features depend on."""
         digest = hashlib.sha256(repr((VERSION, self.name, self.size, self.mean, self.std, self.mirror)).encode())
+        if self.shift:
+            digest.update(f"shift {self.shift}".encode())
         for name, tensor in sorted(self.encoder.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -70,10 +81,19 @@ class ImageEncoder:
         """The computation of `encode` alone, as the exporter can follow it."""
         mean, std = (sent(torch.tensor(v), self.device) for v in (self.mean, self.std))
         images = normalise(sent(pixels, self.device), mean, std)
-        z = F.normalize(self.encoder(images), dim=1)
-        if self.mirror:
-            z = F.normalize(z + F.normalize(self.encoder(images.flip(3)), dim=1), dim=1)
-        return z
+        z = [F.normalize(self.encoder(view), dim=1) for view in self._views(images)]
+        return z[0] if len(z) == 1 else F.normalize(torch.stack(z).sum(dim=0), dim=1)
+
+    def _views(self, images: Tensor) -> Iterator[Tensor]:
+        """Views (B, 3, S, S) of images; what a moved image uncovers repeats its edge."""
+        step, side = self.shift, images.shape[-1]
+        corners = list(product((0, step, 2 * step), repeat=2)) if step else [(0, 0)]
+        padded = F.pad(images, (step,) * 4, mode="replicate") if step else images
+        for y, x in corners:
+            view = padded[:, :, y : y + side, x : x + side]
+            yield view
+            if self.mirror:
+                yield view.flip(3)
 
 
 @dataclass(frozen=True)

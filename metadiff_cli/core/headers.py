@@ -20,6 +20,9 @@ def check_image(image: Any) -> None:
     """Size in pixels, and mean and standard deviation of three channels."""
     if type(image["size"]) is not int or image["size"] not in SIZES:
         raise ValueError(f"an image size of {image['size']!r:.40}")
+    shift = image.get("shift", 0)
+    if type(shift) is not int or not 0 <= shift < image["size"]:
+        raise ValueError(f"images moved by {shift!r:.40} pixels")
     for key in ("mean", "std"):
         values = image[key]
         if not isinstance(values, list) or len(values) != 3 or not all(_is_number(value) for value in values):

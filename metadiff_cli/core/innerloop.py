@@ -11,8 +11,6 @@ The `-frozen` forms are controls of ours on MetaDiff's features, not those paper
 of the head belongs to positions of classes, as published, so a learner serves the number of ways it was trained for.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,9 +19,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metadiff_cli.config import FrozenBaseline, ImageBaseline
+from metadiff_cli.core.device import autocast
 from metadiff_cli.core.encoders import Encoder
 from metadiff_cli.core.episodes import Episodes
 from metadiff_cli.core.evaluation import Method
+from metadiff_cli.core.tasknorm import statistics_of_first, with_task_norm
 from metadiff_cli.data.transforms import normalise
 from metadiff_cli.errors import ConfigError
 
@@ -94,44 +94,6 @@ class FrozenLearner(InnerLearner):
         return logits
 
 
-class TaskNorm(nn.BatchNorm2d):
-    """BatchNorm without a memory: the statistics of the batch at hand, in training and afterwards, as MAML has it.
-
-    Inside `statistics_of_first(module, n)` they are those of the batch's first n images alone.
-    """
-
-    rows: int | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.rows is None:
-            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        variance, mean = torch.var_mean(x[: self.rows], dim=(0, 2, 3), correction=0, keepdim=True)
-        scale = self.weight.view(1, -1, 1, 1) * (variance + self.eps).rsqrt()
-        return (x - mean) * scale + self.bias.view(1, -1, 1, 1)
-
-
-def with_task_norm(module: Encoder) -> Encoder:
-    """Replace every BatchNorm of an encoder by `TaskNorm`; returns the encoder."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.BatchNorm2d) and not isinstance(child, TaskNorm):
-                setattr(parent, name, TaskNorm(child.num_features, eps=child.eps, track_running_stats=False))
-    return module
-
-
-@contextmanager
-def statistics_of_first(module: nn.Module, rows: int | None) -> Iterator[None]:
-    """Every `TaskNorm` of a module takes its statistics from the first `rows` images of a batch; None: from all."""
-    norms = [part for part in module.modules() if isinstance(part, TaskNorm)]
-    for norm in norms:
-        norm.rows = rows
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.rows = None
-
-
 class ImageLearner(InnerLearner):
     """Base of the forms on images (uint8 pixels, flat or square); one task after another, so that one is in memory.
 
@@ -162,14 +124,18 @@ class ImageLearner(InnerLearner):
         """Logits (M, N) of one task from support (N, K, ...) and query (M, ...) pixels."""
         raise AssertionError("a learner defines its own task")
 
+    def through(self, module: nn.Module, weights: dict[str, Tensor], images: Tensor) -> Tensor:
+        """Outputs (n, ...) of a module under `weights` for images; in training by the configured precision."""
+        with autocast(images.device, self.config.precision if self.training else "fp32"):
+            out: Tensor = functional_call(module, weights, (images,))
+        return out.to(self.mean.dtype)
+
     def run(self, module: nn.Module, weights: dict[str, Tensor], support: Tensor, query: Tensor) -> Tensor:
         """Outputs (M, ...) of a module under `weights` for query images, with the configured statistics."""
         if self.config.statistics == "queries":
-            out: Tensor = functional_call(module, weights, (query,))
-            return out
+            return self.through(module, weights, query)
         with statistics_of_first(module, len(support)):
-            both: Tensor = functional_call(module, weights, (torch.cat([support, query]),))
-        return both[len(support) :]
+            return self.through(module, weights, torch.cat([support, query]))[len(support) :]
 
 
 class Anil(ImageLearner):
@@ -182,7 +148,7 @@ class Anil(ImageLearner):
 
     def task(self, support: Tensor, query: Tensor, steps: int) -> Tensor:
         images, queries = self.images(support), self.images(query)
-        z = self.encoder(images).view(1, *support.shape[:2], -1)  # (1, N, K, D)
+        z = self.through(self.encoder, {}, images).view(1, *support.shape[:2], -1)  # (1, N, K, D)
         logits: Tensor = self.head(z, self.run(self.encoder, {}, images, queries).unsqueeze(0), steps)
         return logits.squeeze(0)
 
@@ -209,7 +175,7 @@ class Maml(ImageLearner):
             weights = {name: w.detach().requires_grad_() for name, w in weights.items()}
         for _ in range(steps):
             with torch.enable_grad():
-                loss = F.cross_entropy(functional_call(self.net, weights, (images,)), labels)
+                loss = F.cross_entropy(self.through(self.net, weights, images), labels)
             slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=keep and self.second_order)
             weights = {n: w - self.config.rate * g for (n, w), g in zip(weights.items(), slopes, strict=True)}
             if not keep:

@@ -111,6 +111,8 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
             batch=self.config.batch, seed=self.seed, step=self.step,
         )  # fmt: skip
         self.learner.train()
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.config.lr * self._pace()
         self.optimiser.zero_grad(set_to_none=True)
         seen = torch.zeros_like(self.seen)
         for part in _parts(episodes.part(self.part), self.learner.at_once):
@@ -122,6 +124,12 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
         nn.utils.clip_grad_value_(self.learner.parameters(), LARGEST_SLOPE)
         self.optimiser.step()
         return mean_of(seen)
+
+    def _pace(self) -> float:
+        """The share of the learning rate in this step: all, or falling by half a cosine (Antoniou et al. 2019)."""
+        if self.config.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * self.step / self.config.steps))
 
     def loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the queries after adaptation to the support, and their accuracy in 0..1."""

@@ -46,7 +46,7 @@ class SavedClassifier:
 
 
 def load_encoder(
-    path: Path, device: torch.device, *, mirror: bool, half: bool = False, size: int | None = None
+    path: Path, device: torch.device, *, mirror: bool, shift: int = 0, half: bool = False, size: int | None = None
 ) -> ImageEncoder:
     """The encoder of an encoder file or of a full model.
 
@@ -60,7 +60,7 @@ def load_encoder(
         )
     if not checkpoint.part("encoder"):
         raise CheckpointError(f"{path} holds no encoder of its own", hint=f"give {KINDS['encoder']}")
-    images = image_encoder(checkpoint, device, mirror)
+    images = image_encoder(checkpoint, device, mirror, shift)
     if half:
         with torch.no_grad():
             for weights in images.encoder.parameters():
@@ -106,7 +106,7 @@ def model_of(checkpoint: Checkpoint, device: torch.device) -> Model:
     """The model in a file that was read. Raises CheckpointError when tensors and header do not fit."""
     header = checkpoint.header
     with checkpoint_errors(Path(checkpoint.path)):
-        images = image_encoder(checkpoint, device, bool(header["image"]["mirror"]))
+        images = image_encoder(checkpoint, device, *views_of(header["image"]))
         space = space_of(checkpoint, images)
         denoiser = _denoiser(checkpoint, images.feature_size).to(device)
         learned = header["denoiser"]["kind"] != "analytic"
@@ -156,13 +156,18 @@ def _denoiser(checkpoint: Checkpoint, size: int) -> nn.Module:
     return denoiser.eval()
 
 
-def image_encoder(checkpoint: Checkpoint, device: torch.device, mirror: bool) -> ImageEncoder:
+def views_of(image: dict[str, Any]) -> tuple[bool, int]:
+    """Whether mirror images are views, and the shift of moved ones, as a header says; older files have none of them."""
+    return bool(image["mirror"]), image.get("shift", 0)
+
+
+def image_encoder(checkpoint: Checkpoint, device: torch.device, mirror: bool, shift: int = 0) -> ImageEncoder:
     """The encoder in a file that was read."""
     with checkpoint_errors(Path(checkpoint.path)):
         encoder = _network(checkpoint)
         encoder.load_state_dict(checkpoint.part("encoder"))
         encoder.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        return described_encoder(checkpoint.header, encoder, device, mirror=mirror)
+        return described_encoder(checkpoint.header, encoder, device, mirror=mirror, shift=shift)
 
 
 def _network(checkpoint: Checkpoint) -> Encoder:
@@ -181,12 +186,14 @@ def save_encoder(path: Path, images: ImageEncoder, header: dict[str, Any]) -> No
     save_checkpoint(path, "encoder", encoder_tensors(images), {**header, **image_header(images)})
 
 
-def described_encoder(header: dict[str, Any], encoder: Encoder, device: torch.device, *, mirror: bool) -> ImageEncoder:
+def described_encoder(
+    header: dict[str, Any], encoder: Encoder, device: torch.device, *, mirror: bool, shift: int = 0
+) -> ImageEncoder:
     """An encoder with what a header says about its images."""
     image = header["image"]
     check_image(image)
     mean, std = tuple(map(float, image["mean"])), tuple(map(float, image["std"]))
-    return ImageEncoder(encoder, header["encoder"], int(image["size"]), mean, std, mirror, device)
+    return ImageEncoder(encoder, header["encoder"], int(image["size"]), mean, std, mirror, device, shift)
 
 
 def encoder_tensors(images: ImageEncoder) -> dict[str, Tensor]:
@@ -198,6 +205,7 @@ def encoder_tensors(images: ImageEncoder) -> dict[str, Tensor]:
 def image_header(images: ImageEncoder) -> dict[str, Any]:
     """What a header says of an encoder and its images."""
     image = {"size": images.size, "mean": list(images.mean), "std": list(images.std), "mirror": images.mirror}
+    image |= {"shift": images.shift} if images.shift else {}
     return {"encoder": images.name, "image": image}
 
 

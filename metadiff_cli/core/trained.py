@@ -18,7 +18,6 @@ from metadiff_cli.core.innerloop import (
     FrozenLearner,
     InnerLearner,
     build_image_learner,
-    with_task_norm,
 )
 from metadiff_cli.core.model import (
     checkpoint_errors,
@@ -29,7 +28,9 @@ from metadiff_cli.core.model import (
     model_tensors,
     space_of,
     tuning_from,
+    views_of,
 )
+from metadiff_cli.core.tasknorm import with_task_norm
 
 HEAD_BIAS = {"maml": "net.1.bias", "fomaml": "net.1.bias"}  # of the others: head.bias
 
@@ -74,7 +75,7 @@ def _on_features(
     name: str, checkpoint: Checkpoint, device: torch.device
 ) -> tuple[ImageEncoder, InnerLearner, Learner | None]:
     header = checkpoint.header
-    images = image_encoder(checkpoint, device, bool(header["image"]["mirror"]))
+    images = image_encoder(checkpoint, device, *views_of(header["image"]))
     space = space_of(checkpoint, images)
     base = Learner(space, AnalyticDenoiser(), False, Tuning()).tuned(tuning_from(header["tuning"]))
     settings = FrozenBaseline.model_validate(header["method"]["settings"])

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from metadiff_cli.core.checkpoint import load_checkpoint, read_header, save_checkpoint
 from metadiff_cli.core.encoders import build_encoder
 from metadiff_cli.core.features import ImageEncoder
-from metadiff_cli.core.model import load_encoder, load_model, resized, save_model
+from metadiff_cli.core.model import load_encoder, load_model, model_tensors, resized, save_model
 from metadiff_cli.errors import CheckpointError, ConfigError
 
 TENSORS = {
@@ -88,6 +88,20 @@ def test_a_half_precision_encoder_takes_half_the_space_and_gives_the_same_featur
         n: t for n, t in load_checkpoint(tmp_path / "half.safetensors").tensors.items() if n.startswith("encoder.")
     }
     assert all(t.dtype == torch.float16 for t in saved.values() if t.dim() > 1)
+
+
+def test_views_are_kept_with_a_model(small_run: Path, tmp_path: Path) -> None:
+    device = torch.device("cpu")
+    model = load_model(small_run / "checkpoint.safetensors", device)
+    images = load_encoder(small_run / "encoder.safetensors", device, mirror=True, shift=2)
+    save_model(tmp_path / "moved.safetensors", images, model.learner, model.header)
+    back = load_model(tmp_path / "moved.safetensors", device)
+    assert (back.images.mirror, back.images.shift) == (True, 2) and back.images.key == images.key
+    for shift in (-1, 1.5, True, "3", back.images.size):
+        header = {**back.header, "image": {**back.header["image"], "shift": shift}}
+        save_checkpoint(tmp_path / "odd.safetensors", "model", model_tensors(images, model.learner), header)
+        with pytest.raises(CheckpointError, match="does not hold what its header says"):
+            load_model(tmp_path / "odd.safetensors", device)
 
 
 def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path) -> None:

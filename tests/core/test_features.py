@@ -11,7 +11,7 @@ from torch import Tensor
 from metadiff_cli.core import features
 from metadiff_cli.core.encoders import build_encoder
 from metadiff_cli.core.features import Encoding, FeatureBank, ImageEncoder, build_bank
-from metadiff_cli.errors import DataError, MetaDiffError
+from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
 
 CPU = torch.device("cpu")
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
@@ -46,6 +46,30 @@ def test_it_is_made_once_and_mended(encoder: ImageEncoder, tmp_path: Path) -> No
     assert np.array_equal(features_now(), first) and calls == [4, 8, 10]
     mirrored = encoder.encode(torch.from_numpy(PIXELS[:, :, ::-1].copy()))
     assert torch.allclose(mirrored, torch.from_numpy(first), atol=1e-5)  # averaged over both views
+
+
+def test_moved_images_are_views_whose_edges_are_repeated() -> None:
+    torch.manual_seed(0)
+    network = build_encoder("conv4").eval()
+    pixels = torch.from_numpy(PIXELS[:3])
+
+    def features_of(pixels: Tensor, mirror: bool, shift: int) -> Tensor:
+        return ImageEncoder(network, "conv4", 32, (0.5,) * 3, (0.25,) * 3, mirror, CPU, shift).encode(pixels)
+
+    padded = np.pad(PIXELS[:3], ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")
+    places = [(y, x) for y in (0, 4, 8) for x in (0, 4, 8)]
+    moved = [torch.from_numpy(padded[:, y : y + 32, x : x + 32].copy()) for y, x in places]
+    for mirror in (False, True):
+        views = moved + [view.flip(2) for view in moved] if mirror else moved
+        mean = torch.stack([features_of(view, False, 0) for view in views]).mean(dim=0)
+        assert torch.allclose(features_of(pixels, mirror, 4), torch.nn.functional.normalize(mean, dim=1), atol=1e-5)
+    keys = {ImageEncoder(network, "conv4", 32, (0.5,) * 3, (0.25,) * 3, True, CPU, shift).key for shift in (0, 3, 4)}
+    assert len(keys) == 3
+
+
+def test_images_cannot_be_moved_out_of_the_picture() -> None:
+    with pytest.raises(ConfigError, match="32 pixels cannot be moved by 32"):
+        ImageEncoder(build_encoder("conv4"), "conv4", 32, (0.5,) * 3, (0.25,) * 3, True, CPU, 32)
 
 
 def test_an_interrupted_extraction_goes_on_after_its_last_shard(

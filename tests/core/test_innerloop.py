@@ -23,6 +23,7 @@ from metadiff_cli.core.innerloop import (
     inner_method,
 )
 from metadiff_cli.core.innertraining import InnerTrainer, InnerValidation
+from metadiff_cli.core.tasknorm import TaskNorm
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
 
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ class Tiny(Encoder):
 
 def image_learner(method: str = "maml", way: int = 3, **settings: object) -> ImageLearner:
     torch.manual_seed(0)
-    config = ImageBaseline.model_validate({"rate": 0.1, **settings})
+    config = ImageBaseline.model_validate({"rate": 0.1, "precision": "fp32", **settings})
     return build_image_learner(method, way, Tiny(), 16, (0.5,) * 3, (0.25,) * 3, config)
 
 
@@ -121,6 +122,31 @@ def test_first_order_is_the_gradient_at_the_adapted_weights() -> None:
     assert any(not torch.allclose(slopes[n], second[n], rtol=1e-3) for n in slopes)
 
 
+def test_task_norm_is_batch_norm_to_the_second_derivative() -> None:
+    norm, size = TaskNorm(4, eps=0.1).double(), (3, 4, 2, 3)  # an eps that counts
+    g = torch.Generator().manual_seed(0)
+    images = torch.randn(*size, dtype=torch.double, generator=g, requires_grad=True)
+    weight, bias = (torch.rand(4, dtype=torch.double, generator=g, requires_grad=True) for _ in range(2))
+
+    def run(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out: Tensor = torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (images,))
+        return out
+
+    expected = F.batch_norm(images, None, None, weight, bias, training=True, eps=0.1)
+    assert torch.allclose(run(images, weight, bias), expected)
+    assert torch.autograd.gradcheck(run, (images, weight, bias))
+    assert torch.autograd.gradgradcheck(run, (images, weight, bias))
+
+
+@pytest.mark.parametrize("method", ["maml", "anil"])
+def test_slopes_in_bf16_are_those_of_fp32_but_for_rounding(method: str) -> None:
+    exact, rounded = (outer_gradient(image_learner(method, precision=p)) for p in ("fp32", "bf16"))
+    for name, slope in exact.items():
+        assert rounded[name].dtype == torch.float32 and not torch.equal(rounded[name], slope), name
+    whole, part = (torch.cat([t.flatten() for t in slopes.values()]) for slopes in (exact, rounded))
+    assert F.cosine_similarity(whole, part, dim=0) > 0.99
+
+
 @pytest.mark.parametrize("method", ["maml", "fomaml", "anil"])
 def test_evaluation_adapts_as_training_does_and_leaves_no_trace(method: str) -> None:
     learner = image_learner(method)
@@ -186,6 +212,15 @@ def test_training_learns_keeps_the_best_and_resumes_exactly(method: str, tmp_pat
     train(resumed, [1.0])
     assert resumed.history == trainer.history
     assert all(torch.equal(t, resumed.learner.state_dict()[n]) for n, t in trainer.learner.state_dict().items())
+
+
+def test_the_rate_of_learning_falls_by_half_a_cosine() -> None:
+    trainer = trainer_of("anil-frozen", schedule="cosine", steps=4, lr=1.0)
+    rates = []
+    for _ in trainer.run(lambda learner: (1.0, 0.1)):
+        if len(rates) < trainer.step:
+            rates.append(trainer.optimiser.param_groups[0]["lr"])
+    assert rates == pytest.approx([1.0, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4])
 
 
 def test_turned_classes_are_turned_images() -> None:
