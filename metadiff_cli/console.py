@@ -23,6 +23,11 @@ WIDE = 160  # columns of a table that goes to a file or a pipe
 Advance = Callable[[int, int | None], None]  # done, and of how many where that is known
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number with its noun: "1 image", "2 images"; `many` is the plural where it is not formed by an s."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 class Screen:
     """What a command draws on. `quiet` leaves errors and results, `verbose` adds details.
 

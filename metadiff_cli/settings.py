@@ -144,7 +144,7 @@ def check(values: dict[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
-        raise ConfigError("; ".join(lines), hint="`metadiff presets show NAME` prints every key") from error
+        raise ConfigError("; ".join(lines), hint="`metadiff config show` prints every key") from error
 
 
 def environment_layers(environ: Mapping[str, str]) -> list[Layer]:
@@ -179,7 +179,7 @@ def _parse(text: str) -> Any:
 
 def _dotted(key: str, value: Any) -> dict[str, Any]:
     if key.count(".") > MAX_DEPTH:
-        raise ConfigError(f"unknown key '{key[:MAX_SHOWN]}'", hint="`metadiff presets show NAME` prints every key")
+        raise ConfigError(f"unknown key '{key[:MAX_SHOWN]}'", hint="`metadiff config show` prints every key")
     for part in reversed(key.split(".")):
         value = {part: value}
     result: dict[str, Any] = value
@@ -198,7 +198,9 @@ def _explain(problem: Any) -> str:
     place = [str(part) for part in problem["loc"]]
     key = ".".join(place)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key '{key}'" + suggest(place[-1], _keys_beside(place), before=", ", after="")
+        return f"unknown key '{key}'" + suggest(
+            key, [".".join([*place[:-1], other]) for other in _keys_beside(place)], before=", ", after=""
+        )
     return f"{key or 'configuration'}: {problem['msg'].removeprefix('Value error, ')} (got {_shown(problem['input'])})"
 
 

@@ -30,7 +30,12 @@ def test_each_layer_wins_over_the_one_before(tmp_path: Path) -> None:
 def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(settings=["pretrain.epoch=3", "sede=1", "metatrain.steps=0", "pretrain.schedule=magic"], environ={})
-    for words in ("'pretrain.epoch', did you mean 'epochs'", "'sede', did you mean 'seed'", "metatrain.steps", "magic"):
+    for words in (
+        "'pretrain.epoch', did you mean 'pretrain.epochs'",
+        "'sede', did you mean 'seed'",
+        "metatrain.steps",
+        "magic",
+    ):
         assert words in caught.value.message
 
 

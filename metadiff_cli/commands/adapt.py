@@ -169,6 +169,8 @@ def adapt(
 
     queries = find_queries(query, null=null)
     if labelled and not any(item.label for item in queries.items):
+        if not any(path.exists() for path in queries.paths()):
+            raise DataError(f"{queries.paths()[0]} does not exist", hint="give --query a folder of class folders")
         raise DataError("--labelled, and no query image has a class", hint="give class folders: DIR/cat/1.jpg")
     if classifier is not None and checkpoint is not None:
         screen.warn("a classifier has a model of its own: --checkpoint is not used")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from metadiff_cli.commands.pretrained import SEEN
 from metadiff_cli.config import Config, is_pretrained
+from metadiff_cli.settings import preset_names, read_preset
 
 if TYPE_CHECKING:
     from metadiff_cli.core.features import ImageEncoder
@@ -15,7 +16,7 @@ def model_card(
 ) -> dict[str, Any]:
     """The card of a model of `config`, trained on so many base classes; `results` are `evaluate --json` documents."""
     return {
-        "summary": config.summary,
+        "summary": _summary(config, images),
         "encoder": _encoder(config, images),
         "data": config.card.data or f"{config.data.name}: {classes} base classes",
         "licence": config.card.licence or "that of the training images; metadiff does not know it",
@@ -27,9 +28,15 @@ def model_card(
     }
 
 
+def _summary(config: Config, images: "ImageEncoder") -> str:
+    """That of the preset, unless the encoder is another one than the preset's."""
+    usual = config.name not in preset_names() or read_preset(config.name).get("encoder") == images.name
+    return config.summary if usual else f"preset {config.name} with the encoder {images.name}"
+
+
 def _encoder(config: Config, images: "ImageEncoder") -> str:
     if is_pretrained(images.name):
-        return f"{images.name}, images at {images.size} pixels; it {SEEN}"
+        return f"{images.name}, images at {images.size} pixels; {SEEN}"
     return f"{images.name}, trained at {config.data.size} pixels, images at {images.size}"
 
 

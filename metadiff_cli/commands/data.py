@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from metadiff_cli.commands import completions, options
-from metadiff_cli.console import Screen
+from metadiff_cli.console import Screen, counted
 from metadiff_cli.data.known import KNOWN, known
 from metadiff_cli.errors import DataError
 from metadiff_cli.paths import data_dir
@@ -138,7 +138,7 @@ def verify(
 
     screen = Screen(quiet=quiet)
     with screen.progress("finding images") as advance:
-        dataset = open_dataset(folder, layout=layout, progress=advance)
+        dataset = open_dataset(folder, layout=layout, keep_empty=True, progress=advance)
     with screen.progress("reading images") as advance:
         report = verify_data(dataset, workers=num_workers, progress=advance)
     if as_json:
@@ -146,9 +146,9 @@ def verify(
     else:
         _show(screen, dataset, report)
     if report.corrupt or report.empty:
-        bad = f"{len(report.corrupt)} images of {folder} cannot be read"
-        empty = f", {len(report.empty)} classes have none that can" if report.empty else ""
-        raise DataError(bad + empty, hint="replace or remove the files named above; training would leave them out")
+        bad = [f"{counted(len(report.corrupt), 'image')} cannot be read"] if report.corrupt else []
+        bad += [f"{counted(len(report.empty), 'class', 'classes')} without a readable image"] if report.empty else []
+        raise DataError(f"{folder}: {', '.join(bad)}", hint="replace or remove the files and folders named above")
 
 
 def _is_here(name: str) -> bool:
@@ -210,7 +210,7 @@ def _show(screen: Screen, dataset: "Dataset", report: "Report") -> None:
     _list(screen, "pictures more than once in a class", _groups(report.within_class))
     _list(screen, "odd images", [f"{path}: {what}" for path, what in report.odd])
     if dataset.skipped:
-        screen.text(f"{dataset.skipped} files are no images and were left out")
+        screen.text(f"left out, as they are no images: {counted(dataset.skipped, 'file')}")
 
 
 def _groups(groups: list[list[str]]) -> list[str]:

@@ -16,7 +16,7 @@ import typer
 from metadiff_cli import __version__
 from metadiff_cli.commands import options
 from metadiff_cli.commands.cache import KINDS, entries, in_units
-from metadiff_cli.console import Screen
+from metadiff_cli.console import Screen, counted
 from metadiff_cli.paths import cache_dir, data_dir
 
 LEAST_DISK = 5e9  # bytes: mini-ImageNet decoded at 84 x 84, its features and the states of a training fit in
@@ -130,7 +130,9 @@ def _threads() -> Iterator[Check]:
         return
     threads = torch.get_num_threads()
     advice = "" if threads <= cores else f"more threads than cores slow each other down: --threads {cores}"
-    yield Check("threads", "note" if advice else "ok", f"{threads} threads on {cores} cores", advice)
+    yield Check(
+        "threads", "note" if advice else "ok", f"{counted(threads, 'thread')} on {counted(cores, 'core')}", advice
+    )
 
 
 def _disk() -> Iterator[Check]:

@@ -10,7 +10,7 @@ from metadiff_cli.errors import ConfigError
 if TYPE_CHECKING:
     from metadiff_cli.commands.workspace import Run
 
-SEEN = "has seen other images, which may show the classes that it is measured on"
+SEEN = "its weights come from elsewhere, and may have seen the classes that it is measured on"
 
 
 def trains_no_library(config: Config, what: str) -> None:
@@ -65,7 +65,9 @@ def pretrained_file(config: Config, weights: Path | None, run: "Run", screen: Sc
     encoder = pretrained_encoder(config.encoder, f.size, weights, progress=shown)
     images, source = with_statistics(encoder, torch.device("cpu"), mirror=f.mirror, shift=f.shift), encoder.source
     facts = {"source": "a local file" if weights else source.source, "licence": source.licence}
-    screen.note(f"encoder: {images.name}, images of {images.size} pixels, D = {images.feature_size}; it {SEEN}")
+    screen.note(f"encoder: {images.name}, images of {images.size} pixels, D = {images.feature_size}; {SEEN}")
+    if weights:
+        screen.note(f"its weights are those of {weights}; shape, image size and normalisation go by its name")
     screen.detail(f"weights: {facts['source']}, licence {facts['licence']}")
     save_encoder(path, images, {"weights": facts})
     return path

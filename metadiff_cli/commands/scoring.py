@@ -83,6 +83,8 @@ class Score:
             for row, counts in zip(confusion["rows"], confusion["matrix"], strict=True)
         ]
         screen.table("confusion matrix: a row is a true class, a column a label", ("", "class", *columns), rows, left=2)
+        if others := [f"{number[cls]} {cls}" for cls in self.classes if cls not in confusion["rows"]]:
+            screen.text(f"columns of classes without images here: {', '.join(others)}")
 
     def _show_pairs(self, screen: Screen) -> None:
         wrong = [(n, truth, label) for (truth, label), n in self.pairs.items() if truth != label]

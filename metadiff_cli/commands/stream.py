@@ -10,7 +10,7 @@ from metadiff_cli.commands.output import Errors, Outcome, decide
 from metadiff_cli.commands.queries import Queries
 from metadiff_cli.commands.scoring import Score
 from metadiff_cli.config import Config
-from metadiff_cli.console import Screen
+from metadiff_cli.console import Screen, counted
 from metadiff_cli.core.adaptation import Prediction, predict_images
 from metadiff_cli.data.sorting import Sorter
 
@@ -127,14 +127,14 @@ class Stream:
         if self.score is not None:
             self.score.show(screen, matrix=matrix)
         if self.rejected:
-            screen.note(f"{self.rejected} of the query images are rejected")
+            screen.note(f"rejected: {counted(self.rejected, 'query image')}")
         if self.twins > NAMED:
             screen.warn(f"{self.twins} query images are also in the support")
         if self.queries.skipped:
-            screen.note(f"{self.queries.skipped} query files are no images and were left out")
+            screen.note(f"left out, as they are no images: {counted(self.queries.skipped, 'query file')}")
         if self.sorting is not None:
             there = f", {self.sorted_old} were there already" if self.sorted_old else ""
-            screen.note(f"{self.sorted_new} images {self.sorting}{there}")
+            screen.note(f"{counted(self.sorted_new, 'image')} {self.sorting}{there}")
         if self.ready.dependence:
             screen.note(self.ready.dependence)
         self.errors.show(screen)

@@ -209,7 +209,7 @@ def open_run(out: Path, command: str, config: Config, *, overwrite: bool, resume
 
 def _take(held: ExitStack, out: Path, config: Config, *, overwrite: bool, resume: bool) -> None:
     """Check and lock the run directory, and empty it or compare its settings."""
-    _check_contents(out, overwrite=overwrite, resume=resume)
+    _check_contents(out, config, overwrite=overwrite, resume=resume)
     held.enter_context(_alone(out))
     sweep(out)
     if overwrite:
@@ -238,10 +238,14 @@ def _alone(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _check_contents(out: Path, *, overwrite: bool, resume: bool) -> None:
-    """A folder with contents needs a flag, and has to look like a run directory."""
+def _check_contents(out: Path, config: Config, *, overwrite: bool, resume: bool) -> None:
+    """A folder with contents needs a flag, and has to look like a run directory.
+
+    A run that failed before it made anything has left nothing but the configuration that it is tried with again.
+    """
     inside = [path for path in out.iterdir() if not LEFTOVER.fullmatch(path.name)] if out.is_dir() else []
-    if not [path for path in inside if path.name != LOCK]:
+    contents = {path.name for path in inside} - {LOCK}
+    if not contents or (contents == {CONFIG} and (out / CONFIG).read_bytes() == to_yaml(config).encode()):
         return
     if not (overwrite or resume):
         raise ConfigError(

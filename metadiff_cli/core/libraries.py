@@ -6,6 +6,7 @@ call them, and without it the library's default. Image size, mean and standard d
 
 import difflib
 import importlib
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -172,13 +173,18 @@ def _timm() -> Any:
 
 @contextmanager
 def _quiet_hub(progress: bool) -> Iterator[None]:
-    """Progress bars of the hub's downloads only where they are wanted; a person's own setting stays."""
-    bars = importlib.import_module("huggingface_hub.utils")
-    if progress or bars.are_progress_bars_disabled():
-        yield
-        return
-    bars.disable_progress_bars()
+    """Progress bars of the hub's downloads only where they are wanted; a person's own setting stays.
+
+    Its warnings of every attempt that fails are left out: the error at the end says what happened.
+    """
+    bars, log = importlib.import_module("huggingface_hub.utils"), logging.getLogger("huggingface_hub")
+    hide, level = not (progress or bars.are_progress_bars_disabled()), log.level
+    if hide:
+        bars.disable_progress_bars()
+    log.setLevel(max(level, logging.ERROR))
     try:
         yield
     finally:
-        bars.enable_progress_bars()
+        log.setLevel(level)
+        if hide:
+            bars.enable_progress_bars()

@@ -1,7 +1,8 @@
 """Unlabelled images of the same task: guidance of the sampler by them, and the transductive controls of the field.
 
-Guidance (design, section 2): the mixture likelihood of the pool joins that of the support. At each step every image of
-the pool is shared out among the classes by its responsibilities, and the class proportions are estimated with them.
+Guidance (design, section 2): the mixture likelihood of the pool joins that of the support. At each step the class
+proportions of the pool are estimated, by expectation-maximisation with the classifier of that step, and every image is
+shared out among the classes by its responsibilities under them.
 """
 
 from collections.abc import Callable
@@ -17,13 +18,17 @@ from metadiff_cli.core.task_space import TaskSpace
 
 Guide = Callable[[Tensor], SupportStats]
 
+# of expectation-maximisation a step. Proportions that follow the classifier with a step's delay are still near equal
+# when the first images are shared out, and a class that makes up most of the pool then drags all others to itself.
+ROUNDS = 10
+
 
 @dataclass(frozen=True)
 class PoolGuidance:
     """Constants of the guidance; `sharpness` is a factor on the calibrated logit scale of the task."""
 
-    sharpness: float = 1.0  # s_r, of the responsibilities
-    smoothing: float = 15.0  # a, Dirichlet smoothing of the class proportions, in images a class
+    sharpness: float = 1.25  # s_r, of the responsibilities
+    smoothing: float = 8.0  # a, Dirichlet smoothing of the class proportions, in images a class
     weight: float = 0.3  # omega, of one unlabelled image beside a labelled one
 
 
@@ -45,9 +50,12 @@ def pool_guide(
     def guide(x0: Tensor) -> SupportStats:
         nonlocal proportions
         cosines = blend(_cosines(whitened, x0 * noise), _cosines(plain, space.plain(space.to_feature(x0))), guidance)
-        share = (how.sharpness * scale * cosines + proportions.log()).softmax(dim=-1)  # (B, P, N)
+        logits = how.sharpness * scale * cosines
+        for _ in range(ROUNDS):
+            total = (logits + proportions.log()).softmax(dim=-1).sum(dim=1, keepdim=True)  # (B, 1, N)
+            proportions = (how.smoothing + total) / (ways * how.smoothing + pool.shape[1])
+        share = (logits + proportions.log()).softmax(dim=-1)  # (B, P, N)
         total = share.sum(dim=1, keepdim=True)
-        proportions = (how.smoothing + total) / (ways * how.smoothing + pool.shape[1])
         extra = how.weight * total.transpose(1, 2)  # (B, N, 1)
         count = stats.count + extra
         sums = stats.count * stats.mean + how.weight * share.transpose(1, 2) @ points

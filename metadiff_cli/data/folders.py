@@ -52,10 +52,12 @@ def no_progress(done: int, total: int | None) -> None:
 class Scan:
     """Of a walk through folders: files that are no images, and folders that cannot be listed (None: they raise).
 
-    `progress` is told the number of images found so far after every class.
+    `progress` is told the number of images found so far after every class. A class without images raises, unless
+    `keep_empty`.
     """
 
     skipped: int = 0
+    keep_empty: bool = False
     unreadable: list[tuple[Path, str]] | None = None
     progress: Progress = field(default=no_progress, repr=False)
     found: int = 0
@@ -66,11 +68,14 @@ class Scan:
         self.progress(self.found, None)
 
 
-def open_dataset(root: Path, *, layout: str = "auto", seed: int = 0, progress: Progress = no_progress) -> Dataset:
+def open_dataset(
+    root: Path, *, layout: str = "auto", seed: int = 0, keep_empty: bool = False, progress: Progress = no_progress
+) -> Dataset:
     """Find the splits below `root`. Raises DataError with the next step when there is nothing to use.
 
     `layout` is "auto", "folder" or a known benchmark (data/benchmarks.py). "auto" knows the benchmarks whose folders
-    could not be classes, and takes everything else as class folders. `progress` is told the images found so far; how
+    could not be classes, and takes everything else as class folders. Class folders without images are an error, unless
+    `keep_empty`. `progress` is told the images found so far; how
     many there will be is not known.
     """
     from metadiff_cli.data.benchmarks import LAYOUTS, open_detected  # they build on the functions below
@@ -81,7 +86,7 @@ def open_dataset(root: Path, *, layout: str = "auto", seed: int = 0, progress: P
             f"unknown layout '{layout}'", hint=f"{suggest(layout, openers)}choose one of {', '.join(openers)}"
         )
     check_folder(root)
-    return openers[layout](root, seed, Scan(progress=progress))
+    return openers[layout](root, seed, Scan(keep_empty=keep_empty, progress=progress))
 
 
 def check_folder(root: Path) -> None:
@@ -140,7 +145,7 @@ def from_folders(folders: dict[str, Path], *, name: str, root: Path, scan: Scan)
     classes, paths, labels = tuple(sorted(folders)), [], []
     for label, cls in enumerate(classes):
         found = list(walk_images(folders[cls], scan))
-        if not found:
+        if not found and not scan.keep_empty:
             raise DataError(f"class '{cls}' in {root} has no images", hint="add images to its folder, or remove it")
         scan.add(len(found))
         paths += [str(path) for path in found]

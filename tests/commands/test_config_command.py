@@ -40,7 +40,7 @@ def test_every_value_has_its_origin(cli: CLI, tmp_path: Path, monkeypatch: pytes
 
 def test_problems_are_told(cli: CLI) -> None:
     result = cli("config", "show", "--set", "pretrain.epoch=3")
-    assert result.code == 2 and "did you mean 'epochs'" in result.err
+    assert result.code == 2 and "did you mean 'pretrain.epochs'" in result.err
 
 
 def test_the_folder_preset_can_be_copied_and_used(cli: CLI, tmp_path: Path) -> None:

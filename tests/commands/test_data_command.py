@@ -62,6 +62,15 @@ def test_corrupt_images_and_classes_are_exit_code_3(cli: CLI, folder: Path) -> N
     assert shown.code == 3 and "0.png" in shown.out and "test/test1" in shown.out and "try:" in shown.err
 
 
+def test_an_empty_class_folder_is_a_finding_like_others(cli: CLI, folder: Path) -> None:
+    for path in (folder / "train" / "train1").iterdir():
+        path.unlink()
+    document = report(cli, folder, code=3)
+    assert document["empty_classes"] == ["train/train1"] and document["splits"]["train"]["train1"] == 0  # type: ignore[index]
+    shown = cli("data", "verify", folder)
+    assert "train/train1" in shown.out and "1 class without a readable image" in shown.err
+
+
 def test_repeated_pictures_by_what_they_harm(cli: CLI, folder: Path) -> None:
     train = folder / "train"
     Image.open(train / "train0" / "0.png").save(train / "train0" / "same.bmp")  # another format, the same picture

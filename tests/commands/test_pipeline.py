@@ -12,7 +12,10 @@ from conftest import SMALL, Result, invoke, paint
 from typer.testing import CliRunner
 
 from metadiff_cli.app import app
+from metadiff_cli.commands.workspace import open_run
 from metadiff_cli.core.checkpoint import read_header
+from metadiff_cli.errors import ConfigError, DataError
+from metadiff_cli.settings import resolve
 
 CLI = Callable[..., Result]
 
@@ -159,6 +162,39 @@ def test_inspect(checkpoint: Path, cli: CLI) -> None:
     assert "1-shot metadiff: " in shown.out and "licence: " in shown.out and "glyphs: 12 base classes" in shown.out
     document: dict[str, Any] = json.loads(cli("inspect", checkpoint, "--json").out)
     assert document["schema"] == "metadiff.inspect/1" and document["kind"] == "model"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.json", '{"a": 1}', "is no file that metadiff wrote"),
+        ("x.json", "{", "is no JSON document"),
+        ("x.csv", "a,b\n1,2\n", "is no file that metadiff wrote"),
+        ("x.npy", "text", "is no NumPy file"),
+        ("x.yaml", "epochs: 3\n", "unknown key 'epochs'"),
+    ],
+)
+def test_inspect_refuses_what_others_wrote(cli: CLI, tmp_path: Path, name: str, content: str, words: str) -> None:
+    (tmp_path / name).write_text(content)
+    result = cli("inspect", tmp_path / name)
+    assert result.code in (2, 3) and words in result.err
+
+
+def test_a_run_that_failed_at_once_is_tried_again_without_a_flag(tmp_path: Path) -> None:
+    out, config = tmp_path / "run", resolve("glyphs-5w1s", environ={})
+
+    def fail() -> None:
+        with open_run(out, "metatrain", config, overwrite=False, resume=False):
+            raise DataError("no weights")
+
+    for _ in range(2):
+        with pytest.raises(DataError, match="no weights"):
+            fail()
+    own = (out / "config.yaml").read_text() + "# of a person\n"
+    (out / "config.yaml").write_text(own)
+    with pytest.raises(ConfigError, match="is not empty"):
+        fail()
+    assert (out / "config.yaml").read_text() == own
 
 
 def test_a_full_run_directory_is_refused(small_run: Path, cli: CLI) -> None:

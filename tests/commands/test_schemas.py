@@ -58,6 +58,16 @@ def test_documents_of_a_run(cli: CLI, small_run: Path, checkpoint: Path, photos:
     for name in ("checkpoint", "encoder", "state", "encoder-state"):
         if (small_run / f"{name}.safetensors").is_file():
             validate(cli("inspect", small_run / f"{name}.safetensors", "--json"), "metadiff.inspect/1")
+    kinds = {
+        "result.json": "result",
+        "manifest.json": "manifest",
+        "config.yaml": "settings",
+        "metrics.csv": "measurements",
+    }
+    for name, kind in kinds.items():
+        validate(cli("inspect", small_run / name, "--json"), "metadiff.inspect/1")
+        shown = cli("inspect", small_run / name)
+        assert shown.out.startswith(f"kind: {kind}\n"), shown.err
     adapted = cli("adapt", "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint, "--json",
                   "--reject-below", "0.9", "--save", photos / "mine.safetensors")  # fmt: skip
     validate(adapted, "metadiff.adapt/1")

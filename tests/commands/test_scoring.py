@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from metadiff_cli.commands.output import Outcome
 from metadiff_cli.commands.scoring import REJECTED, Score, wilson
+from metadiff_cli.console import Screen
 
 
 def outcome(truth: str | None, label: str | None) -> Outcome:
@@ -26,6 +27,14 @@ def test_counts() -> None:
         "columns": ["a", "b", REJECTED],
         "matrix": [[1, 1, 0], [0, 1, 1], [1, 0, 1]],
     }
+
+
+def test_every_column_of_the_matrix_has_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    score = Score(["hen", "goose", "owl"])
+    for pair in (("hen", "goose"), ("owl", "owl")):
+        score.add(outcome(*pair))
+    score.show(Screen(), matrix=True)
+    assert "columns of classes without images here: 2 goose\n" in capsys.readouterr().out
 
 
 def test_only_classes_that_the_support_lacks() -> None:
