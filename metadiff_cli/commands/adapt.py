@@ -51,7 +51,10 @@ def adapt(
         str, typer.Option("--format", "-f", metavar="NAME", help="table, json, jsonl or csv.", rich_help_panel=OUTPUT)
     ] = "table",
     top_k: Annotated[
-        int, typer.Option("--top-k", min=1, metavar="N", help="Classes named per image.", rich_help_panel=OUTPUT)
+        int,
+        typer.Option(
+            "--top-k", min=1, metavar="N", help="Classes named per image; a CSV names one.", rich_help_panel=OUTPUT
+        ),
     ] = 3,
     reject_below: Annotated[
         float | None,
@@ -158,6 +161,10 @@ def adapt(
     if reject not in (None, "auto"):
         raise ConfigError(f"--reject {reject}", hint="give --reject auto, or a confidence: --reject-below 0.5")
     _check_arguments(format, support, classifier, save, overwrite, sort_into, move)
+    if null and "-" not in query:
+        raise ConfigError(
+            "-0 is about paths on stdin", hint="add --query -, as in: find . -print0 | metadiff adapt -Q - -0"
+        )
     resolved = options.model_config(
         config, settings, options.runtime_flags(seed, device, threads, num_workers, batch_size),
         options.sampler_flags(steps, samples, temperature, guidance),
@@ -167,7 +174,7 @@ def adapt(
     from metadiff_cli.commands.stream import Stream
     from metadiff_cli.core.saved import save_classifier
 
-    queries = find_queries(query, null=null)
+    queries = find_queries(query, null=null, outside=sort_into)
     if labelled and not any(item.label for item in queries.items):
         if not any(path.exists() for path in queries.paths()):
             raise DataError(f"{queries.paths()[0]} does not exist", hint="give --query a folder of class folders")

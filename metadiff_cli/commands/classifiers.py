@@ -24,6 +24,7 @@ from metadiff_cli.core.rejection import Rejector, require_rejection
 from metadiff_cli.core.saved import Origin, load_classifier
 from metadiff_cli.core.support import Pool, SupportSet, require_classes
 from metadiff_cli.core.support_check import SupportCheck, check_support
+from metadiff_cli.data.folders import check_folder
 from metadiff_cli.errors import DataError
 
 NAMED = 5  # cases of one kind that are told one by one
@@ -124,6 +125,7 @@ def _joined(first: Pool | None, second: Pool | None) -> Pool | None:
 
 def _further(config: Config, model: Model, folder: Path, screen: Screen) -> Pool:
     """The pool of --unlabeled."""
+    check_folder(folder)
     queries = find_queries([str(folder)])
     pool = pool_from(encode_queries(config, model.images, queries, "reading unlabelled images", screen))
     if pool is None:

@@ -57,7 +57,7 @@ def _graph(path: Path) -> dict[str, Any]:
     try:
         import onnx
     except ImportError as error:
-        raise ConfigError("the extra [onnx] is not installed", hint="pip install 'metadiff[onnx]'") from error
+        raise ConfigError("the extra [onnx] is not installed", hint="pip install onnx") from error
     try:
         entries = {entry.key: entry.value for entry in onnx.load(str(path), load_external_data=False).metadata_props}
         return {"kind": "graph", "classes": json.loads(entries["classes"]), **json.loads(entries["metadiff"])}

@@ -1,6 +1,7 @@
 """Options that several commands share, declared once."""
 
 import operator
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -271,7 +272,12 @@ def check_split(name: str) -> None:
 
 
 def check_new(file: Path, *, overwrite: bool) -> None:
-    """Raises ConfigError when writing would replace a file without leave, or a folder."""
+    """Raises ConfigError when writing would replace a file without leave, or a folder, or cannot be done there."""
+    place = next(parent for parent in file.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(
+            f"{file} cannot be written: {place} is no folder that you may write to", hint="give another place"
+        )
     if file.is_dir() or (file.exists() and not overwrite):
         raise ConfigError(f"{file} exists already", hint="add --overwrite or give another name")
 

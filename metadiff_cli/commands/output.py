@@ -138,7 +138,7 @@ def _write_table(screen: Screen, head: Document, outcomes: Iterator[Outcome], ta
             outcome.path,
             outcome.label if outcome.label is not None else "(rejected)",
             f"{outcome.confidence:.1%}",
-            ", ".join(f"{label} {confidence:.0%}" for label, confidence in outcome.top[1:]),
+            ", ".join(f"{label} {confidence:.0%}" for label, confidence in outcome.top[0 if outcome.rejected else 1 :]),
         )
         for outcome in outcomes
         if outcome.good

@@ -36,16 +36,22 @@ class Queries:
         return [Path(item.path) for item in self.items]
 
 
-def find_queries(given: Iterable[str], *, null: bool = False) -> Queries:
+def find_queries(given: Iterable[str], *, null: bool = False, outside: Path | None = None) -> Queries:
     """Expand folders (nested, sorted), globs, listings and `-` (a path a line on stdin, or NUL-separated with `null`).
 
-    The label is the first folder's name below a folder that was given, or the listing's. Raises DataError for nothing.
+    The label is the first folder's name below a folder that was given, or the listing's. Images below the folder
+    `outside` are left out: an earlier run sorted them there. Raises DataError for nothing.
     """
     unreadable: list[tuple[Path, str]] = []
     scan = Scan(unreadable=unreadable)
     found = [item for text in given for path in _expand(text, null) for item in _items(path, scan)]
     unique = {Path(item.path): item for item in reversed(found)}  # of two mentions the first one stays
-    items = tuple(item for item in found if unique[Path(item.path)] is item)
+    sorted_into = None if outside is None else outside.absolute()
+    items = tuple(
+        item
+        for item in found
+        if unique[Path(item.path)] is item and sorted_into not in Path(item.path).absolute().parents
+    )
     if not items and not unreadable:
         raise DataError(
             "no query images were found",
@@ -75,7 +81,19 @@ def _expand(text: str, null: bool) -> list[str]:
         return _stdin_paths(null)
     if os.path.exists(text) or not glob.has_magic(text):
         return [text]
-    return sorted(glob.glob(text, recursive=True)) or [text]
+    loops: dict[str, bool] = {}
+    return sorted(path for path in glob.glob(text, recursive=True) if not _loops(os.path.dirname(path), loops)) or [
+        text
+    ]
+
+
+def _loops(folder: str, known: dict[str, bool]) -> bool:
+    """Whether the way to a folder passes one folder twice, as ** does through a link that leads back up."""
+    if folder not in known:
+        plain = Path(os.path.normpath(folder))
+        above = [plain, *plain.parents]
+        known[folder] = len({os.path.realpath(place) for place in above}) < len(above)
+    return known[folder]
 
 
 def _stdin_paths(null: bool) -> list[str]:

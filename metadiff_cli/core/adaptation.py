@@ -97,18 +97,23 @@ def read_support(
     split = open_labelled(source)
     examples: list[Example] = []
     broken: list[tuple[str, str]] = []
+    reasons: dict[str, str] = {}  # by class, the first
     labels = iter(split.labels)
     for part in encode_images(split.paths, images, batch, workers=workers, progress=progress):
         for encoded in part:
             label = split.classes[next(labels)]
             if encoded.features is None:
                 broken.append((encoded.path, encoded.reason))
+                reasons.setdefault(label, encoded.reason)
             else:
                 examples.append(Example(label, encoded.path, encoded.digest, encoded.features))
     alive = {example.label for example in examples}
     for cls in split.classes:
         if cls not in alive:
-            raise DataError(f"none of the images of class '{cls}' can be read", hint="replace them or remove the class")
+            raise DataError(
+                f"none of the images of class '{cls}' can be read: the first is {reasons[cls]}",
+                hint="replace them or remove the class",
+            )
     return support_of(examples, broken)
 
 

@@ -46,7 +46,8 @@ def require_exporter() -> None:
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"export needs {' and '.join(missing)}, which are not installed", hint="pip install 'metadiff[onnx]'"
+            f"export needs {' and '.join(missing)}, which are not installed",
+            hint=f"install the extra [onnx]: pip install {' '.join(missing)}",
         )
 
 

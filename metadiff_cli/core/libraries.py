@@ -167,7 +167,8 @@ def _timm() -> Any:
         return importlib.import_module("timm")
     except ImportError as error:
         raise ConfigError(
-            f"encoders of timm need a package that is not installed ({error})", hint="pip install 'metadiff[timm]'"
+            f"encoders of timm need a package that is not installed ({error})",
+            hint="install the extra [timm]: pip install timm",
         ) from error
 
 

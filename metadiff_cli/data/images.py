@@ -108,7 +108,7 @@ def _missing_decoder(source: Path | BinaryIO, error: Exception) -> str | None:
         return None
     brand = _brand(source)
     if brand in HEIF_BRANDS and "HEIF" not in _formats():
-        return "a HEIC photo, which needs the extra [heic]: pip install 'metadiff[heic]'"
+        return "a HEIC photo, which needs the extra [heic]: pip install pillow-heif"
     if brand in (b"avif", b"avis") and "AVIF" not in _formats():
         return "an AVIF image, which needs Pillow 11.3 or newer: pip install -U pillow"
     return None

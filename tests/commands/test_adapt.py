@@ -19,6 +19,7 @@ from metadiff_cli.app import run
 from metadiff_cli.core.adaptation import encode_images
 from metadiff_cli.core.checkpoint import load_checkpoint, save_checkpoint
 from metadiff_cli.core.model import load_model
+from metadiff_cli.data import images
 
 CLI = Callable[..., Result]
 
@@ -126,6 +127,9 @@ def test_table_shows_odd_names_as_they_are(cli: CLI, photos: Path, checkpoint: P
 def test_rejection(cli: CLI, photos: Path, checkpoint: Path) -> None:
     document = adapt_json(cli, photos, checkpoint, "--reject-below", "1")
     assert all(p["rejected"] and p["label"] is None for p in document["predictions"])
+    table = cli("adapt", "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint, "--reject-below", "1")
+    (row,) = [line for line in table.out.splitlines() if "red.png" in line]
+    assert "(rejected)" in row and "red " in row.partition("%")[2]  # what it would have been comes first
 
 
 def test_broken_and_missing_queries_are_listed(cli: CLI, photos: Path, checkpoint: Path) -> None:
@@ -275,6 +279,30 @@ def test_labelled_queries_are_scored(cli: CLI, photos: Path, checkpoint: Path) -
 def test_labelled_without_labels_is_refused(cli: CLI, photos: Path, checkpoint: Path) -> None:
     result = cli("adapt", "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint, "--labelled")
     assert result.code == 3 and "class folders" in result.err
+    gone = cli("adapt", "-S", photos / "support", "-Q", photos / "nosuch", "-c", checkpoint, "--labelled")
+    assert gone.code == 3 and "nosuch does not exist" in gone.err
+
+
+def test_what_cannot_be_done_is_said_before_anything_is_read(cli: CLI, photos: Path, checkpoint: Path) -> None:
+    common = ["adapt", "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint]
+    (photos / "file").touch()
+    for extra, code, words in (
+        (["--save", photos / "file" / "x.safetensors"], 2, "file is no folder"),
+        (["-0"], 2, "--query -"),
+        (["--unlabeled", photos / "nosuch"], 3, "nosuch does not exist"),
+    ):
+        result = cli(*common, *extra)
+        assert result.code == code and words in result.err and result.out == ""
+
+
+def test_a_class_of_photos_that_nothing_here_decodes_says_what_is_missing(
+    cli: CLI, photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_formats", lambda: ["PNG", "JPEG"])
+    for path in (photos / "support" / "red").iterdir():
+        path.write_bytes(b"\x00\x00\x00\x1cftypheic" + bytes(100))
+    result = cli("adapt", "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint)
+    assert result.code == 3 and "class 'red'" in result.err and "pip install pillow-heif" in result.err
 
 
 def test_support_and_query_as_listings(cli: CLI, photos: Path, checkpoint: Path) -> None:
@@ -295,7 +323,7 @@ def test_sort_into_copies_by_label_and_rejects_apart(cli: CLI, photos: Path, che
         assert Path(p["sorted_to"]) == out / p["label"] / Path(p["path"]).name
         assert Path(p["sorted_to"]).read_bytes() == Path(p["path"]).read_bytes()
     again = cli("adapt", *common)
-    assert again.code == 0 and "0 images copied" in again.err and "4 were there already" in again.err
+    assert again.code == 0 and "0 images copied" in again.err and "left where they are: 4 images" in again.err
     run_adapt(cli, *common, "--reject-below", "1", "--move")
     assert len(list((out / "_rejected").iterdir())) == 4 and not list((photos / "query").iterdir())
 

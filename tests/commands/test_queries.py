@@ -38,6 +38,18 @@ def test_globs_and_names_that_look_like_globs(here: Path) -> None:
     assert shown("q/*.tif") == ["q/*.tif"]  # found missing when it is read
 
 
+def test_a_glob_goes_round_no_loop(here: Path) -> None:
+    (here / "q" / "again").symlink_to(here / "q")
+    (here / "other").symlink_to(here / "q" / "deep 🐟")
+    assert shown("q/**/*.webp") == ["q/deep 🐟/лес/c.webp"]
+    assert shown("q/../q/**/*.png") == ["q/../q/b.png"]
+    assert shown("*/лес/*.webp", "q/*/лес/*.webp") == ["other/лес/c.webp", "q/deep 🐟/лес/c.webp"]  # no loop: both stay
+
+
+def test_what_an_earlier_run_sorted_is_no_query(here: Path) -> None:
+    assert [item.path for item in find_queries(["q"], outside=Path("q/deep 🐟")).items] == ["q/a.jpg", "q/b.png"]
+
+
 def test_an_image_is_taken_once(here: Path) -> None:
     assert shown("q/b.png", "q", "./q/b.png") == ["q/b.png", "q/a.jpg", "q/deep 🐟/лес/c.webp"]
 

@@ -1,9 +1,16 @@
-"""The transductive controls: what they must find on easy tasks, and what must not matter."""
+"""Guidance by a pool of whatever proportions; the transductive controls: what they must find, what must not matter."""
 
+import math
+
+import pytest
 import torch
 from torch import Tensor
 
+from metadiff_cli.core.classifier import Calibration
+from metadiff_cli.core.denoiser import AnalyticDenoiser
+from metadiff_cli.core.inference import Learner, Sampling, Tuning, adapt_tasks
 from metadiff_cli.core.pool import label_propagation, soft_kmeans
+from metadiff_cli.core.task_space import TaskSpace
 
 
 def clusters(seed: int, noise: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,3 +53,25 @@ def test_one_query_is_enough() -> None:
     support, query, _ = clusters(2, noise=1.0)
     assert torch.isfinite(label_propagation(support, query[:, :1])).all()
     assert torch.isfinite(soft_kmeans(support, query[:, :1], 10.0)).all()
+
+
+@pytest.mark.parametrize("counts", [(57, 3, 0, 0, 0), (76, 1, 1, 1, 1), (285, 15, 0, 0, 0), (12, 12, 12, 12, 12)])
+def test_a_pool_helps_whatever_its_proportions(counts: tuple[int, ...]) -> None:
+    """Tasks of the model's own world: classes N(0, I), images around them with a known noise."""
+    g, size, tasks = torch.Generator().manual_seed(sum(counts)), 32, 60
+    noise = 1.6 + torch.rand(size, generator=g)
+    eye = torch.eye(size)
+    space = TaskSpace(torch.zeros(size), eye, eye, noise**-2)
+    learner = Learner(space, AnalyticDenoiser(), False, Tuning(Calibration(log_scales=((math.log(8.0),),)), shared=0.0))
+    means = torch.randn(tasks, 5, size, generator=g)
+    support = means.unsqueeze(2) + noise * torch.randn(tasks, 5, 1, size, generator=g)
+    labels = torch.arange(5).repeat_interleave(torch.tensor(counts))
+    query = means[:, labels] + noise * torch.randn(tasks, len(labels), size, generator=g)
+
+    def accuracy(pool: Tensor | None) -> Tensor:
+        ranks, seeds = torch.arange(5).expand(tasks, 5), list(range(tasks))
+        found = adapt_tasks(learner, support, Sampling(guidance=1.0), ranks=ranks, seeds=seeds, pool=pool)
+        return (found.probabilities(query).argmax(dim=-1) == labels).double().mean(dim=1)
+
+    gain = accuracy(query) - accuracy(None)
+    assert gain.mean() > 0 and gain.mean() > 1.96 * gain.std() / tasks**0.5

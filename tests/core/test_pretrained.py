@@ -159,7 +159,7 @@ def test_an_unknown_name_is_told_with_what_comes_near(name: str, told: str) -> N
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     libraries.architecture.cache_clear()
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ConfigError, match=re.escape("pip install 'metadiff[timm]'")):
+    with pytest.raises(ConfigError, match=re.escape("[timm]: pip install timm")):
         libraries.architecture("timm:test_vit")
 
 

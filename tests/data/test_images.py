@@ -259,7 +259,7 @@ def test_without_the_extra_heic_says_what_to_install(
     monkeypatch.setattr(images, "_formats", lambda: ["PNG", "JPEG"])
     path = tmp_path / name
     path.write_bytes(HEIC_HEAD + bytes(100))
-    with pytest.raises(DataError, match=r"HEIC.*pip install 'metadiff\[heic\]'"):
+    with pytest.raises(DataError, match=r"HEIC.*pip install pillow-heif"):
         load_rgb(path)
 
 
