@@ -21,6 +21,7 @@ Guide = Callable[[Tensor], SupportStats]
 # of expectation-maximisation a step. Proportions that follow the classifier with a step's delay are still near equal
 # when the first images are shared out, and a class that makes up most of the pool then drags all others to itself.
 ROUNDS = 10
+FEW = 2.0  # smoothing grows by this factor over the images a class: the proportions of few images are mostly chance
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class PoolGuidance:
     """Constants of the guidance; `sharpness` is a factor on the calibrated logit scale of the task."""
 
     sharpness: float = 1.25  # s_r, of the responsibilities
-    smoothing: float = 8.0  # a, Dirichlet smoothing of the class proportions, in images a class
+    smoothing: float = 8.0  # a, Dirichlet smoothing of the class proportions of a large pool, in images a class
     weight: float = 0.3  # omega, of one unlabelled image beside a labelled one
 
 
@@ -46,6 +47,8 @@ def pool_guide(
     )  # once, not at every step
     tasks, ways, _ = stats.mean.shape
     proportions = torch.full((tasks, 1, ways), 1 / ways, device=pool.device)
+    images = pool.shape[1]
+    smoothing = how.smoothing * (1 + FEW * ways / images)
 
     def guide(x0: Tensor) -> SupportStats:
         nonlocal proportions
@@ -53,7 +56,7 @@ def pool_guide(
         logits = how.sharpness * scale * cosines
         for _ in range(ROUNDS):
             total = (logits + proportions.log()).softmax(dim=-1).sum(dim=1, keepdim=True)  # (B, 1, N)
-            proportions = (how.smoothing + total) / (ways * how.smoothing + pool.shape[1])
+            proportions = (smoothing + total) / (ways * smoothing + images)
         share = (logits + proportions.log()).softmax(dim=-1)  # (B, P, N)
         total = share.sum(dim=1, keepdim=True)
         extra = how.weight * total.transpose(1, 2)  # (B, N, 1)
