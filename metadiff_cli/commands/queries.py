@@ -46,18 +46,17 @@ def find_queries(given: Iterable[str], *, null: bool = False, outside: Path | No
     scan = Scan(unreadable=unreadable)
     found = [item for text in given for path in _expand(text, null) for item in _items(path, scan)]
     unique = {Path(item.path): item for item in reversed(found)}  # of two mentions the first one stays
-    sorted_into = None if outside is None else outside.absolute()
-    items = tuple(
-        item
-        for item in found
-        if unique[Path(item.path)] is item and sorted_into not in Path(item.path).absolute().parents
-    )
+    items = tuple(item for item in found if unique[Path(item.path)] is item and not _below(item.path, outside))
     if not items and not unreadable:
         raise DataError(
             "no query images were found",
             hint="give --query a folder, files, a glob, a CSV file with a column 'path', or - for paths on stdin",
         )
     return Queries(items, tuple((str(path), reason) for path, reason in unreadable), scan.skipped)
+
+
+def _below(path: str, folder: Path | None) -> bool:
+    return folder is not None and Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents
 
 
 def _items(text: str, scan: Scan) -> Iterator[Query]:
@@ -82,9 +81,8 @@ def _expand(text: str, null: bool) -> list[str]:
     if os.path.exists(text) or not glob.has_magic(text):
         return [text]
     loops: dict[str, bool] = {}
-    return sorted(path for path in glob.glob(text, recursive=True) if not _loops(os.path.dirname(path), loops)) or [
-        text
-    ]
+    found = [path for path in glob.glob(text, recursive=True) if not _loops(os.path.dirname(path), loops)]
+    return sorted(found) or [text]
 
 
 def _loops(folder: str, known: dict[str, bool]) -> bool:

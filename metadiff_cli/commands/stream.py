@@ -133,12 +133,9 @@ class Stream:
         if self.queries.skipped:
             screen.note(f"left out, as they are no images: {counted(self.queries.skipped, 'query file')}")
         if self.sorting is not None:
-            there = (
-                f"; there already, and left where they are: {counted(self.sorted_old, 'image')}"
-                if self.sorted_old
-                else ""
-            )
-            screen.note(f"{counted(self.sorted_new, 'image')} {self.sorting}{there}")
+            screen.note(f"{counted(self.sorted_new, 'image')} {self.sorting}")
+            if self.sorted_old:
+                screen.note(f"there already, and left where they are: {counted(self.sorted_old, 'image')}")
         if self.ready.dependence:
             screen.note(self.ready.dependence)
         self.errors.show(screen)
