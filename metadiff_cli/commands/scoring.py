@@ -66,7 +66,10 @@ class Score:
         return [*self.classes, *([None] if rejected else [])]
 
     def show(self, screen: Screen, *, matrix: bool) -> None:
-        """The summary on stderr, and on stdout the matrix, of many classes only the most frequent confusions."""
+        """The summary on stderr, and on stdout the matrix, of many classes only the most frequent confusions.
+
+        Without `matrix`, where stdout has rows for a program, those are on stderr.
+        """
         document = self.document()
         for line in _summary(document):
             screen.note(line)
@@ -74,6 +77,9 @@ class Score:
             self._show_matrix(screen, document["confusion"])
         elif matrix:
             self._show_pairs(screen)
+        elif wrong := self._wrong():
+            pairs = ", ".join(f"{truth} taken for {label} {n}" for n, truth, label in wrong[:PAIRS])
+            screen.note(f"most frequent confusions: {pairs}")
 
     def _show_matrix(self, screen: Screen, confusion: dict[str, Any]) -> None:
         number = {cls: str(i + 1) for i, cls in enumerate(self.classes)}
@@ -87,10 +93,13 @@ class Score:
             screen.text(f"columns of classes without images here: {', '.join(others)}")
 
     def _show_pairs(self, screen: Screen) -> None:
-        wrong = [(n, truth, label) for (truth, label), n in self.pairs.items() if truth != label]
-        wrong.sort(key=lambda item: (-item[0], item[1], item[2] or ""))
-        rows = [(truth, label or REJECTED, str(n)) for n, truth, label in wrong[:PAIRS]]
+        rows = [(truth, label, str(n)) for n, truth, label in self._wrong()[:PAIRS]]
         screen.table("most frequent confusions", ("class", "taken for", "images"), rows, left=2)
+
+    def _wrong(self) -> list[tuple[int, str, str]]:
+        """Number, class and label of confusions, the most frequent first."""
+        found = [(n, truth, label or REJECTED) for (truth, label), n in self.pairs.items() if truth != label]
+        return sorted(found, key=lambda item: (-item[0], *item[1:]))
 
 
 def _rejected(pairs: Mapping[tuple[str, str | None], int]) -> int:

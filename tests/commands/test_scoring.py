@@ -35,6 +35,9 @@ def test_every_column_of_the_matrix_has_a_name(capsys: pytest.CaptureFixture[str
         score.add(outcome(*pair))
     score.show(Screen(), matrix=True)
     assert "columns of classes without images here: 2 goose\n" in capsys.readouterr().out
+    score.show(Screen(), matrix=False)
+    shown = capsys.readouterr()
+    assert shown.out == "" and "most frequent confusions: hen taken for goose 1\n" in shown.err
 
 
 def test_only_classes_that_the_support_lacks() -> None:
