@@ -57,4 +57,5 @@ def trusted_guidance(stats: SupportStats, usual: Usual, home: float) -> Tensor:
     ways, shots = stats.mean.shape[1], float(stats.count.mean())
     unusual = (shift_of(stats) - usual.shift.at(ways, shots)) / usual.deviation
     doubt = ((unusual - DOUBT[0]) / (DOUBT[1] - DOUBT[0])).clamp(0, 1)
-    return torch.exp(math.log(home) + doubt * max(0.0, math.log(FOREIGN / home)))
+    scale = torch.exp(math.log(home) + doubt * max(0.0, math.log(FOREIGN / home)))
+    return scale.clamp(max=max(home, FOREIGN))  # rounding takes the largest scale that a file may hold beyond itself

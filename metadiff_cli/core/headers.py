@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from metadiff_cli.config import DenoiserConfig
 
 SIZES = range(16, 1025)  # pixels of an image side
-LARGEST, LARGEST_LOG = 1e6, 50.0  # of a fitted number (the guidance of a prototype), and of one that exp() is taken of
+# of a fitted number (the guidance of a prototype, rounded in fp32), and of one that exp() is taken of
+LARGEST, LARGEST_LOG = 1.001e6, 50.0
 
 
 def check_image(image: Any) -> None:

@@ -100,7 +100,7 @@ def test_unknown_preset(cli: CLI, tmp_path: Path) -> None:
 def test_unknown_keys_are_reported_together(cli: CLI, tmp_path: Path) -> None:
     result = cli("metatrain", "--preset", "glyphs-5w1s", "--out", tmp_path / "run", "--set", "pretrain.epoch=3",
                  "--set", "metatrain.steps=-1")  # fmt: skip
-    assert_refused(result, 2, "pretrain.epoch", "did you mean 'epochs'", "metatrain.steps")
+    assert_refused(result, 2, "pretrain.epoch", "did you mean 'pretrain.epochs'", "metatrain.steps")
     assert not (tmp_path / "run").exists()
 
 

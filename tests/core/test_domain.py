@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from metadiff_cli.core.classifier import PROTOTYPE
 from metadiff_cli.core.denoiser import SupportStats
 from metadiff_cli.core.domain import FOREIGN, SHARED, Usual, domain_of, shared_of, shift_of, trusted_guidance
 from metadiff_cli.core.tables import TaskTable
@@ -49,3 +50,5 @@ def test_guidance_grows_with_the_shift_from_home_to_foreign() -> None:
 
 def test_a_home_beyond_foreign_stays() -> None:
     assert float(trusted_guidance(tasks(1, 5, 1.0, moved=3.0), USUAL, 64.0)) == pytest.approx(64)
+    stays = float(trusted_guidance(tasks(1, 5, 1.0, moved=3.0), USUAL, PROTOTYPE))
+    assert stays == pytest.approx(PROTOTYPE) and stays <= PROTOTYPE  # exp(log(a)) is more than a in fp32
