@@ -8,7 +8,7 @@ from typing import Any
 
 from metadiff_cli.errors import ConfigError, DataError
 
-MAX_TEXT = 256 * 2**20  # bytes: a result of `adapt` on a hundred thousand images
+MAX_TEXT = 256 * 2**20  # bytes: more than anybody looks at
 
 
 def describe(path: Path) -> dict[str, Any] | None:

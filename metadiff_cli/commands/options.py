@@ -273,7 +273,7 @@ def check_split(name: str) -> None:
 
 def check_new(file: Path, *, overwrite: bool) -> None:
     """Raises ConfigError when writing would replace a file without leave, or a folder, or cannot be done there."""
-    place = next(parent for parent in file.absolute().parents if parent.exists())
+    place = next((parent for parent in file.absolute().parents if parent.exists()), file)
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ConfigError(
             f"{file} cannot be written: {place} is no folder that you may write to", hint="give another place"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from metadiff_cli.console import Screen
+from metadiff_cli.console import Screen, counted
 
 if TYPE_CHECKING:
     from metadiff_cli.core.adaptation import Prediction
@@ -144,7 +144,7 @@ def _write_table(screen: Screen, head: Document, outcomes: Iterator[Outcome], ta
         if outcome.good
     ]
     if rows:
-        title = f"{len(rows)} image{'s' if len(rows) > 1 else ''}, {len(head['classes'])} classes"
+        title = f"{counted(len(rows), 'image')}, {len(head['classes'])} classes"
         if head["protocol"] == "transductive":
             title += "; transductive: predictions depend on one another"
         screen.table(title, ("image", "label", "confidence", "runners-up"), rows, left=2)

@@ -1,8 +1,7 @@
 """FeatureBank: a frozen encoder over a data set, once, kept on disk.
 
 Images -> z (n, D): L2-normalised, averaged over an image's views (its mirror image, images moved by some pixels),
-normalised again. Everything after this stage
-works on features, so an episode costs an index and no forward pass.
+normalised again. Everything after this stage works on features, so an episode costs an index and no forward pass.
 """
 
 import hashlib

@@ -157,7 +157,7 @@ def _denoiser(checkpoint: Checkpoint, size: int) -> nn.Module:
 
 
 def views_of(image: dict[str, Any]) -> tuple[bool, int]:
-    """Whether mirror images are views, and the shift of moved ones, as a header says; older files have none of them."""
+    """Whether mirror images are views, and the shift of moved ones, which older headers do not know."""
     return bool(image["mirror"]), image.get("shift", 0)
 
 

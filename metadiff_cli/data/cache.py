@@ -278,4 +278,8 @@ def _check_classes(split: Split, broken: list[tuple[int, str]]) -> None:
     alive = {label for i, label in enumerate(split.labels) if i not in bad}
     for label, cls in enumerate(split.classes):
         if label not in alive:
-            raise DataError(f"none of the images of class '{cls}' can be read", hint="replace them or remove the class")
+            first = next(reason for i, reason in broken if split.labels[i] == label)
+            raise DataError(
+                f"none of the images of class '{cls}' can be read: the first is {first}",
+                hint="replace them or remove the class",
+            )
