@@ -208,6 +208,7 @@ class ImageBaseline(InnerLoop):
 
     statistics: Literal["queries", "support"] = "queries"  # of BatchNorm on a query: all queries of the task, or none
     rotated_classes: bool = False  # each base class turned by 90, 180, 270 degrees counts as a further class
+    augment: bool = False  # in training each image undergoes what `pretrain.augment` says
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions in training; trained learners take fp32
 
 

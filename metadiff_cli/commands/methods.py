@@ -256,12 +256,15 @@ def _train(
     from metadiff_cli.commands.resuming import follow
     from metadiff_cli.commands.workspace import STATE
     from metadiff_cli.core.innertraining import InnerTrainer
+    from metadiff_cli.data.transforms import Augmentation
 
     b = config.baselines
     quarters = 4 if method.base is None and b.images.rotated_classes else 1
+    augmented = method.base is None and b.images.augment
     trainer = InnerTrainer(
         method.inner, base, b.images if method.base is None else b.frozen, shot=config.evaluation.shot,
         seed=config.seed, device=method.images.device, quarters=quarters,
+        augmentation=Augmentation(**config.pretrain.augment.model_dump()) if augmented else None,
     )  # fmt: skip
     if val is None:
         screen.warn("no validation classes: the last parameters are kept, and nothing is selected")

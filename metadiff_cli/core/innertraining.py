@@ -5,7 +5,7 @@ A step's tasks follow from (seed, step) alone. `InnerTrainer.run` is a generator
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.innerloop import InnerLearner
 from metadiff_cli.core.parallel import mean_gradients, mean_of, part_of
 from metadiff_cli.core.stepping import StepTrainer, Validate, adam_tensors, restore_adam
+from metadiff_cli.data.transforms import Augmentation, Changes, changed
 from metadiff_cli.world import world
 
 LARGEST_SLOPE = 10.0  # entries of the outer gradient are clipped there, as MAML's code does on mini-ImageNet
@@ -54,14 +55,16 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
 
     def __init__(
         self, learner: InnerLearner, bank: FeatureBank, config: InnerLoop, *, shot: int, seed: int,
-        device: torch.device, quarters: int = 1,
+        device: torch.device, quarters: int = 1, augmentation: Augmentation | None = None,
     ) -> None:  # fmt: skip
         """`bank` has features, or pixels (n, S * S * 3) for a learner on images.
 
         With `quarters` = 4 each class of images, turned by 90, 180 and 270 degrees, counts as three further classes.
+        With an `augmentation` each image of a task undergoes it, by what follows from (seed, step, task).
         Raises DataError when the base classes do not suffice.
         """
         self.bank, self.config, self.shot, self.seed, self.device = bank, config, shot, seed, device
+        self.augmentation = augmentation
         own = bank.class_indices()
         check_episodes(own, bank.classes, learner.way, shot, config.query)
         # a row beyond the bank's end means the same image turned: row + q n by q quarters
@@ -115,9 +118,10 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
             group["lr"] = self.config.lr * self._pace()
         self.optimiser.zero_grad(set_to_none=True)
         seen = torch.zeros_like(self.seen)
-        for part in _parts(episodes.part(self.part), self.learner.at_once):
+        for first in range(self.part.start, self.part.stop, self.learner.at_once):
+            part = episodes.part(slice(first, min(first + self.learner.at_once, self.part.stop)))
             share = len(part.labels) / self.config.batch * world().size
-            part_loss, part_accuracy = self.loss(part)
+            part_loss, part_accuracy = self.loss(part, first)
             (share * part_loss).backward()  # type: ignore[no-untyped-call]
             seen += share * torch.stack([part_loss.detach(), part_accuracy])
         mean_gradients(self.learner)
@@ -131,15 +135,22 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * self.step / self.config.steps))
 
-    def loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the queries after adaptation to the support, and their accuracy in 0..1."""
+    def loss(self, episodes: Episodes, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the queries after adaptation to the support, and their accuracy in 0..1.
+
+        `first` is the place of the first task in the step's batch.
+        """
         labels = sent(torch.from_numpy(episodes.labels), self.device)
-        logits = self.learner(self._fetch(episodes.support), self._fetch(episodes.query), self.config.inner_steps)
+        seeds = np.random.SeedSequence([self.seed, self.step, first]).generate_state(2, np.uint64) >> np.uint64(2)
+        support, query = (
+            self._fetch(rows, int(seed)) for rows, seed in zip((episodes.support, episodes.query), seeds, strict=True)
+        )
+        logits = self.learner(support, query, self.config.inner_steps)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return loss, (logits.detach().argmax(dim=-1) == labels).float().mean()
 
-    def _fetch(self, rows: np.ndarray) -> Tensor:
-        """Features or pixels (..., D) of rows (...), turned where the row says so."""
+    def _fetch(self, rows: np.ndarray, seed: int) -> Tensor:
+        """Features or pixels (..., D) of rows (...), turned where the row says so and augmented by `seed`."""
         turns, rows = np.divmod(rows, len(self.bank.labels))
         values = self.bank.take(rows)
         for q in (1, 2, 3):
@@ -147,7 +158,8 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
                 side = math.isqrt(values.shape[-1] // 3)
                 squares = values[turned].view(-1, side, side, 3)
                 values[turned] = squares.rot90(q, dims=(1, 2)).flatten(1)
-        return sent(values, self.device)
+        values = sent(values, self.device)
+        return values if self.augmentation is None else _augmented(values, self.augmentation, seed)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the next step depends on, as tensors by name and plain values."""
@@ -172,7 +184,10 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
         self.count = int(count)
 
 
-def _parts(episodes: Episodes, size: int) -> Iterator[Episodes]:
-    """The tasks of a batch, `size` at a time."""
-    for i in range(0, len(episodes.labels), size):
-        yield episodes.part(slice(i, i + size))
+def _augmented(pixels: Tensor, how: Augmentation, seed: int) -> Tensor:
+    """Pixels (..., S * S * 3) uint8 of square images, each changed in its own way."""
+    side = math.isqrt(pixels.shape[-1] // 3)
+    squares = pixels.reshape(-1, side, side, 3)
+    changes = Changes.draw(len(squares), how, torch.Generator().manual_seed(seed)).to(pixels.device)
+    values = changed(squares, side, changes).mul_(255).round_().to(torch.uint8)
+    return values.permute(0, 2, 3, 1).reshape(pixels.shape)

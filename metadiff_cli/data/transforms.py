@@ -56,13 +56,18 @@ class Changes:
 
 def augment(images: Tensor, size: int, changes: Changes, mean: Tensor, std: Tensor) -> Tensor:
     """Augmented and normalised batch (B, 3, size, size), channels last, of pixels (B, H, W, 3) uint8."""
+    out = (changed(images, size, changes) - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def changed(images: Tensor, size: int, changes: Changes) -> Tensor:
+    """Augmented batch (B, 3, size, size), values in 0..1, of pixels (B, H, W, 3) uint8."""
     pixels = images.permute(0, 3, 1, 2).float().mul_(1 / 255)  # (B, 3, H, W)
     grid = sampling_grid(changes.maps, size)
     pixels = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
     if changes.colours is not None:
         pixels = colour_jitter(pixels, changes.colours)
-    out = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    return out.contiguous(memory_format=torch.channels_last)
+    return pixels
 
 
 def sampling_grid(maps: Tensor, size: int) -> Tensor:
