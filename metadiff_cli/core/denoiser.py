@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class SupportStats:
-    """What adaptation sees of the support: mean p (B, N, D), count K (B, N, 1), precision lambda (B or 1, 1, D).
+    """What adaptation sees of the support: mean p (B, N, D), count K, precision lambda (B or 1, 1, D).
 
-    `mask` (B, N) marks the real classes where tasks of different N share a batch; None when all are real.
+    K is (B or 1, N or 1, 1): where all classes have as many images it is a single number, and what follows from it is
+    computed once for all classes. `mask` (B, N) marks the real classes where tasks of different N share a batch; None
+    when all are real.
     """
 
     mean: Tensor
@@ -37,25 +39,34 @@ class SupportStats:
 
 def support_stats(v: Tensor, precision: Tensor, valid: Tensor | None = None) -> SupportStats:
     """From support images v (B, N, K, D) in task space; `valid` (B, N, K) marks the real ones when shots differ."""
-    tasks, ways, shots, _ = v.shape
+    shots = v.shape[2]
     if valid is None:
-        return SupportStats(v.mean(dim=2), v.new_full((tasks, ways, 1), shots), precision.view(1, 1, -1))
+        return SupportStats(v.mean(dim=2), v.new_full((1, 1, 1), shots), precision.view(1, 1, -1))
     mask = valid.to(v).unsqueeze(-1)
     count = mask.sum(dim=2)
     return SupportStats((v * mask).sum(dim=2) / count.clamp_min(1), count, precision.view(1, 1, -1))
 
 
-def gaussian_posterior(w: Tensor, abar: Tensor, stats: SupportStats) -> tuple[Tensor, Tensor]:
-    """x0_gauss and precision pi_t, both (B, N, D), of w_t (B, N, D) at abar (B,) (design, "Denoiser, preconditioned").
+def posterior_precision(abar: Tensor, stats: SupportStats) -> Tensor:
+    """pi_t (B, N or 1, D) of w_0 given w_t at abar (B or 1,) and the support (design, "Denoiser, preconditioned").
 
     w_t itself is an observation of w_0 with precision abar / (1 - abar); the prior has precision 1.
     """
     a = abar.view(-1, 1, 1)
-    rest = (1 - a).clamp_min(1e-12)  # at t = 0 nothing is noise: w_0 itself is the answer
-    evidence = stats.count * stats.precision
-    pi = evidence + (1 + a / rest)
-    x0 = (evidence * stats.mean).addcmul_(a.sqrt() / rest, w).div_(pi)  # in place: memory traffic is the cost
+    return stats.count * stats.precision + (1 + a / _noise(a))
+
+
+def gaussian_posterior(w: Tensor, abar: Tensor, stats: SupportStats) -> tuple[Tensor, Tensor]:
+    """x0_gauss (B, N, D) and its precision, as `posterior_precision` has it, of w_t (B, N, D) at abar (B or 1,)."""
+    a, pi = abar.view(-1, 1, 1), posterior_precision(abar, stats)
+    # memory traffic is the cost: products of what all classes share come first
+    x0 = (stats.count * stats.precision / pi * stats.mean).addcmul_(a.sqrt() / _noise(a) / pi, w)
     return x0, pi
+
+
+def _noise(a: Tensor) -> Tensor:
+    """1 - abar; at t = 0 nothing is noise, and w_0 itself is the answer."""
+    return (1 - a).clamp_min(1e-12)
 
 
 class AnalyticDenoiser(nn.Module):
@@ -80,9 +91,9 @@ class UNetDenoiser(nn.Module):
 
     def forward(self, w: Tensor, abar: Tensor, stats: SupportStats) -> Tensor:
         x0, pi = gaussian_posterior(w, abar, stats)
-        gradient = stats.count * stats.precision * (w - stats.mean) / pi
+        gradient = stats.count * stats.precision / pi * (w - stats.mean)
         correction: Tensor = self.net(torch.cat([x0, gradient], dim=-1), abar, stats.count, stats.mask)
-        return x0 + pi.rsqrt() * correction
+        return torch.addcmul(x0, pi.rsqrt(), correction)
 
 
 class PaperDenoiser(nn.Module):
@@ -131,8 +142,8 @@ class TaskUNet(nn.Module):
         self.out = nn.Linear(width, outputs)
 
     def embed(self, abar: Tensor, count: Tensor) -> Tensor:
-        """(B, N, condition) from abar (B,) and K (B, N, 1)."""
-        signal = torch.log(abar / (1 - abar)).view(-1, 1, 1).expand_as(count)
+        """(B or 1, N or 1, condition) from abar (B or 1,) and K (B or 1, N or 1, 1)."""
+        signal, count = torch.broadcast_tensors(torch.log(abar / (1 - abar)).view(-1, 1, 1), count)
         features = torch.cat([_waves(signal / 4), _waves(torch.log(count.clamp_min(1e-6)))], dim=-1)
         embedding: Tensor = self.embedding(features)
         return embedding

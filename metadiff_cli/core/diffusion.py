@@ -20,7 +20,7 @@ Guide = Callable[[Tensor], SupportStats]
 
 
 class Denoises(Protocol):
-    """(w_t (B, N, D), abar (B,), stats) -> x0 (B, N, D), the estimate of the clean weights."""
+    """(w_t (B, N, D), abar (B or 1,), stats) -> x0 (B, N, D), the estimate of the clean weights."""
 
     def __call__(self, w: Tensor, abar: Tensor, stats: SupportStats, /) -> Tensor: ...
 
@@ -78,7 +78,7 @@ def ddim(
     abar = sent(schedule.abar, w.device).to(w.dtype)
     for i, (t, after) in enumerate(zip(times, [*times[1:], 0], strict=True)):
         a, b = abar[t], abar[after]
-        x0 = denoiser(w, a.expand(len(w)), stats)
+        x0 = denoiser(w, a.view(1), stats)
         keep = ((1 - b) / (1 - a)).sqrt()  # of eps: sqrt(1 - b) eps = keep (w - sqrt(a) x0)
         w = (keep * w).add_((b.sqrt() - keep * a.sqrt()) * x0)
         yield SamplerStep(i, t, x0, w)
@@ -102,7 +102,7 @@ def ddpm(
     for i, (t, after) in enumerate(zip(times, [*times[1:], 0], strict=True)):
         a, b = abar[t], abar[after]
         ratio = a / b
-        x0 = denoiser(w, a.expand(len(w)), stats)
+        x0 = denoiser(w, a.view(1), stats)
         w = (b.sqrt() * (1 - ratio) * x0 + ratio.sqrt() * (1 - b) * w) / (1 - a)
         if after > 0:
             w = w + ((1 - b) / (1 - a) * (1 - ratio)).sqrt() * draw()

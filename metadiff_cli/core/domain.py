@@ -48,7 +48,7 @@ def shift_of(stats: SupportStats) -> Tensor:
     lambda)).
     """
     ways = stats.mean.shape[1]
-    variance = (1 + 1 / (stats.count * stats.precision)).sum(dim=1) / ways**2
+    variance = (1 + 1 / (stats.count * stats.precision)).mean(dim=1) / ways
     return (stats.mean.mean(dim=1).square() / variance).mean(dim=1).clamp_min(1e-12).log()
 
 

@@ -153,10 +153,11 @@ def _conditioning(
     learner: Learner, support: TaskSupport, sampling: Sampling
 ) -> tuple[SupportStats, TaskSpace, Tensor | float, float]:
     """What the sampler is conditioned on, guidance included; the tasks' spaces, guidance scale and logit scale."""
-    tasks, ways, _ = support.means.shape
+    ways = support.means.shape[1]
     scale = learner.tuning.calibration.scale(ways, float(support.count.mean()))
-    base, count = learner.space, support.count.expand(tasks, -1, -1)
-    stats = SupportStats(base.to_task(support.means), count, base.precision.view(1, 1, -1))
+    base, count = learner.space, support.count
+    count = count[:1] if bool((count == count[0]).all()) else count  # see `SupportStats`
+    stats = SupportStats(base.to_task(support.means), count.unsqueeze(0), base.precision.view(1, 1, -1))
     domain = domain_of(stats, learner.tuning.shared)
     space = base.around(base.to_feature(domain))
     guidance = _guidance(learner.tuning, space, support, stats, sampling, scale)

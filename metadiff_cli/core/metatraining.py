@@ -22,7 +22,7 @@ from metadiff_cli.core.denoiser import (
     SupportStats,
     TaskDropout,
     build_denoiser,
-    gaussian_posterior,
+    posterior_precision,
     support_stats,
 )
 from metadiff_cli.core.device import sent
@@ -72,11 +72,13 @@ class Queries:
 
     def cosines(self, w: Tensor, precision: Tensor) -> Tensor:
         """Cosines (B, M, N) of v - domain to w (B, N, D) in the metric diag(precision)."""
-        scaled, moved = w * precision, self.domain * precision  # (B, N, D), (B, 1, D)
-        inner = self.points @ scaled.mT - self.domain @ scaled.mT
-        squares = self.squares.unsqueeze(-1) - 2 * self.points @ moved.mT + self.domain @ moved.mT  # (B, M, 1)
-        lengths = squares.clamp_min(1e-12).sqrt() * (w * scaled).sum(dim=-1).clamp_min(1e-12).sqrt().unsqueeze(1)
-        return inner / lengths
+        both = torch.cat([w, self.domain], dim=1) * precision  # (B, N + 1, D)
+        # the points on the right, so that the backward pass reads them as they lie: it takes a third of the time
+        products, offset = both @ self.points.mT, both @ self.domain.mT  # (B, N + 1, M), (B, N + 1, 1)
+        inner = products[:, :-1] - offset[:, :-1]
+        squares = self.squares.unsqueeze(1) - 2 * products[:, -1:] + offset[:, -1:]  # (B, 1, M)
+        lengths = squares.clamp_min(1e-12).sqrt() * (w.square() @ precision).clamp_min(1e-12).sqrt().unsqueeze(2)
+        return (inner / lengths).mT
 
 
 class MetaTrainer(StepTrainer[MetaStep, MetaValidation]):
@@ -214,7 +216,7 @@ class MetaTrainer(StepTrainer[MetaStep, MetaValidation]):
     def _points(self, rows: np.ndarray) -> Tensor:
         """Images (..., D) in task space of rows (...) of the bank."""
         if self.points is not None:
-            return self.points[sent(torch.from_numpy(rows), self.device)]
+            return F.embedding(sent(torch.from_numpy(rows), self.device), self.points)  # faster than an index
         return self._project(rows)
 
     def _squares(self, points: Tensor) -> Tensor:
@@ -232,7 +234,7 @@ class MetaTrainer(StepTrainer[MetaStep, MetaValidation]):
         That is of the whitened cosines alone, which need no product with the basis: nothing here leaves the task space.
         """
         x0: Tensor = self.denoiser(w, abar, stats)
-        _, pi = gaussian_posterior(w, abar, stats)
+        pi = posterior_precision(abar, stats)
         loss: Tensor = (pi * (x0 - w0).square()).mean()
         if self.config.kappa == 0:
             return loss
@@ -245,10 +247,11 @@ class MetaTrainer(StepTrainer[MetaStep, MetaValidation]):
         classes = sent(torch.from_numpy(episodes.classes), self.device)
         held_out = query.view(tasks, ways, -1, size)  # balanced: the queries of a class stand together
         used = support.sum(dim=2) + held_out.sum(dim=2)
-        left = self.counts[classes] - shots - held_out.shape[2]
-        sums = torch.where(left.unsqueeze(-1) > 0, self.sums[classes] - used, self.sums[classes])
-        left = torch.where(left > 0, left, self.counts[classes])
-        return sums / left.unsqueeze(-1)
+        counts = self.counts[classes].unsqueeze(-1)  # (B, N, 1)
+        left = counts - shots - held_out.shape[2]
+        some = left > 0
+        sums = torch.addcmul(self.sums[classes], used, some.to(used), value=-1)
+        return sums / torch.where(some, left, counts)
 
     def _lr(self) -> float:
         """Warm up over the first twentieth, then a cosine to zero."""

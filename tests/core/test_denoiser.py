@@ -14,6 +14,7 @@ from metadiff_cli.core.denoiser import (
     build_denoiser,
     randomise,
 )
+from metadiff_cli.core.domain import shift_of
 
 
 def inputs(tasks: int = 2, ways: int = 5, size: int = 16) -> tuple[torch.Tensor, torch.Tensor, SupportStats]:
@@ -51,6 +52,18 @@ def test_a_batch_is_its_tasks(kind: str) -> None:
             w[b : b + 1], abar[b : b + 1], SupportStats(stats.mean[b : b + 1], stats.count[b : b + 1], stats.precision)
         )
         assert torch.allclose(both[b : b + 1], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["unet", "paper", "analytic"])
+def test_a_number_of_shots_that_all_share_is_that_of_each(kind: str) -> None:
+    w, abar, stats = inputs()
+    denoiser = build_denoiser(kind, 16, 32, 2, 0.1)
+    denoiser = denoiser.eval() if kind == "analytic" else randomise(denoiser, seed=1)
+    shared, each = (replace(stats, count=torch.full(shape, 3.0)) for shape in ((1, 1, 1), (2, 5, 1)))
+    assert torch.allclose(denoiser(w, abar, shared), denoiser(w, abar, each), atol=1e-5)
+    assert torch.allclose(shift_of(shared), shift_of(each), atol=1e-5)
+    at_once = denoiser(w, torch.full((2,), 0.5), shared)
+    assert torch.allclose(denoiser(w, torch.tensor([0.5]), shared), at_once, atol=1e-5)
 
 
 def test_padded_classes_change_nothing() -> None:
