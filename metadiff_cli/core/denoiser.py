@@ -143,8 +143,9 @@ class TaskUNet(nn.Module):
 
     def embed(self, abar: Tensor, count: Tensor) -> Tensor:
         """(B or 1, N or 1, condition) from abar (B or 1,) and K (B or 1, N or 1, 1)."""
-        signal, count = torch.broadcast_tensors(torch.log(abar / (1 - abar)).view(-1, 1, 1), count)
-        features = torch.cat([_waves(signal / 4), _waves(torch.log(count.clamp_min(1e-6)))], dim=-1)
+        signal, count = torch.log(abar / (1 - abar)).view(-1, 1, 1), torch.log(count.clamp_min(1e-6))
+        signal, count = torch.broadcast_tensors(signal, count)  # type: ignore[no-untyped-call]
+        features = torch.cat([_waves(signal / 4), _waves(count)], dim=-1)
         embedding: Tensor = self.embedding(features)
         return embedding
 
