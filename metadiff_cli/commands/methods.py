@@ -259,11 +259,11 @@ def _train(
     from metadiff_cli.data.transforms import Augmentation
 
     b = config.baselines
-    quarters = 4 if method.base is None and b.images.rotated_classes else 1
-    augmented = method.base is None and b.images.augment
+    on_images = method.base is None
+    augmented = on_images and b.images.augment
     trainer = InnerTrainer(
-        method.inner, base, b.images if method.base is None else b.frozen, shot=config.evaluation.shot,
-        seed=config.seed, device=method.images.device, quarters=quarters,
+        method.inner, base, b.images if on_images else b.frozen, shot=config.evaluation.shot, seed=config.seed,
+        device=method.images.device, quarters=4 if on_images and b.images.rotated_classes else 1,
         augmentation=Augmentation(**config.pretrain.augment.model_dump()) if augmented else None,
     )  # fmt: skip
     if val is None:

@@ -144,3 +144,8 @@ def training_batch(
     first = int(rng.integers(2**48))
     tasks = [sample_episode(class_indices, way, shot, query, seed=seed, index=first + i) for i in range(batch)]
     return join(tasks)
+
+
+def mixed_seed(*parts: int) -> int:
+    """A seed for torch of its own for each combination of a seed and the numbers of, say, epoch, step or task."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(2))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from metadiff_cli.config import InnerLoop
 from metadiff_cli.core.device import sent
-from metadiff_cli.core.episodes import Episodes, check_episodes, training_batch
+from metadiff_cli.core.episodes import Episodes, check_episodes, mixed_seed, training_batch
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.innerloop import InnerLearner
 from metadiff_cli.core.parallel import mean_gradients, mean_of, part_of
@@ -141,16 +141,14 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
         `first` is the place of the first task in the step's batch.
         """
         labels = sent(torch.from_numpy(episodes.labels), self.device)
-        seeds = np.random.SeedSequence([self.seed, self.step, first]).generate_state(2, np.uint64) >> np.uint64(2)
-        support, query = (
-            self._fetch(rows, int(seed)) for rows, seed in zip((episodes.support, episodes.query), seeds, strict=True)
-        )
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.step, first))
+        support, query = (self._fetch(rows, generator) for rows in (episodes.support, episodes.query))
         logits = self.learner(support, query, self.config.inner_steps)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return loss, (logits.detach().argmax(dim=-1) == labels).float().mean()
 
-    def _fetch(self, rows: np.ndarray, seed: int) -> Tensor:
-        """Features or pixels (..., D) of rows (...), turned where the row says so and augmented by `seed`."""
+    def _fetch(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
+        """Features or pixels (..., D) of rows (...), turned where it says so, augmented by draws of `generator`."""
         turns, rows = np.divmod(rows, len(self.bank.labels))
         values = self.bank.take(rows)
         for q in (1, 2, 3):
@@ -159,7 +157,7 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
                 squares = values[turned].view(-1, side, side, 3)
                 values[turned] = squares.rot90(q, dims=(1, 2)).flatten(1)
         values = sent(values, self.device)
-        return values if self.augmentation is None else _augmented(values, self.augmentation, seed)
+        return values if self.augmentation is None else _augmented(values, self.augmentation, generator)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the next step depends on, as tensors by name and plain values."""
@@ -184,10 +182,10 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
         self.count = int(count)
 
 
-def _augmented(pixels: Tensor, how: Augmentation, seed: int) -> Tensor:
+def _augmented(pixels: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
     """Pixels (..., S * S * 3) uint8 of square images, each changed in its own way."""
     side = math.isqrt(pixels.shape[-1] // 3)
     squares = pixels.reshape(-1, side, side, 3)
-    changes = Changes.draw(len(squares), how, torch.Generator().manual_seed(seed)).to(pixels.device)
+    changes = Changes.draw(len(squares), how, generator).to(pixels.device)
     values = changed(squares, side, changes).mul_(255).round_().to(torch.uint8)
     return values.permute(0, 2, 3, 1).reshape(pixels.shape)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from metadiff_cli.config import PretrainConfig
 from metadiff_cli.core.device import autocast, default_noise, sent, set_default_noise
 from metadiff_cli.core.encoders import Encoder
+from metadiff_cli.core.episodes import mixed_seed
 from metadiff_cli.core.objectives import Heads, Pairs, pair_logits
 from metadiff_cli.core.parallel import all_rows, mean_buffers, mean_of, part_of, synchronised, weight_of
 from metadiff_cli.core.pixels import Pixels
@@ -149,7 +150,7 @@ class Pretrainer:
             lr = learning_rate(self.config, (self.epoch + self.step / self.steps) / self.config.epochs)
             index = order[self.step * self.config.batch : (self.step + 1) * self.config.batch]
             if world().size > 1:  # each process has noise of its own, of which no state is kept but the main one's
-                torch.manual_seed(_mix(self.seed, self.epoch, self.step, world().rank))
+                torch.manual_seed(mixed_seed(self.seed, self.epoch, self.step, world().rank))
             self.sums += self._train_step(index, size, lr, self.generator)
             self.step, self.noise = self.step + 1, default_noise(self.device)
             yield self._report(lr) if self.step % REPORT_EVERY == 0 or self.step == self.steps else None
@@ -165,7 +166,7 @@ class Pretrainer:
 
     def _start_generators(self) -> Tensor:
         """The order of the epoch's images (n,), and all generators as they are before its step `self.step`."""
-        seed = _mix(self.seed, self.epoch)
+        seed = mixed_seed(self.seed, self.epoch)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.labels), generator=generator)
         if self.step == 0:
@@ -342,8 +343,3 @@ def learning_rate(config: PretrainConfig, progress: float) -> float:
     if progress < warm:
         return config.lr * (0.1 + 0.9 * (1 - math.cos(math.pi * progress / warm)) / 2)
     return config.lr * max(1e-3, (1 + math.cos(math.pi * (progress - warm) / (1 - warm))) / 2)
-
-
-def _mix(*parts: int) -> int:
-    """A seed of its own for each seed and epoch, and what else there is."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(2))
