@@ -104,6 +104,7 @@ class PretrainConfig(Section):
         tuple[Positive, Annotated[int, Field(ge=16, le=1024)]], ...
     ] = ()  # (share of the epochs, image size); empty: full size
     augment: AugmentConfig = AugmentConfig()
+    fade: Share = 0.0  # of the training, its end: there the changes of `augment` become ever weaker, down to none
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False  # the encoder by torch.compile: some minutes at each image size before it trains
 

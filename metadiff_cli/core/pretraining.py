@@ -147,11 +147,12 @@ class Pretrainer:
         self.encoder.train()
         order = self._start_generators()
         while self.step < self.steps:
-            lr = learning_rate(self.config, (self.epoch + self.step / self.steps) / self.config.epochs)
+            progress = (self.epoch + self.step / self.steps) / self.config.epochs
+            lr, how = learning_rate(self.config, progress), self.how.weakened(strength(self.config, progress))
             index = order[self.step * self.config.batch : (self.step + 1) * self.config.batch]
             if world().size > 1:  # each process has noise of its own, of which no state is kept but the main one's
                 torch.manual_seed(mixed_seed(self.seed, self.epoch, self.step, world().rank))
-            self.sums += self._train_step(index, size, lr, self.generator)
+            self.sums += self._train_step(index, size, lr, how, self.generator)
             self.step, self.noise = self.step + 1, default_noise(self.device)
             yield self._report(lr) if self.step % REPORT_EVERY == 0 or self.step == self.steps else None
             set_default_noise(self.noise, self.device)  # somebody else may have drawn meanwhile
@@ -176,7 +177,7 @@ class Pretrainer:
             set_default_noise(self.noise, self.device)
         return order
 
-    def _train_step(self, index: Tensor, size: int, lr: float, generator: torch.Generator) -> Tensor:
+    def _train_step(self, index: Tensor, size: int, lr: float, how: Augmentation, generator: torch.Generator) -> Tensor:
         """One SGD step on the images `index`, or on pairs; returns loss, number of correct ones, number of images.
 
         Of several processes each draws for the whole batch and takes its part; loss and numbers are means over them.
@@ -186,7 +187,7 @@ class Pretrainer:
         else:
             turns = torch.randint(self.turns, (len(index),), generator=generator) if self.turns > 1 else 0
             labels = self.labels[index] * self.turns + turns
-        changes = Changes.draw(len(index), self.how, generator)
+        changes = Changes.draw(len(index), how, generator)
         quarters = torch.randint(4 if self.heads.rotation else 1, (len(labels),), generator=generator)
         pixels, labels, quarters = self.pixels.take(index[self.part]), labels[self.part], quarters[self.part]
         batch = augment(pixels, size, changes.part(self.part).to(self.device), self.mean, self.std)
@@ -335,6 +336,11 @@ class Pretrainer:
         self.reports = [(float(loss), float(accuracy)) for loss, accuracy in plain["reports"]]
         self.best_validation = plain["best"]
         self.history = [vars(PretrainEpoch(**row)).copy() for row in plain["history"]]  # a file has keys sorted
+
+
+def strength(config: PretrainConfig, progress: float) -> float:
+    """Of augmentation at `progress` in 0..1: 1, and over the last `fade` of the training down to 0 in a line."""
+    return 1.0 if progress <= 1 - config.fade else (1 - progress) / config.fade
 
 
 def learning_rate(config: PretrainConfig, progress: float) -> float:

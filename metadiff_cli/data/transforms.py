@@ -5,7 +5,7 @@ brightness, contrast and saturation. All randomness comes from the generator tha
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,15 @@ class Augmentation:
     flip: bool = True
     jitter: float = 0.4  # strength of brightness, contrast and saturation: factors in [1 - jitter, 1 + jitter]
     rotate: float = 0.0  # degrees to either side
+
+    def weakened(self, strength: float) -> "Augmentation":
+        """With changes of `strength` 0..1, where 1 leaves them as they are and 0 no change but the mirror."""
+        smallest, largest = (1 - strength * (1 - area) for area in self.crop)
+        narrow, wide = (ratio**strength for ratio in self.aspect)
+        return replace(
+            self, crop=(smallest, largest), aspect=(narrow, wide), jitter=strength * self.jitter,
+            rotate=strength * self.rotate,
+        )  # fmt: skip
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

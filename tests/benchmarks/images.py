@@ -128,7 +128,7 @@ def _training(sizes: Sizes, config: PretrainConfig) -> Callable[[], int]:
         trainer.encoder.train()
         for _ in range(sizes.pretrain_steps):
             index = torch.randint(0, count, (sizes.pretrain_batch,), generator=generator)
-            trainer._train_step(index, sizes.image, 0.01, generator)
+            trainer._train_step(index, sizes.image, 0.01, trainer.how, generator)
         return sizes.pretrain_batch * sizes.pretrain_steps
 
     return steps

@@ -108,7 +108,9 @@ def test_pretraining(gpu: FakeGpu, no_gradients: Zeros, encoder: str, how: dict[
     assert trainer.pixels.kept is not None
     with gpu.nobody_waits():
         for _ in range(2):
-            trainer.sums += trainer._train_step(torch.arange(8), SIDE, 0.1, torch.Generator().manual_seed(0))
+            trainer.sums += trainer._train_step(
+                torch.arange(8), SIDE, 0.1, trainer.how, torch.Generator().manual_seed(0)
+            )
     assert trainer.sums.device == GPU
     assert all(p.device == GPU and p.grad is not None and p.grad.device == GPU for p in trainer.encoder.parameters())
 

@@ -1,6 +1,7 @@
 """Encoders, augmentation, pretraining and meta-training on small arrays."""
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from metadiff_cli.core.episodes import training_batch
 from metadiff_cli.core.features import FeatureBank
 from metadiff_cli.core.metatraining import MetaTrainer, MetaValidation, Queries
 from metadiff_cli.core.objectives import Heads, Pairs, pair_logits
-from metadiff_cli.core.pretraining import PretrainEpoch, Pretrainer, learning_rate
+from metadiff_cli.core.pretraining import PretrainEpoch, Pretrainer, learning_rate, strength
 from metadiff_cli.core.task_space import fit_task_space
 from metadiff_cli.data.transforms import (
     Augmentation,
@@ -102,6 +103,31 @@ def test_the_schedules() -> None:
     assert learning_rate(cosine, 0.0) == 1.0 and learning_rate(cosine, 0.5) == pytest.approx(0.5)
     assert learning_rate(cycle, 0.0) == pytest.approx(0.1) and learning_rate(cycle, 0.15) == pytest.approx(1.0)
     assert 0 < learning_rate(cycle, 1.0) <= 1e-3
+    fading, never = PretrainConfig(fade=0.4), PretrainConfig()
+    assert [strength(fading, p) for p in (0.0, 0.6, 0.8, 1.0)] == pytest.approx([1.0, 1.0, 0.5, 0.0])
+    assert [strength(never, p) for p in (0.0, 0.99, 1.0)] == [1.0, 1.0, 1.0]
+
+
+def test_changes_grow_weaker_down_to_the_mirror_alone() -> None:
+    how = Augmentation(crop=(0.4, 0.8), jitter=0.3, rotate=10)
+    assert how.weakened(1.0) == how
+    assert how.weakened(0.0) == Augmentation(crop=(1.0, 1.0), aspect=(1.0, 1.0), jitter=0.0, rotate=0.0)
+    half = how.weakened(0.5)
+    assert (*half.crop, half.jitter, half.rotate) == pytest.approx((0.7, 0.9, 0.15, 5.0))
+    assert math.prod(half.aspect) == pytest.approx(1.0)
+
+
+def test_a_training_ends_on_images_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, drawn = trainer_of(fade=1.0), []
+
+    def step(index: torch.Tensor, size: int, lr: float, how: Augmentation, generator: torch.Generator) -> torch.Tensor:
+        drawn.append(how)
+        return torch.ones(3)
+
+    monkeypatch.setattr(trainer, "_train_step", step)
+    list(trainer.run(lambda encoder: None))
+    crops = [how.crop[0] for how in drawn]
+    assert crops[0] == trainer.how.crop[0] and crops == sorted(crops) and 0.85 < crops[-1] < 1.0
 
 
 def test_resized_heads_give_the_same_answer_where_position_does_not_matter() -> None:
