@@ -26,7 +26,7 @@ class Augmentation:
 
     def weakened(self, strength: float) -> "Augmentation":
         """With changes of `strength` 0..1, where 1 leaves them as they are and 0 no change but the mirror."""
-        smallest, largest = (1 - strength * (1 - area) for area in self.crop)
+        smallest, largest = (area + (1 - strength) * (1 - area) for area in self.crop)
         narrow, wide = (ratio**strength for ratio in self.aspect)
         return replace(
             self, crop=(smallest, largest), aspect=(narrow, wide), jitter=strength * self.jitter,

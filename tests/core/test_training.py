@@ -110,7 +110,9 @@ def test_the_schedules() -> None:
 
 def test_changes_grow_weaker_down_to_the_mirror_alone() -> None:
     how = Augmentation(crop=(0.4, 0.8), jitter=0.3, rotate=10)
-    assert how.weakened(1.0) == how
+    for low in (0.1, 0.3, 0.35, 0.7):  # to the last bit: a training that does not fade is what it was
+        same = Augmentation(crop=(low, 0.9), jitter=0.3, rotate=10)
+        assert same.weakened(1.0) == same
     assert how.weakened(0.0) == Augmentation(crop=(1.0, 1.0), aspect=(1.0, 1.0), jitter=0.0, rotate=0.0)
     half = how.weakened(0.5)
     assert (*half.crop, half.jitter, half.rotate) == pytest.approx((0.7, 0.9, 0.15, 5.0))
@@ -300,7 +302,7 @@ def restored(trainer: Trainer, fresh: Trainer, path: Path) -> Trainer:
 @pytest.mark.parametrize(
     ("stop", "settings"),
     [(1, {}), (3, {"rotation_weight": 1.0}), (4, {}), (6, {"rotated_classes": True}), (8, {}),
-     (2, {"objective": "pairs", "cosine_head": 10.0, "batch": 8}),
+     (3, {"fade": 0.7}), (5, {"fade": 0.7}), (2, {"objective": "pairs", "cosine_head": 10.0, "batch": 8}),
      *((stop, {"stages": [[0.5, 16], [0.5, 32]]}) for stop in (2, 4, 5))],
 )  # fmt: skip
 def test_pretraining_goes_on_exactly_from_any_yield(stop: int, settings: dict[str, object], tmp_path: Path) -> None:
