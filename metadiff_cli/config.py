@@ -9,7 +9,7 @@ from metadiff_cli.errors import suggest
 
 MAX_GLYPHS = 8_000_000_000  # bytes of drawn images
 
-ENCODERS = ("conv4", "resnet10", "resnet12")  # those of core/encoders.py, which loads torch
+ENCODERS = ("conv4", "conv4-padded", "resnet10", "resnet12")  # those of core/encoders.py, which loads torch
 # library, model, weights; no more than that, as timm would take `hf-hub:` and paths of anybody's files as well
 PRETRAINED = r"(torchvision|timm):([A-Za-z0-9_]{1,80})(?:\.([A-Za-z0-9_]{1,80}))?"
 

@@ -79,7 +79,8 @@ EncoderOption = Annotated[
         "-e",
         metavar="ENCODER",
         help=shown(
-            "conv4, resnet10, resnet12, an encoder.safetensors, or for metatrain torchvision:MODEL or timm:MODEL.",
+            "conv4, conv4-padded, resnet10, resnet12, an encoder.safetensors, or for metatrain torchvision:MODEL or "
+            "timm:MODEL.",
             "the preset's",
         ),
         autocompletion=completions.encoders,

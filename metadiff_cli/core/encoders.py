@@ -1,9 +1,10 @@
 """The encoders of the field: images (B, 3, S, S) -> features (B, D), not normalised.
 
-conv4     four 3x3 convolution blocks of 64 channels (Vinyals et al. 2016; Snell et al. 2017)
-resnet10  a stem of stride 2 and four basic residual blocks of 48, 96, 192, 512 channels (He et al. 2016; depth 10 as in
-          Chen et al. 2019): on two CPU cores it trains at six tenths of conv4's speed
-resnet12  four residual blocks of 64, 160, 320, 640 channels with DropBlock (Lee et al. 2019; Tian et al. 2020)
+conv4         four 3x3 convolution blocks of 64 channels (Vinyals et al. 2016; Snell et al. 2017)
+conv4-padded  conv4 on images with a margin up to a multiple of 16 pixels, so that no pooling loses a row
+resnet10      a stem of stride 2 and four basic residual blocks of 48, 96, 192, 512 channels (He et al. 2016; depth 10
+              as in Chen et al. 2019): on two CPU cores it trains at six tenths of conv4's speed
+resnet12      four residual blocks of 64, 160, 320, 640 channels with DropBlock (Lee et al. 2019; Tian et al. 2020)
 
 `maps` gives the last feature maps (B, C, H, W); `pool` says how they become a vector. The head of pretraining needs
 that: conv4's flattened features depend on the image size, and its linear head is resized with them.
@@ -74,6 +75,20 @@ class Conv4(Encoder):
     def maps(self, images: Tensor) -> Tensor:
         maps: Tensor = self.blocks(images)  # (B, 64, S/16, S/16)
         return maps
+
+
+class PaddedConv4(Conv4):
+    """conv4 on images that repeat their edge up to a multiple of 16 pixels: D = 256 at 28 x 28, where conv4 has 64."""
+
+    def side(self, size: int) -> int:
+        """Height and width of the feature maps of images of `size` pixels."""
+        return -(-size // self.stride)
+
+    def maps(self, images: Tensor) -> Tensor:
+        """Feature maps (B, C, H, W) of images (B, 3, S, S)."""
+        missing = self.side(images.shape[-1]) * self.stride - images.shape[-1]
+        before, after = missing // 2, missing - missing // 2
+        return super().maps(F.pad(images, (before, after, before, after), mode="replicate"))
 
 
 class DropBlock(nn.Module):
@@ -191,7 +206,9 @@ def _initialise(module: nn.Module) -> None:
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="leaky_relu", a=0.1)
 
 
-ENCODERS: dict[str, Callable[[], Encoder]] = {"conv4": Conv4, "resnet10": ResNet10, "resnet12": ResNet12}
+ENCODERS: dict[str, Callable[[], Encoder]] = {
+    "conv4": Conv4, "conv4-padded": PaddedConv4, "resnet10": ResNet10, "resnet12": ResNet12,
+}  # fmt: skip
 
 
 def build_encoder(name: str) -> Encoder:

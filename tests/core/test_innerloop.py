@@ -272,8 +272,9 @@ def test_too_few_images_and_lost_losses_are_named() -> None:
         train(trainer, [])
 
 
-def test_conv4_becomes_a_learner() -> None:
-    learner = build_image_learner("maml", 5, build_encoder("conv4"), 28, (0.5,) * 3, (0.2,) * 3, ImageBaseline())
+@pytest.mark.parametrize("name", ["conv4", "conv4-padded"])
+def test_conv4_becomes_a_learner(name: str) -> None:
+    learner = build_image_learner("maml", 5, build_encoder(name), 28, (0.5,) * 3, (0.2,) * 3, ImageBaseline())
     g = torch.Generator().manual_seed(0)
     support, query = (torch.randint(0, 256, (1, n, 28 * 28 * 3), dtype=torch.uint8, generator=g) for n in (5, 10))
     logits = learner.train()(support.view(1, 5, 1, -1), query, 1)

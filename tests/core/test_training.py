@@ -37,12 +37,27 @@ CPU = torch.device("cpu")
 MEAN, STD = torch.tensor([0.5, 0.5, 0.5]), torch.tensor([0.25, 0.25, 0.25])
 
 
-@pytest.mark.parametrize(("name", "size", "features"), [("conv4", 84, 1600), ("conv4", 28, 64), ("resnet12", 32, 640)])
+@pytest.mark.parametrize(
+    ("name", "size", "features"),
+    [
+        ("conv4", 84, 1600), ("conv4", 28, 64), ("conv4-padded", 28, 256), ("conv4-padded", 31, 256),
+        ("conv4-padded", 32, 256), ("resnet12", 32, 640),
+    ],
+)  # fmt: skip
 def test_encoders_have_the_sizes_of_the_field(name: str, size: int, features: int) -> None:
     encoder = build_encoder(name).eval()
     assert encoder.feature_size(size) == features
     with torch.no_grad():
         assert encoder(torch.randn(2, 3, size, size)).shape == (2, features)
+
+
+def test_the_padded_conv4_is_conv4_on_a_larger_image() -> None:
+    padded, plain = build_encoder("conv4-padded").eval(), build_encoder("conv4").eval()
+    plain.load_state_dict(padded.state_dict())
+    x = torch.randn(2, 3, 28, 28)
+    larger = torch.nn.functional.pad(x, (2, 2, 2, 2), mode="replicate")
+    with torch.no_grad():
+        assert torch.equal(padded(x), plain(larger)) and torch.equal(padded(larger), plain(larger))
 
 
 def test_unknown_encoder() -> None:
