@@ -68,7 +68,8 @@ def test_every_preset_is_valid_and_begins_with_its_command(name: str) -> None:
     episodes = re.search(r"-(\d+)w(\d+)s", name)
     if episodes:
         assert (config.evaluation.way, config.evaluation.shot) == tuple(map(int, episodes.groups()))
-        assert config.encoder == ("resnet12" if name.endswith("resnet12") else "conv4")
+        small = "conv4-padded" if name.startswith("omniglot") else "conv4"
+        assert config.encoder == ("resnet12" if name.endswith("resnet12") else small)
     assert check(__import__("yaml").safe_load(to_yaml(config))) == config
 
 
