@@ -126,7 +126,6 @@ class FeaturesConfig(Section):
 
     mirror: bool = True  # average over the image and its mirror image
     shift: Annotated[int, Field(ge=0, le=64)] = 0  # pixels; average over images moved so far, too: nine times the work
-    turn: Annotated[float, Field(ge=0, le=90)] = 0.0  # degrees; average over images turned to both sides, too: thrice
     size: Annotated[int, Field(ge=16, le=1024)] | None = (
         None  # pixels; larger than in training may show more (Touvron et al. 2019)
     )

@@ -209,7 +209,7 @@ def _encoder(config: Config, source: "Source", run: "Run", start: "Start", scree
         else:
             _, file = pretrain_encoder(config, source, run, screen, start.init)
     f = config.features
-    images = load_encoder(file, device, mirror=f.mirror, shift=f.shift, turn=f.turn, half=f.half, size=f.size)
+    images = load_encoder(file, device, mirror=f.mirror, shift=f.shift, half=f.half, size=f.size)
     if world().main and file.resolve() != (run.folder / ENCODER).resolve():
         copy_file(file, run.folder / ENCODER)
     return images

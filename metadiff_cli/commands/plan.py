@@ -138,13 +138,12 @@ def _frozen(config: Config, file: Path | None, device: "torch.device") -> "Image
 
     f = config.features
     if file is not None:
-        return load_encoder(file, device, mirror=f.mirror, shift=f.shift, turn=f.turn, size=f.size)
+        return load_encoder(file, device, mirror=f.mirror, shift=f.shift, size=f.size)
     if is_pretrained(config.encoder):
-        untrained = untrained_encoder(config.encoder, f.size)
-        return with_statistics(untrained, device, mirror=f.mirror, shift=f.shift, turn=f.turn)
+        return with_statistics(untrained_encoder(config.encoder, f.size), device, mirror=f.mirror, shift=f.shift)
     half = (0.5,) * 3
     return ImageEncoder(
-        build_encoder(config.encoder), config.encoder, config.data.size, half, half, f.mirror, device, f.shift, f.turn
+        build_encoder(config.encoder), config.encoder, config.data.size, half, half, f.mirror, device, f.shift
     )
 
 

@@ -63,8 +63,7 @@ def pretrained_file(config: Config, weights: Path | None, run: "Run", screen: Sc
         screen.note(f"weights of {config.encoder}: from the cache of the library, or downloaded")
     f, shown = config.features, screen.err.is_terminal and not screen.quiet
     encoder = pretrained_encoder(config.encoder, f.size, weights, progress=shown)
-    images = with_statistics(encoder, torch.device("cpu"), mirror=f.mirror, shift=f.shift, turn=f.turn)
-    source = encoder.source
+    images, source = with_statistics(encoder, torch.device("cpu"), mirror=f.mirror, shift=f.shift), encoder.source
     facts = {"source": "a local file" if weights else source.source, "licence": source.licence}
     screen.note(f"encoder: {images.name}, images of {images.size} pixels, D = {images.feature_size}; {SEEN}")
     if weights:

@@ -1,8 +1,7 @@
 """FeatureBank: a frozen encoder over a data set, once, kept on disk.
 
-Images -> z (n, D): L2-normalised, averaged over an image's views (its mirror image, images moved by some pixels or turned
-by some degrees), normalised again. Everything after this stage works on features, so an episode costs an index and no
-forward pass.
+Images -> z (n, D): L2-normalised, averaged over an image's views (its mirror image, images moved by some pixels),
+normalised again. Everything after this stage works on features, so an episode costs an index and no forward pass.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ from metadiff_cli.core.device import sent
 from metadiff_cli.core.encoders import Encoder
 from metadiff_cli.core.parallel import barrier, mine, on_main
 from metadiff_cli.data.mapped import release
-from metadiff_cli.data.transforms import normalise, rotated
+from metadiff_cli.data.transforms import normalise
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
 from metadiff_cli.paths import atomic, sweep, writable
 from metadiff_cli.world import world
@@ -48,7 +47,6 @@ class ImageEncoder:
     mirror: bool
     device: torch.device
     shift: int = 0  # pixels; else eight images more, moved by so much to the sides and corners
-    turn: float = 0.0  # degrees; else all of them also turned by so much to both sides
 
     def __post_init__(self) -> None:
         if self.shift >= self.size:
@@ -67,8 +65,6 @@ class ImageEncoder:
         digest = hashlib.sha256(repr((VERSION, self.name, self.size, self.mean, self.std, self.mirror)).encode())
         if self.shift:
             digest.update(f"shift {self.shift}".encode())
-        if self.turn:
-            digest.update(f"turn {self.turn}".encode())
         for name, tensor in sorted(self.encoder.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -88,17 +84,15 @@ class ImageEncoder:
         return z[0] if len(z) == 1 else F.normalize(torch.stack(z).sum(dim=0), dim=1)
 
     def _views(self, images: Tensor) -> Iterator[Tensor]:
-        """Views (B, 3, S, S) of images; what a moved or turned image uncovers repeats its edge."""
+        """Views (B, 3, S, S) of images; what a moved image uncovers repeats its edge."""
         step, side = self.shift, images.shape[-1]
         corners = list(product((0, step, 2 * step), repeat=2)) if step else [(0, 0)]
-        for degrees in (0.0, -self.turn, self.turn) if self.turn else (0.0,):
-            turned = rotated(images, degrees) if degrees else images
-            padded = F.pad(turned, (step,) * 4, mode="replicate") if step else turned
-            for y, x in corners:
-                view = padded[:, :, y : y + side, x : x + side]
-                yield view
-                if self.mirror:
-                    yield view.flip(3)
+        padded = F.pad(images, (step,) * 4, mode="replicate") if step else images
+        for y, x in corners:
+            view = padded[:, :, y : y + side, x : x + side]
+            yield view
+            if self.mirror:
+                yield view.flip(3)
 
 
 @dataclass(frozen=True)

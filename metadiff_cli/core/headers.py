@@ -24,9 +24,6 @@ def check_image(image: Any) -> None:
     shift = image.get("shift", 0)
     if type(shift) is not int or not 0 <= shift < image["size"]:
         raise ValueError(f"images moved by {shift!r:.40} pixels")
-    turn = image.get("turn", 0)
-    if not _is_number(turn) or not 0 <= turn <= 90:
-        raise ValueError(f"images turned by {turn!r:.40} degrees")
     for key in ("mean", "std"):
         values = image[key]
         if not isinstance(values, list) or len(values) != 3 or not all(_is_number(value) for value in values):

@@ -46,9 +46,8 @@ class SavedClassifier:
 
 
 def load_encoder(
-    path: Path, device: torch.device, *, mirror: bool, shift: int = 0, turn: float = 0.0, half: bool = False,
-    size: int | None = None,
-) -> ImageEncoder:  # fmt: skip
+    path: Path, device: torch.device, *, mirror: bool, shift: int = 0, half: bool = False, size: int | None = None
+) -> ImageEncoder:
     """The encoder of an encoder file or of a full model.
 
     With `half`, its matrices are rounded to what fp16 can hold. `size` is the side of the images in pixels where it is
@@ -61,7 +60,7 @@ def load_encoder(
         )
     if not checkpoint.part("encoder"):
         raise CheckpointError(f"{path} holds no encoder of its own", hint=f"give {KINDS['encoder']}")
-    images = image_encoder(checkpoint, device, mirror, shift, turn)
+    images = image_encoder(checkpoint, device, mirror, shift)
     if half:
         with torch.no_grad():
             for weights in images.encoder.parameters():
@@ -157,20 +156,18 @@ def _denoiser(checkpoint: Checkpoint, size: int) -> nn.Module:
     return denoiser.eval()
 
 
-def views_of(image: dict[str, Any]) -> tuple[bool, int, float]:
-    """Whether mirror images are views; of moved ones the shift, of turned ones the turn, which older headers lack."""
-    return bool(image["mirror"]), image.get("shift", 0), float(image.get("turn", 0))
+def views_of(image: dict[str, Any]) -> tuple[bool, int]:
+    """Whether mirror images are views, and the shift of moved ones, which older headers do not know."""
+    return bool(image["mirror"]), image.get("shift", 0)
 
 
-def image_encoder(
-    checkpoint: Checkpoint, device: torch.device, mirror: bool, shift: int = 0, turn: float = 0.0
-) -> ImageEncoder:
+def image_encoder(checkpoint: Checkpoint, device: torch.device, mirror: bool, shift: int = 0) -> ImageEncoder:
     """The encoder in a file that was read."""
     with checkpoint_errors(Path(checkpoint.path)):
         encoder = _network(checkpoint)
         encoder.load_state_dict(checkpoint.part("encoder"))
         encoder.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        return described_encoder(checkpoint.header, encoder, device, mirror=mirror, shift=shift, turn=turn)
+        return described_encoder(checkpoint.header, encoder, device, mirror=mirror, shift=shift)
 
 
 def _network(checkpoint: Checkpoint) -> Encoder:
@@ -190,13 +187,13 @@ def save_encoder(path: Path, images: ImageEncoder, header: dict[str, Any]) -> No
 
 
 def described_encoder(
-    header: dict[str, Any], encoder: Encoder, device: torch.device, *, mirror: bool, shift: int = 0, turn: float = 0.0
+    header: dict[str, Any], encoder: Encoder, device: torch.device, *, mirror: bool, shift: int = 0
 ) -> ImageEncoder:
     """An encoder with what a header says about its images."""
     image = header["image"]
     check_image(image)
     mean, std = tuple(map(float, image["mean"])), tuple(map(float, image["std"]))
-    return ImageEncoder(encoder, header["encoder"], int(image["size"]), mean, std, mirror, device, shift, turn)
+    return ImageEncoder(encoder, header["encoder"], int(image["size"]), mean, std, mirror, device, shift)
 
 
 def encoder_tensors(images: ImageEncoder) -> dict[str, Tensor]:
@@ -209,7 +206,6 @@ def image_header(images: ImageEncoder) -> dict[str, Any]:
     """What a header says of an encoder and its images."""
     image = {"size": images.size, "mean": list(images.mean), "std": list(images.std), "mirror": images.mirror}
     image |= {"shift": images.shift} if images.shift else {}
-    image |= {"turn": images.turn} if images.turn else {}
     return {"encoder": images.name, "image": image}
 
 

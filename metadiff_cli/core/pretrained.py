@@ -120,13 +120,11 @@ def untrained_encoder(name: str, size: int | None) -> PretrainedEncoder:
     return PretrainedEncoder(source, source.network(size or source.size), size or source.size)
 
 
-def with_statistics(
-    encoder: PretrainedEncoder, device: torch.device, *, mirror: bool, shift: int = 0, turn: float = 0.0
-) -> ImageEncoder:
+def with_statistics(encoder: PretrainedEncoder, device: torch.device, *, mirror: bool, shift: int = 0) -> ImageEncoder:
     """The encoder with the image size and the statistics of pixels that it was trained with."""
     source = encoder.source
     encoder.to(device).eval()
-    return ImageEncoder(encoder, source.name, encoder.size, source.mean, source.std, mirror, device, shift, turn)
+    return ImageEncoder(encoder, source.name, encoder.size, source.mean, source.std, mirror, device, shift)
 
 
 def _downloaded(source: Architecture, size: int, progress: bool) -> nn.Module:

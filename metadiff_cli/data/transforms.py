@@ -123,15 +123,6 @@ def colour_jitter(pixels: Tensor, factors: Tensor) -> Tensor:
     return out
 
 
-def rotated(images: Tensor, degrees: float) -> Tensor:
-    """Images (B, C, S, S) turned counter-clockwise about the centre, bilinear; what that uncovers repeats the edge."""
-    angle = math.radians(degrees)
-    rows = [[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]]
-    maps = torch.tensor([rows], device=images.device, dtype=images.dtype).expand(len(images), -1, -1)
-    grid = sampling_grid(maps, images.shape[-1])
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-
-
 def rotate_quarters(images: Tensor, quarters: Tensor) -> Tensor:
     """Turn each image of (B, C, S, S) counter-clockwise by its own number of quarter turns (B,), on the CPU."""
     out = images.clone()

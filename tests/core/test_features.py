@@ -11,7 +11,6 @@ from torch import Tensor
 from metadiff_cli.core import features
 from metadiff_cli.core.encoders import build_encoder
 from metadiff_cli.core.features import Encoding, FeatureBank, ImageEncoder, build_bank
-from metadiff_cli.data.transforms import rotated
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
 
 CPU = torch.device("cpu")
@@ -66,29 +65,6 @@ def test_moved_images_are_views_whose_edges_are_repeated() -> None:
         assert torch.allclose(features_of(pixels, mirror, 4), torch.nn.functional.normalize(mean, dim=1), atol=1e-5)
     keys = {ImageEncoder(network, "conv4", 32, (0.5,) * 3, (0.25,) * 3, True, CPU, shift).key for shift in (0, 3, 4)}
     assert len(keys) == 3
-
-
-def test_turned_images_are_views() -> None:
-    torch.manual_seed(0)
-    network, plain = build_encoder("conv4").eval(), ((0.0,) * 3, (1.0,) * 3)
-    pixels = torch.from_numpy(PIXELS[:3])
-
-    def features_of(pixels: Tensor, turn: float = 0.0) -> Tensor:
-        return ImageEncoder(network, "conv4", 32, *plain, False, CPU, 2, turn).encode(pixels)
-
-    # quarter turns need no interpolation, so torch's own are the same images
-    views = [pixels, pixels.rot90(1, dims=(1, 2)), pixels.rot90(-1, dims=(1, 2))]
-    quarter = ImageEncoder(network, "conv4", 32, *plain, False, CPU, 0, 90.0).encode(pixels)
-    mean = torch.stack([ImageEncoder(network, "conv4", 32, *plain, False, CPU).encode(v) for v in views]).mean(dim=0)
-    assert torch.allclose(quarter, torch.nn.functional.normalize(mean, dim=1), atol=1e-4)
-    assert not torch.allclose(features_of(pixels, 10.0), features_of(pixels), atol=1e-4)
-    keys = {ImageEncoder(network, "conv4", 32, *plain, True, CPU, 2, turn).key for turn in (0.0, 5.0, 10.0)}
-    assert len(keys) == 3
-
-
-def test_the_direction_of_a_turn_is_that_of_quarter_turns() -> None:
-    images = torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(rotated(images, 90), images.rot90(1, dims=(2, 3)), atol=1e-5)
 
 
 def test_images_cannot_be_moved_out_of_the_picture() -> None:
