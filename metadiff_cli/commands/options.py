@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from metadiff_cli.commands import completions
-from metadiff_cli.config import Config
+from metadiff_cli.config import ENCODERS, Config
 from metadiff_cli.errors import CheckpointError, ConfigError
 from metadiff_cli.settings import resolve
 
@@ -79,8 +79,7 @@ EncoderOption = Annotated[
         "-e",
         metavar="ENCODER",
         help=shown(
-            "conv4, conv4-padded, resnet10, resnet12, an encoder.safetensors, or for metatrain torchvision:MODEL or "
-            "timm:MODEL.",
+            f"{', '.join(ENCODERS)}, an encoder.safetensors, or for metatrain torchvision:MODEL or timm:MODEL.",
             "the preset's",
         ),
         autocompletion=completions.encoders,

@@ -13,7 +13,7 @@ import torch
 from gpu import GPU, FakeGpu, Waited
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from metadiff_cli.config import DenoiserConfig, FrozenBaseline, ImageBaseline, MetatrainConfig, PretrainConfig
+from metadiff_cli.config import ENCODERS, DenoiserConfig, FrozenBaseline, ImageBaseline, MetatrainConfig, PretrainConfig
 from metadiff_cli.core.denoiser import build_denoiser, support_stats
 from metadiff_cli.core.diffusion import Noise, Schedule, ddim, ddpm, finish
 from metadiff_cli.core.encoders import build_encoder
@@ -86,7 +86,7 @@ def test_the_stand_in_notices(gpu: FakeGpu, wait: Callable[..., object], error: 
             wait(here, there)
 
 
-@pytest.mark.parametrize("encoder", ["conv4", "resnet10", "resnet12"])
+@pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("how", [
     {"rotation_weight": 1.0},
     {"rotated_classes": True, "label_smoothing": 0.1},
