@@ -20,14 +20,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from metadiff_cli.classify.images import adapt_classifier, classifier_rejector
 from metadiff_cli.commands.options import checkpoint_path
-from metadiff_cli.core.adaptation import adapt_classifier, classifier_rejector
+from metadiff_cli.core.checkpoints.classifier import Origin, load_classifier, save_classifier
+from metadiff_cli.core.checkpoints.model import Model, SavedClassifier, load_model
 from metadiff_cli.core.device import pick_device
-from metadiff_cli.core.features import Encoding, ImageEncoder
-from metadiff_cli.core.inference import Sampling
-from metadiff_cli.core.model import Model, SavedClassifier, load_model
-from metadiff_cli.core.saved import Origin, load_classifier, save_classifier
-from metadiff_cli.core.support import FEWEST_CLASSES, SupportSet, digest_of
+from metadiff_cli.core.encoders.bank import Encoding, ImageEncoder
+from metadiff_cli.core.method.adapt import Sampling
+from metadiff_cli.core.method.support import FEWEST_CLASSES, SupportSet, digest_of
 from metadiff_cli.data.cache import decode_images
 from metadiff_cli.data.images import to_square, upright_rgb
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError

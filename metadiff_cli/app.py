@@ -13,23 +13,13 @@ from typing import Annotated
 import typer
 
 from metadiff_cli import __version__
-from metadiff_cli.commands import (
-    adapt,
-    cache,
-    config,
-    data,
-    doctor,
-    evaluate,
-    export,
-    inspect,
-    metatrain,
-    presets,
-    pretrain,
-    refit,
-)
+from metadiff_cli.commands.adapt import command as adapt
+from metadiff_cli.commands.evaluate import command as evaluate
+from metadiff_cli.commands.look import cache, config, data, doctor, export, inspect, presets
+from metadiff_cli.commands.train import metatrain, pretrain, refit
 from metadiff_cli.console import Screen
+from metadiff_cli.core.training.world import ALONE, announced, enter, world
 from metadiff_cli.errors import ConfigError, MetaDiffError, ProcessLost, Stopped
-from metadiff_cli.world import ALONE, announced, enter, world
 
 SEVERAL = ("pretrain", "metatrain", "evaluate")  # commands that several processes can share
 
@@ -92,14 +82,14 @@ def _join(command: str | None) -> None:
     enter(found)
     if command not in SEVERAL:
         raise ConfigError(f"{command} is the work of one process", hint=f"type `metadiff {command}`, without torchrun")
-    from metadiff_cli.core.parallel import start
+    from metadiff_cli.core.training.distributed import start
 
     start(found)
 
 
 def _leave() -> None:
     if world().size > 1:
-        from metadiff_cli.core.parallel import stop
+        from metadiff_cli.core.training.distributed import stop
 
         stop()
 
@@ -139,7 +129,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _tell(message: str, hint: str | None) -> None:
     """An error, once: of several processes that meet it, the first one tells."""
     if world().size > 1:
-        from metadiff_cli.core.parallel import speaks
+        from metadiff_cli.core.training.distributed import speaks
 
         if not speaks():
             return
@@ -163,7 +153,7 @@ def _unforeseen(error: Exception) -> int:
         _tell(*_of_the_system(error))
         return 1
     if world().size > 1:
-        from metadiff_cli.core.parallel import lost, process_lost
+        from metadiff_cli.core.training.distributed import lost, process_lost
 
         if lost(error):
             _tell(process_lost(error, resumable=False).message, "run it again")

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from metadiff_cli.world import world
+from metadiff_cli.core.training.world import world
 
 PLAIN_EVERY = 10.0  # seconds between two progress lines where no bar can be drawn
 WIDE = 160  # columns of a table that goes to a file or a pipe

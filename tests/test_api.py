@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, Result, paint
 from PIL import Image
 
 from metadiff_cli import FewShotClassifier
 from metadiff_cli.api import InputError, NotFittedError
 from metadiff_cli.errors import CheckpointError, MetaDiffError
+from tests.worlds import COLOURS, Result, paint
 
 sklearn = pytest.importorskip("sklearn", reason="scikit-learn is not installed; it is in the extra [dev]")
 from sklearn.base import clone, is_classifier  # noqa: E402

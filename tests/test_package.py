@@ -7,10 +7,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import invoke
 
 from metadiff_cli import __version__
-from metadiff_cli.settings import preset_names, read_preset
+from metadiff_cli.config.load import preset_names, read_preset
+from tests.worlds import invoke
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [
@@ -46,7 +46,7 @@ def test_presets_come_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> N
     subprocess.run(install, check=True, capture_output=True)
     code = (
         f"import sys; sys.path.insert(0, {str(target)!r})\n"
-        "from metadiff_cli import settings\n"
+        "from metadiff_cli.config import load as settings\n"
         "settings.resolve('glyphs-5w1s', environ={})\n"
         "print(settings.preset_folder()); print(*settings.preset_names())"
     )
@@ -99,7 +99,7 @@ def test_the_changelog_knows_this_version() -> None:
 
 
 def test_no_cells_of_the_core_draw() -> None:
-    for path in [*(ROOT / "metadiff_cli" / "core").glob("*.py"), *(ROOT / "metadiff_cli" / "data").glob("*.py")]:
+    for path in [*(ROOT / "metadiff_cli" / "core").rglob("*.py"), *(ROOT / "metadiff_cli" / "data").rglob("*.py")]:
         assert not re.search(
             r"^\s*(print\(|import (rich|typer)|from (rich|typer))", path.read_text(encoding="utf-8"), re.M
         ), path

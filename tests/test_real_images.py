@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import invoke
 
 from metadiff_cli.data.folders import open_dataset
+from tests.worlds import invoke
 
 SOURCE = Path(os.environ.get("TEST_IMAGES") or Path(__file__).parent.parent.parent / "shared" / "data")
 UNPACK = SOURCE / "unpack.py"

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from metadiff_cli.config import ENCODERS
+from metadiff_cli.config.load import preset_names, read_preset
+from metadiff_cli.config.schema import ENCODERS
 from metadiff_cli.data.known import KNOWN
 from metadiff_cli.errors import ConfigError
-from metadiff_cli.settings import preset_names, read_preset
 
 SPLITS = ("train", "val", "test", "all")
 # those of commands/learning.py, which loads torch

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from metadiff_cli.commands import completions
-from metadiff_cli.config import ENCODERS, Config
+from metadiff_cli.config.load import resolve
+from metadiff_cli.config.schema import ENCODERS, Config
 from metadiff_cli.errors import CheckpointError, ConfigError
-from metadiff_cli.settings import resolve
 
 if TYPE_CHECKING:
     import torch

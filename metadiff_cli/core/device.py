@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from metadiff_cli.core.training.world import world
 from metadiff_cli.errors import ConfigError
-from metadiff_cli.world import world
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 

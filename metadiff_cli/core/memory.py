@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from metadiff_cli.config import ENCODERS, DenoiserConfig, ImageBaseline, MetatrainConfig
-from metadiff_cli.core.diffusion import Schedule
-from metadiff_cli.core.encoders import build_encoder
-from metadiff_cli.core.features import FeatureBank, ImageEncoder
-from metadiff_cli.core.innerloop import build_image_learner
-from metadiff_cli.core.metatraining import MetaTrainer
-from metadiff_cli.core.task_space import TaskSpace
+from metadiff_cli.config.schema import ENCODERS, DenoiserConfig, ImageBaseline, MetatrainConfig
+from metadiff_cli.core.baselines.learners import build_image_learner
+from metadiff_cli.core.encoders.bank import FeatureBank, ImageEncoder
+from metadiff_cli.core.encoders.networks import build_encoder
+from metadiff_cli.core.method.diffusion import Schedule
+from metadiff_cli.core.method.task_space import TaskSpace
+from metadiff_cli.core.training.metatrain import MetaTrainer
 
 STEPS, MAML_STEPS = (1, 5, 10, 50, 100), (1, 5, 10)
 WAY, QUERY = 5, 5  # of the one task of a step, with one support image a class

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metadiff_cli.core.episodes import sample_episode
-from metadiff_cli.core.evaluation import (
+from metadiff_cli.core.encoders.bank import FeatureBank
+from metadiff_cli.core.evaluation.episodes import sample_episode
+from metadiff_cli.core.evaluation.evaluate import (
     Lengths,
     Protocol,
     Scores,
@@ -18,8 +19,7 @@ from metadiff_cli.core.evaluation import (
     method_of,
     run_through,
 )
-from metadiff_cli.core.features import FeatureBank
-from metadiff_cli.core.inference import Learner, Sampling, Tuning
+from metadiff_cli.core.method.adapt import Learner, Sampling, Tuning
 from tests.benchmarks.common import CPU, Ratio, Report, Sizes, feature_bank, rates
 from tests.benchmarks.learning import metadiff_trainer
 

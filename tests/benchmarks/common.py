@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from metadiff_cli.core.features import FeatureBank
+from metadiff_cli.core.encoders.bank import FeatureBank
 
 CPU = torch.device("cpu")
 

@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metadiff_cli.config import Config, PretrainConfig
-from metadiff_cli.core.denoiser import AnalyticDenoiser
+from metadiff_cli.config.schema import Config, PretrainConfig
+from metadiff_cli.core.checkpoints.model import save_model
 from metadiff_cli.core.device import autocast, keep_freed_memory
-from metadiff_cli.core.encoders import build_encoder
-from metadiff_cli.core.features import ImageEncoder, build_bank
-from metadiff_cli.core.inference import Learner, Tuning
-from metadiff_cli.core.model import save_model
-from metadiff_cli.core.pretraining import Pretrainer
-from metadiff_cli.core.task_space import fit_task_space
+from metadiff_cli.core.encoders.bank import ImageEncoder, build_bank
+from metadiff_cli.core.encoders.networks import build_encoder
+from metadiff_cli.core.method.adapt import Learner, Tuning
+from metadiff_cli.core.method.denoisers import AnalyticDenoiser
+from metadiff_cli.core.method.task_space import fit_task_space
+from metadiff_cli.core.training.pretrain import Pretrainer
 from metadiff_cli.data.cache import decode_images, decode_split
 from metadiff_cli.data.folders import open_dataset, require_split
 from tests.benchmarks.common import CPU, Ratio, Report, Sizes, rates, write_images
@@ -32,7 +32,7 @@ BATCH = 256
 BARE = """
 import sys
 import numpy as np, torch
-from metadiff_cli.core.encoders import build_encoder
+from metadiff_cli.core.encoders.networks import build_encoder
 from metadiff_cli.core.device import keep_freed_memory
 keep_freed_memory()
 pixels = torch.from_numpy(np.load(sys.argv[1]))

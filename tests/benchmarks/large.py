@@ -99,7 +99,7 @@ def _write_bank(path: Path, shape: tuple[int, int], rows: int = 10_000) -> float
 def _to_features(place: Path, sizes: Sizes) -> dict[str, float]:
     """In the fresh process: seconds of each stage."""
     from metadiff_cli.core.device import keep_freed_memory
-    from metadiff_cli.core.features import build_bank
+    from metadiff_cli.core.encoders.bank import build_bank
     from metadiff_cli.data.cache import decode_split
     from metadiff_cli.data.folders import open_dataset, require_split
     from tests.benchmarks.images import BATCH, frozen_encoder
@@ -128,10 +128,10 @@ def _some_pixels(sizes: Sizes) -> Any:
 
 def _first_step(place: Path, sizes: Sizes) -> dict[str, float]:
     """In the fresh process: what `metatrain` does between a bank that is there and the end of the first step."""
-    from metadiff_cli.config import DenoiserConfig, MetatrainConfig
-    from metadiff_cli.core.features import FeatureBank
-    from metadiff_cli.core.metatraining import MetaTrainer
-    from metadiff_cli.core.statistics import kept_statistics
+    from metadiff_cli.config.schema import DenoiserConfig, MetatrainConfig
+    from metadiff_cli.core.encoders.bank import FeatureBank
+    from metadiff_cli.core.encoders.statistics import kept_statistics
+    from metadiff_cli.core.training.metatrain import MetaTrainer
 
     features = np.load(place / "bank.npy", mmap_mode="r")
     labels = np.repeat(np.arange(sizes.large_classes), sizes.large_per_class)

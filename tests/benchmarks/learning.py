@@ -20,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metadiff_cli.config import DenoiserConfig, FrozenBaseline, ImageBaseline, MetatrainConfig
-from metadiff_cli.core.diffusion import Schedule
-from metadiff_cli.core.encoders import build_encoder
-from metadiff_cli.core.inference import Learner, Sampling, Tuning, adapt_tasks
-from metadiff_cli.core.innerloop import FrozenLearner, Head, build_image_learner
-from metadiff_cli.core.innertraining import InnerTrainer
-from metadiff_cli.core.metatraining import MetaTrainer
-from metadiff_cli.core.task_space import fit_task_space
+from metadiff_cli.config.schema import DenoiserConfig, FrozenBaseline, ImageBaseline, MetatrainConfig
+from metadiff_cli.core.baselines.learners import FrozenLearner, Head, build_image_learner
+from metadiff_cli.core.baselines.train import InnerTrainer
+from metadiff_cli.core.encoders.networks import build_encoder
+from metadiff_cli.core.method.adapt import Learner, Sampling, Tuning, adapt_tasks
+from metadiff_cli.core.method.diffusion import Schedule
+from metadiff_cli.core.method.task_space import fit_task_space
+from metadiff_cli.core.training.metatrain import MetaTrainer
 from tests.benchmarks.common import CPU, Ratio, Report, Sizes, feature_bank, pixel_bank, rates
 
 MAML_STEPS = 5

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COLOURS, SMALL, Result, paint
 from safetensors.torch import save_file
 
 from metadiff_cli.commands import options
-from metadiff_cli.core.checkpoint import load_checkpoint, save_checkpoint
+from metadiff_cli.core.checkpoints.file import load_checkpoint, save_checkpoint
+from tests.worlds import COLOURS, SMALL, Result, paint
 
 CLI = Callable[..., Result]
 
@@ -195,7 +195,7 @@ def test_no_query_images(cli: CLI, photos: Path, checkpoint: Path) -> None:
 
 
 def test_an_unforeseen_error_is_one_line(cli: CLI, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
-    import metadiff_cli.core.checkpoint as module
+    import metadiff_cli.core.checkpoints.file as module
 
     def fail(path: Path) -> None:
         raise RuntimeError("boom")
@@ -206,7 +206,7 @@ def test_an_unforeseen_error_is_one_line(cli: CLI, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_interrupt_is_exit_code_130(cli: CLI, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
-    import metadiff_cli.core.checkpoint as module
+    import metadiff_cli.core.checkpoints.file as module
 
     def fail(path: Path) -> None:
         raise KeyboardInterrupt

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import typer
-from conftest import SMALL, Result, invoke
 from PIL import Image
 
 from metadiff_cli.app import app
 from metadiff_cli.data.benchmarks import split_lists
 from metadiff_cli.data.glyphs import draw_class
+from tests.worlds import SMALL, Result, invoke
 
 CLI = Callable[..., Result]
 SUMMARY, WIDTH = 64, 76  # columns: of a summary in the list of commands, of a line; both fit into a terminal of 80

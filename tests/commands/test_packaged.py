@@ -4,11 +4,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import COLOURS, Result
-
 from metadiff_cli import FewShotClassifier
 from metadiff_cli.commands.options import PACKAGED
-from metadiff_cli.core.checkpoint import read_header
+from metadiff_cli.core.checkpoints.file import read_header
+from tests.worlds import COLOURS, Result
 
 CLI = Callable[..., Result]
 

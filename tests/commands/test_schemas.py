@@ -1,26 +1,14 @@
 """The published JSON schemas, against what the commands really print."""
 
-import json
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import SMALL, Result, paint
 from jsonschema import Draft202012Validator, ValidationError
 
+from tests.worlds import SCHEMAS, SMALL, Result, paint, validate
+
 CLI = Callable[..., Result]
-SCHEMAS = {json.loads(f.read_text())["$id"]: json.loads(f.read_text()) for f in files("metadiff_cli.schemas").iterdir()
-           if f.name.endswith(".json")}  # fmt: skip
-
-
-def validate(result: Result, name: str, code: int = 0) -> dict[str, Any]:
-    assert result.code == code, result.err
-    document: dict[str, Any] = json.loads(result.out)
-    assert document["schema"] == name
-    Draft202012Validator(SCHEMAS[name]).validate(document)
-    return document
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

@@ -10,20 +10,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gpu import GPU, FakeGpu, Waited
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from metadiff_cli.config import ENCODERS, DenoiserConfig, FrozenBaseline, ImageBaseline, MetatrainConfig, PretrainConfig
-from metadiff_cli.core.denoiser import build_denoiser, support_stats
-from metadiff_cli.core.diffusion import Noise, Schedule, ddim, ddpm, finish
-from metadiff_cli.core.encoders import build_encoder
-from metadiff_cli.core.features import FeatureBank, ImageEncoder
-from metadiff_cli.core.innerloop import FrozenLearner, build_image_learner
-from metadiff_cli.core.innertraining import InnerTrainer
-from metadiff_cli.core.metatraining import MetaTrainer
-from metadiff_cli.core.pixels import Pixels
-from metadiff_cli.core.pretraining import Pretrainer
-from metadiff_cli.core.task_space import fit_task_space
+from metadiff_cli.config.schema import (
+    ENCODERS,
+    DenoiserConfig,
+    FrozenBaseline,
+    ImageBaseline,
+    MetatrainConfig,
+    PretrainConfig,
+)
+from metadiff_cli.core.baselines.learners import FrozenLearner, build_image_learner
+from metadiff_cli.core.baselines.train import InnerTrainer
+from metadiff_cli.core.encoders.bank import FeatureBank, ImageEncoder
+from metadiff_cli.core.encoders.networks import build_encoder
+from metadiff_cli.core.method.denoisers import build_denoiser, support_stats
+from metadiff_cli.core.method.diffusion import Noise, Schedule, ddim, ddpm, finish
+from metadiff_cli.core.method.task_space import fit_task_space
+from metadiff_cli.core.training.metatrain import MetaTrainer
+from metadiff_cli.core.training.pixels import Pixels
+from metadiff_cli.core.training.pretrain import Pretrainer
+from tests.gpu import GPU, FakeGpu, Waited
 
 CLASSES, SIDE, SIZE = 8, 32, 12
 CPU = torch.device("cpu")
@@ -177,8 +184,8 @@ def test_pixels_too_large_for_the_gpu_are_sent_batch_by_batch(gpu: FakeGpu, monk
 def test_pixels_that_are_kept_are_those_of_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pixels, _ = images()
     np.save(tmp_path / "pixels.npy", pixels)
-    monkeypatch.setattr("metadiff_cli.core.pixels.CHUNK", 7)  # the last chunk is a short one
-    monkeypatch.setattr("metadiff_cli.core.pixels._fits", lambda images, device: True)
+    monkeypatch.setattr("metadiff_cli.core.training.pixels.CHUNK", 7)  # the last chunk is a short one
+    monkeypatch.setattr("metadiff_cli.core.training.pixels._fits", lambda images, device: True)
     kept = Pixels(np.load(tmp_path / "pixels.npy", mmap_mode="r"), CPU)
     rows = torch.tensor([39, 0, 7, 7])
     assert kept.kept is not None

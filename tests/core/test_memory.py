@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_rejection import CPU, bank_of
 
-from metadiff_cli.core.encoders import build_encoder
-from metadiff_cli.core.features import ImageEncoder
+from metadiff_cli.core.encoders.bank import ImageEncoder
+from metadiff_cli.core.encoders.networks import build_encoder
 from metadiff_cli.core.memory import LiveTensors, training_memory
-from metadiff_cli.core.task_space import fit_task_space
+from metadiff_cli.core.method.task_space import fit_task_space
+from tests.worlds import CPU, bank_of
 
 
 def test_what_is_alive_at_once_is_counted() -> None:

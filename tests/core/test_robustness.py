@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metadiff_cli.config import DenoiserConfig, MetatrainConfig
-from metadiff_cli.core import evaluation
-from metadiff_cli.core.baselines import logreg_method, ridge_method
-from metadiff_cli.core.denoiser import AnalyticDenoiser, UNetDenoiser, randomise
-from metadiff_cli.core.encoders import build_encoder
-from metadiff_cli.core.evaluation import Method, Protocol, Scores, evaluate, run_through
-from metadiff_cli.core.features import Encoding, FeatureBank, ImageEncoder, extract
-from metadiff_cli.core.inference import Learner, Sampling, Tuning, adapt_tasks, seeds_of
-from metadiff_cli.core.metatraining import MetaTrainer
-from metadiff_cli.core.task_space import TaskSpace, fit_task_space
+from metadiff_cli.config.schema import DenoiserConfig, MetatrainConfig
+from metadiff_cli.core.encoders.bank import Encoding, FeatureBank, ImageEncoder, extract
+from metadiff_cli.core.encoders.networks import build_encoder
+from metadiff_cli.core.evaluation import evaluate as evaluation
+from metadiff_cli.core.evaluation.controls import logreg_method, ridge_method
+from metadiff_cli.core.evaluation.evaluate import Method, Protocol, Scores, evaluate, run_through
+from metadiff_cli.core.method.adapt import Learner, Sampling, Tuning, adapt_tasks, seeds_of
+from metadiff_cli.core.method.denoisers import AnalyticDenoiser, UNetDenoiser, randomise
+from metadiff_cli.core.method.task_space import TaskSpace, fit_task_space
+from metadiff_cli.core.training.metatrain import MetaTrainer
 
 CPU = torch.device("cpu")
 SIZE = 32

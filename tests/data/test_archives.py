@@ -1,6 +1,5 @@
 """Archives from strangers: nothing leaves the target, and damage is told."""
 
-import io
 import os
 import stat
 import tarfile
@@ -16,26 +15,9 @@ from hypothesis import strategies as st
 from metadiff_cli.data import archives
 from metadiff_cli.data.archives import unpack
 from metadiff_cli.errors import DataError
+from tests.worlds import tar_of, zip_of
 
 FILES = {"a/1.png": b"one", "a/b/2.png": b"", "ß é.png": b"x" * 3000}
-
-
-def zip_of(path: Path, files: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for name, content in files.items():
-            file.writestr(name, content)
-    return path
-
-
-def tar_of(path: Path, files: dict[str, bytes], *more: tarfile.TarInfo) -> Path:
-    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-        for info in more:
-            tar.addfile(info)
-    return path
 
 
 def tree(folder: Path) -> dict[str, bytes]:

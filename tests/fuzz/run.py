@@ -8,10 +8,10 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # this checkout, whatever is installed
 with atheris.instrument_imports(include=["metadiff_cli"]):
-    from targets import TARGETS
+    from tests.fuzz.targets import TARGETS
 
     if sys.argv[1:2] == ["checkpoint"]:  # the targets import late, and only what is imported here is followed
-        import metadiff_cli.core.saved  # noqa: F401
+        import metadiff_cli.core.checkpoints.classifier  # noqa: F401
 
 
 def main() -> None:

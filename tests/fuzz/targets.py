@@ -5,20 +5,20 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from metadiff_cli.config.load import check, resolve
 from metadiff_cli.errors import MetaDiffError
-from metadiff_cli.settings import check, resolve
 
 
 def small_model(path: Path) -> Path:
     """A real checkpoint, untrained: conv4 at 16 x 16 and a small denoiser."""
     import torch
 
-    from metadiff_cli.core.denoiser import UNetDenoiser
-    from metadiff_cli.core.encoders import build_encoder
-    from metadiff_cli.core.features import ImageEncoder
-    from metadiff_cli.core.inference import Learner, Tuning
-    from metadiff_cli.core.model import save_model
-    from metadiff_cli.core.task_space import identity_space
+    from metadiff_cli.core.checkpoints.model import save_model
+    from metadiff_cli.core.encoders.bank import ImageEncoder
+    from metadiff_cli.core.encoders.networks import build_encoder
+    from metadiff_cli.core.method.adapt import Learner, Tuning
+    from metadiff_cli.core.method.denoisers import UNetDenoiser
+    from metadiff_cli.core.method.task_space import identity_space
 
     encoder = build_encoder("conv4")
     images = ImageEncoder(encoder, "conv4", 16, (0.5,) * 3, (0.2,) * 3, True, torch.device("cpu"))
@@ -37,10 +37,10 @@ def small_classifier(path: Path) -> Path:
     import numpy as np
     import torch
 
-    from metadiff_cli.core.inference import TaskClassifier
-    from metadiff_cli.core.model import SavedClassifier, load_model
-    from metadiff_cli.core.saved import Origin, save_classifier
-    from metadiff_cli.core.support import SupportSet
+    from metadiff_cli.core.checkpoints.classifier import Origin, save_classifier
+    from metadiff_cli.core.checkpoints.model import SavedClassifier, load_model
+    from metadiff_cli.core.method.adapt import TaskClassifier
+    from metadiff_cli.core.method.support import SupportSet
 
     model = load_model(small_model(path.with_name("base.safetensors")), torch.device("cpu"))
     classes, size = ("a", "ß", "日本"), model.images.feature_size
@@ -55,9 +55,9 @@ def read_any(path: Path) -> None:
     """Read a checkpoint as the commands do: the file, then what its kind says it holds."""
     import torch
 
-    from metadiff_cli.core.checkpoint import load_checkpoint
-    from metadiff_cli.core.model import load_encoder, load_model
-    from metadiff_cli.core.saved import load_classifier
+    from metadiff_cli.core.checkpoints.classifier import load_classifier
+    from metadiff_cli.core.checkpoints.file import load_checkpoint
+    from metadiff_cli.core.checkpoints.model import load_encoder, load_model
 
     checkpoint, device = load_checkpoint(path), torch.device("cpu")
     json.dumps(checkpoint.header)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from targets import checkpoint, read_any, small_classifier, small_model
 
-from metadiff_cli.core.checkpoint import read_header
+from metadiff_cli.core.checkpoints.file import read_header
 from metadiff_cli.errors import CheckpointError, MetaDiffError
+from tests.fuzz.targets import checkpoint, read_any, small_classifier, small_model
 
 KEY, METADATA = "metadiff", "__metadata__"
 

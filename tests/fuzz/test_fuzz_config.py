@@ -8,11 +8,11 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from targets import config
 
-from metadiff_cli.config import Config
+from metadiff_cli.config.load import preset_folder, read_yaml, resolve
+from metadiff_cli.config.schema import Config
 from metadiff_cli.errors import ConfigError
-from metadiff_cli.settings import preset_folder, read_yaml, resolve
+from tests.fuzz.targets import config
 
 KEYS = [
     "seed",

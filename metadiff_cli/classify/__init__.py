@@ -1,0 +1,1 @@
+"""From image files to a classifier and predictions; shared by `adapt` and the Python class."""

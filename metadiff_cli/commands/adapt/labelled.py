@@ -1,0 +1,134 @@
+"""`adapt --labelled`: accuracy and confusion matrix of query images whose classes are known."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from metadiff_cli.commands.adapt.output import Outcome
+from metadiff_cli.console import Screen
+
+REJECTED = "(rejected)"
+WIDEST = 20  # classes of a matrix that is shown whole
+PAIRS = 15  # confusions named where it is not
+
+
+class Score:
+    """Counts of (true class, label), None being rejected; images of classes that the support lacks stand apart."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.classes = tuple(classes)
+        self.pairs: Counter[tuple[str, str | None]] = Counter()
+        self.unlabelled = 0
+
+    def add(self, outcome: Outcome) -> None:
+        """Take in an outcome that has a label."""
+        if outcome.truth is None:
+            self.unlabelled += 1
+        else:
+            self.pairs[outcome.truth, outcome.label] += 1
+
+    def document(self) -> dict[str, Any]:
+        """JSON: accuracy in percent, with its interval, over images of known classes; a rejected one is not right."""
+        known = {pair: n for pair, n in self.pairs.items() if pair[0] in self.classes}
+        foreign = {pair: n for pair, n in self.pairs.items() if pair[0] not in self.classes}
+        images, correct = sum(known.values()), sum(n for (truth, label), n in known.items() if truth == label)
+        rows, columns = self._rows(), self._columns()
+        return {
+            "images": images,
+            "correct": correct,
+            "rejected": _rejected(known),
+            "accuracy": round(100 * correct / images, 4) if images else None,
+            "ci95": wilson(correct, images) if images else None,
+            "confusion": {
+                "rows": rows,
+                "columns": [REJECTED if column is None else column for column in columns],
+                "matrix": [[self.pairs[row, column] for column in columns] for row in rows],
+            },
+            "other_classes": {
+                "images": sum(foreign.values()),
+                "rejected": _rejected(foreign),
+                "classes": sorted({truth for truth, _ in foreign}),
+            },
+            "unlabelled": self.unlabelled,
+        }
+
+    def counts(self) -> list[list[int]]:
+        """Images of each class of the support (rows) by label (columns), rejected ones and other classes left out."""
+        return [[self.pairs[truth, label] for label in self.classes] for truth in self.classes]
+
+    def _rows(self) -> list[str]:
+        seen = {truth for truth, _ in self.pairs}
+        return [*(c for c in self.classes if c in seen), *sorted(seen - set(self.classes))]
+
+    def _columns(self) -> list[str | None]:
+        rejected = any(label is None for _, label in self.pairs)
+        return [*self.classes, *([None] if rejected else [])]
+
+    def show(self, screen: Screen, *, matrix: bool) -> None:
+        """The summary on stderr, and on stdout the matrix, of many classes only the most frequent confusions.
+
+        Without `matrix`, where stdout has rows for a program, those are on stderr.
+        """
+        document = self.document()
+        for line in _summary(document):
+            screen.note(line)
+        if matrix and len(self.classes) <= WIDEST:
+            self._show_matrix(screen, document["confusion"])
+        elif matrix:
+            self._show_pairs(screen)
+        elif wrong := self._wrong():
+            pairs = ", ".join(f"{truth} taken for {label} {n}" for n, truth, label in wrong[:PAIRS])
+            screen.note(f"most frequent confusions: {pairs}")
+
+    def _show_matrix(self, screen: Screen, confusion: dict[str, Any]) -> None:
+        number = {cls: str(i + 1) for i, cls in enumerate(self.classes)}
+        columns = [number.get(column, column) for column in confusion["columns"]]
+        rows = [
+            (number.get(row, ""), row, *(str(n) if n else "" for n in counts))
+            for row, counts in zip(confusion["rows"], confusion["matrix"], strict=True)
+        ]
+        screen.table("confusion matrix: a row is a true class, a column a label", ("", "class", *columns), rows, left=2)
+        if others := [f"{number[cls]} {cls}" for cls in self.classes if cls not in confusion["rows"]]:
+            screen.text(f"columns of classes without images here: {', '.join(others)}")
+
+    def _show_pairs(self, screen: Screen) -> None:
+        rows = [(truth, label, str(n)) for n, truth, label in self._wrong()[:PAIRS]]
+        screen.table("most frequent confusions", ("class", "taken for", "images"), rows, left=2)
+
+    def _wrong(self) -> list[tuple[int, str, str]]:
+        """Number, class and label of confusions, the most frequent first."""
+        found = [(n, truth, label or REJECTED) for (truth, label), n in self.pairs.items() if truth != label]
+        return sorted(found, key=lambda item: (-item[0], *item[1:]))
+
+
+def _rejected(pairs: Mapping[tuple[str, str | None], int]) -> int:
+    return sum(n for (_, label), n in pairs.items() if label is None)
+
+
+def wilson(correct: int, images: int) -> list[float]:
+    """95 % interval of an accuracy, in percent (Wilson 1927): sound for few images and near 0 and 100 %."""
+    z, p = 1.96, correct / images
+    centre = (p + z * z / (2 * images)) / (1 + z * z / images)
+    half = z * math.sqrt(p * (1 - p) / images + z * z / (4 * images**2)) / (1 + z * z / images)
+    return [round(100 * max(centre - half, 0.0), 4), round(100 * min(centre + half, 1.0), 4)]
+
+
+def _summary(document: dict[str, Any]) -> list[str]:
+    lines = []
+    if document["images"]:
+        low, high = document["ci95"]
+        rejected = f", {document['rejected']} rejected" if document["rejected"] else ""
+        lines.append(
+            f"accuracy {document['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f}): "
+            f"{document['correct']} of {document['images']} images{rejected}"
+        )
+    other = document["other_classes"]
+    if other["images"]:
+        lines.append(
+            f"{other['images']} images are of classes that the support lacks ({', '.join(other['classes'][:5])}"
+            f"{', ...' if len(other['classes']) > 5 else ''}) and do not count; {other['rejected']} were rejected"
+        )
+    if document["unlabelled"]:
+        lines.append(f"{document['unlabelled']} query images have no class and do not count")
+    return lines

@@ -1,0 +1,1 @@
+"""Commands that look at things: inspect, presets, config, data, cache, doctor, export."""

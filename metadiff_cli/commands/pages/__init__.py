@@ -1,0 +1,1 @@
+"""Report pages: plots, templates, style, script."""

@@ -1,0 +1,285 @@
+"""Small plots as inline SVG: dots with intervals, curves and a band, a reliability diagram, paths in a plane.
+
+Colours and fonts come from the page's style sheet through class names, so that they follow dark mode; `standalone`
+takes them into the SVG, for a file of its own. Lengths are in units of the view box, about a pixel. Text is escaped by
+ElementTree.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+WIDTH = 400.0
+ROW, LEFT, RIGHT, TOP, BOTTOM = 30.0, 46.0, 14.0, 12.0, 40.0
+LETTER = 7.8  # width of an average letter at the style sheet's 13 px
+LONGEST_NAME = 18
+HUES = 5  # colours of the style sheet
+FAR = 15.0  # a row this far below the best does not stretch the axis: the intervals of the others stay visible
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and the half-width of its interval; `own` marks ours among the controls."""
+
+    name: str
+    value: float
+    half: float
+    own: bool = False
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Of a reliability diagram: mean confidence and accuracy in 0..1 of `count` predictions."""
+
+    confidence: float
+    accuracy: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Way:
+    """The way of one class to its target: points (x, y) of several draws, the first one its start."""
+
+    name: str
+    target: tuple[float, float]
+    draws: Sequence[Sequence[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """From values low..high to places start..end; start may lie after end."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    @classmethod
+    def around(cls, values: Iterable[float], start: float, end: float) -> "Axis":
+        """An axis that holds all values, its ends on ticks."""
+        values = list(values)
+        low, high = min(values), max(values)
+        if low == high:
+            low, high = low - 0.5, high + 0.5
+        step = _step(high - low)
+        return cls(math.floor(low / step) * step, math.ceil(high / step) * step, start, end)
+
+    def at(self, value: float) -> float:
+        """Where a value lies."""
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """Round values from end to end, about five."""
+        step = _step(self.high - self.low)
+        first = math.ceil(self.low / step - 1e-9)
+        return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def intervals(rows: Sequence[Interval], label: str, *, zero: bool = False) -> str:
+    """A row for each method: name, interval with its dot, and the numbers; `zero` draws the line of no difference.
+
+    A row that is FAR below the best is marked at the edge of the plot.
+    """
+    names = min(LONGEST_NAME, max(len(row.name) for row in rows)) * LETTER + 12
+    best = max(row.value for row in rows)
+    near = [row for row in rows if row.value > best - FAR]
+    edges = [edge for row in near for edge in (row.value - row.half, row.value + row.half)]
+    x = Axis.around([*edges, *([0.0] if zero else [])], names, WIDTH - 98)
+    bottom = TOP + ROW * len(rows)
+    svg = _canvas(bottom + BOTTOM, label)
+    _ticks_across(svg, x, bottom)
+    if zero:
+        _line(svg, "zero", x.at(0), TOP, x.at(0), bottom)
+    for i, row in enumerate(rows):
+        y, own = TOP + ROW * (i + 0.5), " own" * row.own
+        if row in near:
+            _line(svg, f"range{own}", x.at(row.value - row.half), y, x.at(row.value + row.half), y)
+            _add(svg, "circle", f"dot{own}", cx=x.at(row.value), cy=y, r=4)
+        else:
+            _text(svg, "◂ off the scale", x.start + 2, y + 4.5, "start", "tick")
+        _text(svg, _short(row.name), names - 10, y + 4.5, "end")
+        number = f"{row.value:+.2f}".replace("-", "−") if zero else f"{row.value:.2f}"
+        _text(svg, f"{number} ± {row.half:.2f}", WIDTH, y + 4.5, "end")
+    _text(svg, label, (x.start + x.end) / 2, bottom + 34, "middle", "tick")
+    return _source(svg)
+
+
+def curve(points: Sequence[tuple[float, float, float]], across: str, label: str, *, zero: bool = False) -> str:
+    """A line through (x, y, half-width), with a band where the half-widths are above 0; `across` names the x axis."""
+    height = 240.0
+    bottom = height - BOTTOM
+    edges = [edge for _, value, half in points for edge in (value - half, value + half)]
+    y = Axis.around([*edges, *([0.0] if zero else [])], bottom, TOP)
+    left = max(LEFT, 14 + LETTER * max(len(_number(tick)) for tick in y.ticks()))
+    x = Axis(points[0][0], max(points[-1][0], points[0][0] + 1), left, WIDTH - RIGHT)
+    svg = _canvas(height, label)
+    _ticks_up(svg, y, x)
+    for tick in x.ticks():
+        _text(svg, _number(tick), x.at(tick), bottom + 18, "middle", "tick")
+    if zero:
+        _line(svg, "zero", x.start, y.at(0), x.end, y.at(0))
+    if any(half > 0 for _, _, half in points):
+        band = [(p, value + half) for p, value, half in points]
+        band += [(p, value - half) for p, value, half in reversed(points)]
+        _add(svg, "polygon", "band", points=_path(x, y, band))
+    _add(svg, "polyline", "curve", points=_path(x, y, [(p, value) for p, value, _ in points]))
+    _text(svg, across, (x.start + x.end) / 2, height - 6, "middle", "tick")
+    return _source(svg)
+
+
+def curves(series: Sequence[tuple[str, Sequence[tuple[float, float]]]], across: str, label: str) -> str:
+    """A line with dots for each name and its points (x, y), from zero up, with their names above."""
+    height, legend = 260.0, 22.0
+    bottom = height - BOTTOM
+    y = Axis.around([0.0, *(value for _, points in series for _, value in points)], bottom, TOP + legend)
+    left = max(LEFT, 14 + LETTER * max(len(_number(tick)) for tick in y.ticks()))
+    x = Axis.around([place for _, points in series for place, _ in points], left, WIDTH - RIGHT)
+    svg = _canvas(height, label)
+    _ticks_up(svg, y, x)
+    for tick in x.ticks():
+        _text(svg, _number(tick), x.at(tick), bottom + 18, "middle", "tick")
+    place = left
+    for i, (name, points) in enumerate(series):
+        hue = f"s{i % HUES}"
+        _add(svg, "polyline", f"curve {hue}", points=_path(x, y, points))
+        for a, b in points:
+            _add(svg, "circle", f"dot {hue}", cx=x.at(a), cy=y.at(b), r=3)
+        _add(svg, "circle", f"dot {hue}", cx=place + 5, cy=TOP + 2, r=5)
+        _text(svg, _short(name), place + 15, TOP + 6.5, "start")
+        place += 30 + LETTER * len(_short(name))
+    _text(svg, across, (x.start + x.end) / 2, height - 6, "middle", "tick")
+    return _source(svg)
+
+
+def travels(paths: Sequence[Way], across: str, up: str) -> str:
+    """Ways to targets in a plane of equal scales: a dot for each step, a larger one at the end; rings are targets."""
+    height = WIDTH
+    points = [p for path in paths for p in (path.target, *(p for draw in path.draws for p in draw))]
+    start, end = LEFT + 8, WIDTH - RIGHT
+    x, y = _square(points, (start, end), (height - BOTTOM, height - BOTTOM - (end - start)))
+    svg = _canvas(height, f"{across}; {up}")
+    _ticks_up(svg, y, x)
+    for tick in x.ticks():
+        _text(svg, _number(tick), x.at(tick), height - BOTTOM + 18, "middle", "tick")
+    for i, path in enumerate(paths):
+        hue = f"s{i % HUES}"
+        for draw in path.draws:
+            _add(svg, "polyline", f"way {hue}", points=_path(x, y, draw))
+            for step, (a, b) in enumerate(draw, start=1):
+                _add(svg, "circle", f"dot {hue}", cx=x.at(a), cy=y.at(b), r=3.6 if step == len(draw) else 1.6)
+    for i, path in enumerate(paths):  # above all the ways
+        a, b = x.at(path.target[0]), y.at(path.target[1])
+        _add(svg, "circle", f"ring s{i % HUES}", cx=a, cy=b, r=6)
+        right = a > (start + end) / 2
+        _text(svg, _short(path.name), a - 11 if right else a + 11, b + 4.5, "end" if right else "start", "text name")
+    _text(svg, across, (start + end) / 2, height - 6, "middle", "tick")
+    _text(svg, up, start, TOP + 2, "start", "tick")
+    return _source(svg)
+
+
+def _square(
+    points: Sequence[tuple[float, float]], across: tuple[float, float], up: tuple[float, float]
+) -> tuple[Axis, Axis]:
+    """Two axes with the same length of a unit that hold all points with some room around."""
+    middles, spans = [], []
+    for values in zip(*points, strict=True):
+        middles.append((min(values) + max(values)) / 2)
+        spans.append(max(values) - min(values))
+    half = 0.53 * max(*spans, 1e-6)
+    return (
+        Axis(middles[0] - half, middles[0] + half, *across),
+        Axis(middles[1] - half, middles[1] + half, *up),
+    )
+
+
+def standalone(svg: str) -> str:
+    """The same plot as the text of an .svg file, with the colours of the pages in it."""
+    sheet = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+    colours, rest = sheet.split("* { box-sizing", 1)
+    rules = [line for line in rest.splitlines() if line.startswith("svg ")]
+    root = ElementTree.fromstring(svg)
+    root.set("xmlns", "http://www.w3.org/2000/svg")
+    style = ElementTree.Element("style")
+    style.text = "\n".join([colours, *rules, "svg { background: var(--face); font-family: system-ui, sans-serif; }"])
+    root.insert(0, style)
+    return _source(root) + "\n"
+
+
+def reliability(bins: Sequence[Bin], label: str) -> str:
+    """Accuracy against confidence beside the diagonal of perfect calibration, above how many predictions fell where."""
+    height, bottom, counts = 340.0, 238.0, 40.0
+    x, y = Axis(0, 1, LEFT + 6, WIDTH - RIGHT), Axis(0, 1, bottom, TOP)
+    svg = _canvas(height, label)
+    _ticks_up(svg, y, x)
+    _line(svg, "zero", x.at(0), y.at(0), x.at(1), y.at(1))
+    filled = sorted((b for b in bins if b.count), key=lambda b: b.confidence)
+    _add(svg, "polyline", "curve", points=_path(x, y, [(b.confidence, b.accuracy) for b in filled]))
+    most = max((b.count for b in filled), default=1)
+    base = bottom + 12 + counts
+    for b in filled:
+        _add(svg, "circle", "dot own", cx=x.at(b.confidence), cy=y.at(b.accuracy), r=4.5)
+        size = counts * b.count / most
+        column = _add(svg, "rect", "column", x=x.at(b.confidence) - 7, y=base - size, width=14, height=size)
+        ElementTree.SubElement(
+            column, "title"
+        ).text = f"confidence {b.confidence:.2f}, accuracy {b.accuracy:.2f}, {b.count} predictions"
+    _line(svg, "grid", x.start, base, x.end, base)
+    for tick in x.ticks():
+        _text(svg, _number(tick), x.at(tick), base + 18, "middle", "tick")
+    _text(svg, "confidence (columns: predictions)", (x.start + x.end) / 2, height - 6, "middle", "tick")
+    return _source(svg)
+
+
+def _step(span: float) -> float:
+    """1, 2 or 5 times a power of ten, about a fifth of the span."""
+    rough = max(span / 5, 1e-300)  # floats below have no logarithm, or few digits
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+
+
+def _number(value: float) -> str:
+    return f"{value:.6g}".replace("-", "−")
+
+
+def _canvas(height: float, label: str) -> ElementTree.Element:
+    attributes = {"viewBox": f"0 0 {WIDTH:g} {height:g}", "role": "img", "aria-label": label}
+    return ElementTree.Element("svg", attributes)
+
+
+def _add(svg: ElementTree.Element, tag: str, kind: str, **attributes: float | str) -> ElementTree.Element:
+    plain = {k.replace("_", "-"): v if isinstance(v, str) else f"{v:.2f}" for k, v in attributes.items()}
+    return ElementTree.SubElement(svg, tag, {"class": kind, **plain})
+
+
+def _line(svg: ElementTree.Element, kind: str, x1: float, y1: float, x2: float, y2: float) -> None:
+    _add(svg, "line", kind, x1=x1, y1=y1, x2=x2, y2=y2)
+
+
+def _text(svg: ElementTree.Element, text: str, x: float, y: float, anchor: str, kind: str = "text") -> None:
+    _add(svg, "text", kind, x=x, y=y, text_anchor=anchor).text = text
+
+
+def _ticks_across(svg: ElementTree.Element, x: Axis, bottom: float) -> None:
+    for tick in x.ticks():
+        _line(svg, "grid", x.at(tick), TOP, x.at(tick), bottom)
+        _text(svg, _number(tick), x.at(tick), bottom + 17, "middle", "tick")
+
+
+def _ticks_up(svg: ElementTree.Element, y: Axis, x: Axis) -> None:
+    for tick in y.ticks():
+        _line(svg, "grid", x.start, y.at(tick), x.end, y.at(tick))
+        _text(svg, _number(tick), x.start - 7, y.at(tick) + 4.5, "end", "tick")
+
+
+def _path(x: Axis, y: Axis, points: Iterable[tuple[float, float]]) -> str:
+    return " ".join(f"{x.at(a):.2f},{y.at(b):.2f}" for a, b in points)
+
+
+def _source(svg: ElementTree.Element) -> str:
+    return ElementTree.tostring(svg, encoding="unicode", short_empty_elements=False)

@@ -1,0 +1,1 @@
+"""`metadiff pretrain` and `metadiff metatrain`."""

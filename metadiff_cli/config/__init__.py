@@ -1,0 +1,1 @@
+"""Settings: the schema, and the layers that are laid over it."""

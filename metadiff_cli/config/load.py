@@ -1,0 +1,224 @@
+"""The one way from defaults over a preset to flags, to a checked configuration. No torch here.
+
+Later layers win: defaults < preset < `--config FILE` < METADIFF_* variables < `--set key=value` < dedicated flag.
+"""
+
+import os
+import reprlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from metadiff_cli.config.schema import Config
+from metadiff_cli.errors import ConfigError, suggest
+
+NO_CONFIG_KEYS = {"METADIFF_DATA_DIR", "METADIFF_CACHE_DIR", "METADIFF_DEBUG"}
+MAX_FILE = 64 * 1024  # bytes of a preset or configuration file; ours have about one kilobyte
+MAX_DEPTH, MAX_ALIASES = 16, 16  # of YAML: aliases of aliases grow exponentially where they are written out
+MAX_SHOWN = 80  # characters of a wrong value in a message
+
+Layer = tuple[str, dict[str, Any]]  # where values come from, and the values
+
+
+def preset_folder() -> Path:
+    """Where the presets lie: inside the installed package, or beside it in a checkout and an editable install."""
+    package = Path(__file__).parent.parent
+    inside = package / "presets"
+    return inside if inside.is_dir() else package.parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """Names of all presets, sorted."""
+    return sorted(path.stem for path in preset_folder().glob("*.yaml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The values of a preset. Raises ConfigError with a suggestion when there is none of that name."""
+    names = preset_names()
+    if name not in names:
+        raise ConfigError(f"unknown preset '{name}'", hint=f"{suggest(name, names)}`metadiff presets list` shows all")
+    return read_yaml(preset_folder() / f"{name}.yaml")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping from a YAML file, safely loaded within limits. Raises ConfigError."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE + 1)  # a device or pipe has no size to look at before
+        if len(raw) > MAX_FILE:
+            raise ConfigError(f"{path} is larger than {MAX_FILE // 1024} KiB", hint="give a configuration file")
+        values = load_yaml(raw.decode("utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist", hint=f"`metadiff presets copy NAME {path}` makes one") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML ({error})", hint="mend or replace the file") from error
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no `key: value` lines", hint="`metadiff presets show NAME` prints an example")
+    return values or {}
+
+
+def load_yaml(text: str) -> Any:
+    """YAML, safely loaded. Raises YAMLError or ValueError for more than a configuration needs: see the limits above."""
+    depth, aliases, anchors = 0, 0, []
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # events come one by one, before anything is built
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            anchors.append(event.anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+            anchors.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            aliases += 1
+            if event.anchor in anchors:
+                raise ValueError(f"alias *{event.anchor} stands inside of what it stands for")
+        if depth > MAX_DEPTH or aliases > MAX_ALIASES:
+            raise ValueError(f"more than {MAX_DEPTH} levels or {MAX_ALIASES} aliases")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # PyYAML's constructors trip over values such as `!!int ''`
+        raise ValueError(f"a value is not what its tag says: {error}") from error
+
+
+def resolve(
+    preset: str | None = None,
+    file: Path | None = None,
+    settings: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """Lay all layers over each other and check the result.
+
+    `settings` are `--set` arguments such as "pretrain.epochs=3"; `flags` are dotted keys whose value None means not
+    given. Raises one ConfigError that lists every problem.
+    """
+    given = layers(preset, file, settings, environ)
+    given += [("flag", _dotted(key, value)) for key, value in (flags or {}).items() if value is not None]
+    return check(merge_layers(given))
+
+
+def layers(
+    preset: str | None = None,
+    file: Path | None = None,
+    settings: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+) -> list[Layer]:
+    """Where values come from and the values, in rising precedence."""
+    found: list[Layer] = [(f"preset {preset}", read_preset(preset))] if preset else []
+    found += [(f"--config {file}", read_yaml(file))] if file else []
+    found += environment_layers(os.environ if environ is None else environ)
+    return found + [("--set", _dotted(*_split_setting(text))) for text in settings]
+
+
+def merge_layers(given: Sequence[Layer]) -> dict[str, Any]:
+    """All layers laid over each other, later ones on top."""
+    merged: dict[str, Any] = {}
+    for _, layer in given:
+        _merge(merged, layer)
+    return merged
+
+
+def origins(given: Sequence[Layer]) -> dict[str, str]:
+    """For every dotted key, the layer that its value comes from, or "default"."""
+    found = dict.fromkeys(flat(Config().model_dump()), "default")
+    for name, layer in given:
+        found |= {key: name for key in flat(layer) if key in found}
+    return found
+
+
+def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """The values of nested mappings by dotted key."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
+    return found
+
+
+def check(values: dict[str, Any]) -> Config:
+    """Values -> Config, or one ConfigError with all problems."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise ConfigError("; ".join(lines), hint="`metadiff config show` prints every key") from error
+
+
+def environment_layers(environ: Mapping[str, str]) -> list[Layer]:
+    """METADIFF_PRETRAIN__EPOCHS=3 is pretrain.epochs; names of a single part, as METADIFF_SEED, are top-level keys."""
+    return [
+        (f"${name}", _dotted(name.removeprefix("METADIFF_").lower().replace("__", "."), _parse(text)))
+        for name, text in sorted(environ.items())
+        if name.startswith("METADIFF_") and name not in NO_CONFIG_KEYS
+    ]
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as a YAML document that `--config` reads back."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _split_setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text} has no value", hint="write --set key=value, as in --set pretrain.epochs=3")
+    return key.strip(), _parse(value)
+
+
+def _parse(text: str) -> Any:
+    """A value as YAML reads it; what is no YAML is taken as text, and then refused where text has no place."""
+    try:
+        return load_yaml(text)
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
+def _dotted(key: str, value: Any) -> dict[str, Any]:
+    if key.count(".") > MAX_DEPTH:
+        raise ConfigError(f"unknown key '{key[:MAX_SHOWN]}'", hint="`metadiff config show` prints every key")
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    result: dict[str, Any] = value
+    return result
+
+
+def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, dict) else value
+
+
+def _explain(problem: Any) -> str:
+    place = [str(part) for part in problem["loc"]]
+    key = ".".join(place)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key '{key}'" + suggest(
+            key, [".".join([*place[:-1], other]) for other in _keys_beside(place)], before=", ", after=""
+        )
+    return f"{key or 'configuration'}: {problem['msg'].removeprefix('Value error, ')} (got {_shown(problem['input'])})"
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value, without writing out all of one that is large."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = MAX_SHOWN
+    try:
+        return short.repr(value)[:MAX_SHOWN]
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a very long number"
+
+
+def _keys_beside(place: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in place[:-1]:
+        field = section.model_fields.get(part)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return []
+        section = field.annotation
+    return list(section.model_fields)

@@ -1,0 +1,1 @@
+"""The gradient-based family: MAML, ANIL, Meta-SGD."""

@@ -1,0 +1,1 @@
+"""Files of weights: models, classifiers, baselines, ONNX graphs."""

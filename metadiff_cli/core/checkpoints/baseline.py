@@ -1,0 +1,101 @@
+"""Trained baselines on disk: what their inner loop starts from, and on frozen features the model they belong to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metadiff_cli.config.schema import FrozenBaseline, ImageBaseline
+from metadiff_cli.core.baselines.learners import (
+    ON_FEATURES,
+    ON_IMAGES,
+    FrozenLearner,
+    InnerLearner,
+    build_image_learner,
+)
+from metadiff_cli.core.baselines.tasknorm import with_task_norm
+from metadiff_cli.core.checkpoints.file import Checkpoint, load_checkpoint, save_checkpoint
+from metadiff_cli.core.checkpoints.model import (
+    checkpoint_errors,
+    described_encoder,
+    image_encoder,
+    image_header,
+    model_header,
+    model_tensors,
+    space_of,
+    tuning_from,
+    views_of,
+)
+from metadiff_cli.core.encoders.bank import ImageEncoder
+from metadiff_cli.core.encoders.networks import build_encoder
+from metadiff_cli.core.method.adapt import Learner, Tuning
+from metadiff_cli.core.method.denoisers import AnalyticDenoiser
+
+HEAD_BIAS = {"maml": "net.1.bias", "fomaml": "net.1.bias"}  # of the others: head.bias
+
+
+@dataclass(frozen=True)
+class TrainedMethod:
+    """A gradient-based baseline. On frozen features `base` is the analytic model they belong to; on images it is None.
+
+    `images` says how an image is read; on images its encoder is the one that is adapted, under `inner` as well.
+    """
+
+    name: str
+    images: ImageEncoder
+    inner: InnerLearner
+    base: Learner | None
+    header: dict[str, Any]
+
+
+def save_method(path: Path, method: TrainedMethod, metrics: dict[str, Any]) -> None:
+    """Write a trained baseline."""
+    tensors = {f"inner.{n}": t for n, t in method.inner.state_dict().items()}
+    header = {**method.header, "metrics": metrics, **image_header(method.images)}
+    if method.base is not None:
+        tensors |= model_tensors(method.images, method.base)
+        header |= model_header(method.images, method.base)
+    save_checkpoint(path, "method", tensors, header)
+
+
+def load_method(path: Path, device: torch.device) -> TrainedMethod:
+    """Read a trained baseline. Raises CheckpointError for anything else."""
+    checkpoint = load_checkpoint(path, "method")
+    with checkpoint_errors(path):
+        name = str(checkpoint.header["method"]["name"])
+        if name not in (*ON_FEATURES, *ON_IMAGES):
+            raise ValueError(f"a method called {name!r:.40}")
+        images, inner, base = (_on_features if name in ON_FEATURES else _on_images)(name, checkpoint, device)
+        inner.load_state_dict(checkpoint.part("inner"))
+        return TrainedMethod(name, images, inner.to(device).eval(), base, checkpoint.header)
+
+
+def _on_features(
+    name: str, checkpoint: Checkpoint, device: torch.device
+) -> tuple[ImageEncoder, InnerLearner, Learner | None]:
+    header = checkpoint.header
+    images = image_encoder(checkpoint, device, *views_of(header["image"]))
+    space = space_of(checkpoint, images)
+    base = Learner(space, AnalyticDenoiser(), False, Tuning()).tuned(tuning_from(header["tuning"]))
+    settings = FrozenBaseline.model_validate(header["method"]["settings"])
+    return images, FrozenLearner(name, _way(name, checkpoint), space.mean, settings), base
+
+
+def _on_images(
+    name: str, checkpoint: Checkpoint, device: torch.device
+) -> tuple[ImageEncoder, InnerLearner, Learner | None]:
+    header = checkpoint.header
+    images = described_encoder(header, with_task_norm(build_encoder(header["encoder"])), device, mirror=False)
+    settings = ImageBaseline.model_validate(header["method"]["settings"])
+    shape = (images.size, images.mean, images.std)
+    return images, build_image_learner(name, _way(name, checkpoint), images.encoder, *shape, settings), None
+
+
+def _way(name: str, checkpoint: Checkpoint) -> int:
+    """Number of ways, checked against the tensors before anything of that size is made."""
+    bias = checkpoint.tensors[f"inner.{HEAD_BIAS.get(name, 'head.bias')}"]
+    way, found = checkpoint.header["method"]["way"], len(bias)
+    if way != found:
+        raise ValueError(f"{way!r:.40} ways, and a head of {found}")
+    return found

@@ -1,0 +1,1 @@
+"""From pixels to features: networks, encoders of other libraries, the feature bank."""

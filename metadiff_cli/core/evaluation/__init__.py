@@ -1,0 +1,1 @@
+"""Episodes, accuracy with intervals, controls, diagnostics."""

@@ -1,0 +1,96 @@
+"""Controls that fit each task's classifier anew on frozen features, without anything learned beforehand.
+
+logreg  multinomial logistic regression, the usual strong control (Tian et al. 2020)
+ridge   linear regression on one-hot labels in closed form (Bertinetto et al. 2019, without their learned scale)
+
+Both take unit-length features z (B, N, K, D) of B tasks at once and have an intercept, so centring changes nothing.
+Their penalty is fixed beforehand and the same for every task: nothing is fitted on the classes that are measured.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metadiff_cli.core.evaluation.episodes import Episodes
+from metadiff_cli.core.evaluation.evaluate import Method
+
+ITERATIONS, GRADIENT = 500, 1e-6  # of L-BFGS: at most so many, and until no entry of the gradient is larger
+SHARPNESS = 10.0  # of the softmax that turns ridge's scores, about 0 to 1, into confidences
+
+
+def logistic_regression(z: Tensor, penalty: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Weights (B, N, D) and intercepts (B, N) for support features z (B, N, K, D).
+
+    They minimise summed cross-entropy + penalty / 2 ||W||^2: `penalty` is 1 / C of scikit-learn's LogisticRegression.
+    The solution lies in the span of the support, so it is sought in that basis, and one L-BFGS serves all tasks: their
+    sum is as convex as each, and the largest gradient of any task ends it.
+    """
+    x, mean, target = _support(z)
+    basis, coordinates = torch.linalg.qr(x.mT)  # x' = Q R: (B, D, R), (B, R, M) with R = min(D, M)
+    inputs = coordinates.mT  # (B, M, R)
+    tasks, _, rank = inputs.shape
+    solution = torch.zeros(tasks, rank + 1, target.shape[2], dtype=x.dtype, device=x.device)  # last row: intercepts
+    optimiser = torch.optim.LBFGS(
+        [solution], max_iter=ITERATIONS, max_eval=2 * ITERATIONS, history_size=10, tolerance_grad=GRADIENT,
+        tolerance_change=0.0, line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def closure() -> float:
+        weights, intercepts = solution[:, :rank], solution[:, rank:]
+        logits = inputs @ weights + intercepts
+        error = logits.softmax(dim=-1) - target  # gradient of the cross-entropy with respect to the logits
+        solution.grad = torch.cat([inputs.mT @ error + penalty * weights, error.sum(dim=1, keepdim=True)], dim=1)
+        loss = -(target * logits.log_softmax(dim=-1)).sum() + penalty / 2 * weights.square().sum()
+        return float(loss)
+
+    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    weights = (basis @ solution[:, :rank]).mT  # (B, N, D)
+    return _moved(weights, solution[:, rank], mean, z)
+
+
+def ridge_regression(z: Tensor, penalty: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Weights (B, N, D) and intercepts (B, N) that minimise ||X W' + b - Y||^2 + penalty ||W||^2, Y one-hot.
+
+    Solved among the M support images (the dual form), as D is larger than M.
+    """
+    x, mean, target = _support(z)
+    share = target.mean(dim=1)  # (B, N)
+    gram = x @ x.mT
+    gram.diagonal(dim1=1, dim2=2).add_(penalty)
+    dual = torch.linalg.solve(gram, target - share.unsqueeze(1))  # (B, M, N)
+    return _moved(dual.mT @ x, share, mean, z)
+
+
+def logreg_method(penalty: float) -> Method:
+    """Logistic regression on the support of each episode."""
+
+    def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
+        weights, intercepts = logistic_regression(support, penalty)
+        return (query @ weights.mT + intercepts.unsqueeze(1)).softmax(dim=-1)
+
+    return run
+
+
+def ridge_method(penalty: float) -> Method:
+    """Ridge regression on the support of each episode; its confidences are scores through a softmax, not fitted."""
+
+    def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
+        weights, intercepts = ridge_regression(support, penalty)
+        return (SHARPNESS * (query @ weights.mT + intercepts.unsqueeze(1))).softmax(dim=-1)
+
+    return run
+
+
+def _support(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Centred images (B, M, D), their mean (B, 1, D) and one-hot labels (B, M, N), in float64, M = N K."""
+    tasks, ways, shots, size = z.shape
+    x = z.reshape(tasks, ways * shots, size).double()
+    mean = x.mean(dim=1, keepdim=True)
+    labels = torch.arange(ways, device=z.device).repeat_interleave(shots)
+    return x - mean, mean, F.one_hot(labels, ways).to(x).expand(tasks, -1, -1)
+
+
+def _moved(weights: Tensor, intercepts: Tensor, mean: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The classifier of centred images as one of the images themselves, in their type."""
+    intercepts = intercepts.reshape(weights.shape[:2]) - (weights @ mean.mT).squeeze(-1)
+    return weights.to(like), intercepts.to(like)

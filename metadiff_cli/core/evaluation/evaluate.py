@@ -1,0 +1,217 @@
+"""Evaluation on episodes: every method on the same ones, with intervals and paired differences.
+
+`evaluate` is a generator: it yields the number of episodes done and returns the results.
+"""
+
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metadiff_cli.core.device import sent
+from metadiff_cli.core.encoders.bank import FeatureBank
+from metadiff_cli.core.evaluation.episodes import Episodes, check_episodes, episode_batches
+from metadiff_cli.core.method.adapt import Learner, Sampling, adapt_tasks, ranks_of, seeds_of
+from metadiff_cli.core.method.guidance import PoolGuidance, label_propagation, soft_kmeans
+from metadiff_cli.core.method.metric import calibration_error, cosine_logits, reliability
+from metadiff_cli.core.method.task_space import TaskSpace
+from metadiff_cli.core.training.distributed import gather_in_order, mine
+from metadiff_cli.core.training.world import world
+
+BATCH_VALUES = 24_000_000  # numbers in the features of one batch of episodes: about 100 MB
+PART = 4096  # images that are projected at once
+BATCHES = 16  # or more, where there are as many episodes: so many processes can share them
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Which episodes: N ways, K shots, Q queries a class; how many; the seed. `imbalance` is a Dirichlet parameter."""
+
+    way: int = 5
+    shot: int = 1
+    query: int = 15
+    episodes: int = 1000
+    seed: int = 0
+    transductive: bool = False
+    imbalance: float | None = None
+
+
+Method = Callable[[Tensor, Tensor, Episodes, int], Tensor]
+
+
+@dataclass
+class Scores:
+    """Of one method: accuracy of each episode in 0..1, and confidence and correctness of each query."""
+
+    accuracy: list[Tensor] = field(default_factory=list)
+    confidence: list[Tensor] = field(default_factory=list)
+    correct: list[Tensor] = field(default_factory=list)
+
+    def add(self, probabilities: Tensor, labels: Tensor) -> None:
+        """Take in probabilities (B, M, N) and labels (B, M)."""
+        confidence, predicted = probabilities.max(dim=-1)
+        correct = predicted == labels
+        self.accuracy.append(correct.double().mean(dim=1).cpu())
+        self.confidence.append(confidence.flatten().cpu())
+        self.correct.append(correct.flatten().cpu())
+
+    def reliability(self) -> list[dict[str, float]]:
+        """Bins of the reliability diagram; see classifier.reliability."""
+        return reliability(torch.cat(self.confidence), torch.cat(self.correct))
+
+    def joined(self, other: "Scores") -> "Scores":
+        """The episodes of both."""
+        return Scores(self.accuracy + other.accuracy, self.confidence + other.confidence, self.correct + other.correct)
+
+
+class Lengths:
+    """Squared lengths of a bank's images in a task space, for many episodes: a projection an image, none a query."""
+
+    def __init__(self, space: TaskSpace, bank: FeatureBank, device: torch.device) -> None:
+        self.space, self.bank, self.device = space, bank, device
+
+    def of(self, episodes: Episodes, query: Tensor, mean: Tensor) -> Tensor:
+        """`squares` (B, M) of the queries (B, M, D) in the tasks' own spaces, which are around `mean` (B, 1, D)."""
+        squares = sent(self._squares[torch.from_numpy(episodes.query)], query.device)
+        return self.space.squares_around(mean, query, squares)
+
+    @cached_property
+    def _squares(self) -> Tensor:
+        parts = np.array_split(np.arange(len(self.bank.labels)), math.ceil(len(self.bank.labels) / PART))
+        return torch.cat([self.space.squares(sent(self.bank.take(rows), self.device)).cpu() for rows in parts])
+
+
+def lengths_for(space: TaskSpace, bank: FeatureBank, protocol: Protocol, device: torch.device) -> Lengths | None:
+    """`Lengths`, or None where the protocol has fewer queries than the bank has images."""
+    queries = protocol.episodes * protocol.way * protocol.query
+    return Lengths(space, bank, device) if queries > len(bank.labels) else None
+
+
+def method_of(
+    learner: Learner, sampling: Sampling, protocol: Protocol, pool: PoolGuidance | None = None,
+    lengths: Lengths | None = None,
+) -> Method:  # fmt: skip
+    """Adaptation with a learner as a method: (support z, query z, episodes, first) -> probabilities (B, M, N).
+
+    `lengths` are those of the bank that is evaluated, in the learner's space.
+    """
+
+    def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
+        seeds = seeds_of(protocol.seed, first, len(support))
+        classifier = adapt_tasks(
+            learner, support, sampling, ranks=ranks_of(episodes.classes), seeds=seeds,
+            pool=query if protocol.transductive else None, pool_guidance=pool,
+        )  # fmt: skip
+        squares = None if lengths is None else lengths.of(episodes, query, classifier.space.mean)
+        return classifier.probabilities(query, squares)
+
+    return run
+
+
+def prototype_method(learner: Learner) -> Method:
+    """The cosine to the class mean of the same features, raw or centred as validation classes preferred."""
+
+    def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
+        return cosine_logits(query, support.mean(dim=2), *prototype_form(learner, support)).softmax(dim=-1)
+
+    return run
+
+
+def prototype_form(learner: Learner, support: Tensor) -> tuple[float, Tensor | None]:
+    """Logit scale and centre (D,) of the prototype control for support features (B, N, K, D)."""
+    scale = learner.tuning.prototype_calibration.scale(support.shape[1], support.shape[2])
+    return scale, learner.space.mean if learner.tuning.centred_prototype else None
+
+
+def soft_kmeans_method(learner: Learner) -> Method:
+    """Soft k-means on the features as the prototype control sees them, with its calibrated scale."""
+
+    def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
+        scale, centre = prototype_form(learner, support)
+        return soft_kmeans(*_centred(support, query, centre), scale)
+
+    return run
+
+
+def label_propagation_method(learner: Learner) -> Method:
+    """Label propagation on the features as the prototype control sees them."""
+
+    def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
+        _, centre = prototype_form(learner, support)
+        return label_propagation(*_centred(support, query, centre))
+
+    return run
+
+
+def _centred(support: Tensor, query: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (support, query) if centre is None else (support - centre, query - centre)
+
+
+def evaluate(
+    bank: FeatureBank, methods: Mapping[str, Method], protocol: Protocol, device: torch.device
+) -> Generator[int, None, dict[str, Scores]]:
+    """Scores of each method on the protocol's episodes. Raises DataError when the classes do not suffice.
+
+    Several processes share the batches, which are the same for any number of them, and each gets all scores.
+    """
+    indices = bank.class_indices()
+    largest = None if protocol.imbalance is None else 2 * protocol.query
+    check_episodes(indices, bank.classes, protocol.way, protocol.shot, protocol.query, largest)
+    rows = protocol.way * (protocol.shot + protocol.query)
+    batch = max(1, min(math.ceil(protocol.episodes / BATCHES), BATCH_VALUES // (rows * bank.features.shape[1])))
+    own: list[dict[str, Scores]] = []
+    firsts = mine(range(0, protocol.episodes, batch))
+    for first, episodes in zip(firsts, episode_batches(
+        indices, protocol.way, protocol.shot, protocol.query,
+        count=protocol.episodes, batch=batch, seed=protocol.seed, imbalance=protocol.imbalance, dealt=True,
+    ), strict=True):  # fmt: skip
+        support = sent(bank.take(episodes.support), device)  # (B, N, K, D)
+        query = sent(bank.take(episodes.query), device)  # (B, M, D)
+        labels = sent(torch.from_numpy(episodes.labels), device)
+        own.append({name: Scores() for name in methods})
+        for name, method in methods.items():
+            own[-1][name].add(method(support, query, episodes, first), labels)
+        yield min(protocol.episodes, len(own) * batch * world().size)
+    everyone = gather_in_order(own)
+    return {name: reduce(Scores.joined, (scores[name] for scores in everyone)) for name in methods}
+
+
+def summarise(
+    scores: Mapping[str, Scores], against: Sequence[str] = ("prototype", "analytic")
+) -> dict[str, dict[str, Any]]:
+    """Accuracy with 95 % interval, calibration error and paired differences of each method, in percent."""
+    per_episode = {name: 100 * torch.cat(s.accuracy) for name, s in scores.items()}
+    summary: dict[str, dict[str, Any]] = {}
+    for name, values in per_episode.items():
+        mean, half = mean_interval(values)
+        ece = calibration_error(torch.cat(scores[name].confidence), torch.cat(scores[name].correct))
+        summary[name] = {"accuracy": mean, "ci95": half, "ece": ece}
+        for other in against:
+            if other in per_episode and other != name:
+                difference, half = mean_interval(values - per_episode[other])
+                summary[name][f"paired_to_{other}"] = {"difference": difference, "ci95": half}
+    return summary
+
+
+def mean_interval(values: Tensor) -> tuple[float, float]:
+    """Mean and half-width of its 95 % interval (normal approximation over episodes)."""
+    if len(values) < 2:
+        return float(values.mean()), 0.0
+    return float(values.mean()), float(1.96 * values.std() / np.sqrt(len(values)))
+
+
+def run_through(
+    steps: Generator[int, None, dict[str, Scores]], progress: Callable[[int], None] = lambda done: None
+) -> dict[str, Scores]:
+    """Consume `evaluate`, reporting the episodes done; returns its result."""
+    while True:
+        try:
+            progress(next(steps))
+        except StopIteration as stop:
+            result: dict[str, Scores] = stop.value
+            return result

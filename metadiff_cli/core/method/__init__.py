@@ -1,0 +1,1 @@
+"""The method: task space, denoisers, diffusion, guidance, adaptation to a task."""

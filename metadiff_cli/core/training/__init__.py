@@ -1,0 +1,1 @@
+"""Training loops: encoder, denoiser, what is fitted afterwards, several processes."""

@@ -1,0 +1,99 @@
+"""Images into one folder per class. No file is ever overwritten: a free name is found, and identical content stays."""
+
+import filecmp
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from metadiff_cli.files import copy_file
+
+REJECTED = "_rejected"
+LONGEST = 120  # bytes of a folder's name: file systems take 255, encrypted ones less
+FORBIDDEN = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')  # by some file system or shell that people use
+RESERVED = frozenset({"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))})
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where an image lies now; `new` is False when its content was there already, and nothing was done."""
+
+    path: Path
+    new: bool
+
+
+class Sorter:
+    """Copies or moves images below `root` into folders named after classes; None stands for rejected images."""
+
+    def __init__(self, root: Path, classes: Sequence[str], *, move: bool = False) -> None:
+        self.root, self.move = root, move
+        self.folders = folder_names(classes)
+
+    def place(self, image: Path, label: str | None) -> Placed:
+        """Bring one image to its class's folder. Raises OSError."""
+        folder = self.root / self.folders[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        for target in _candidates(folder, image.name):
+            if os.path.lexists(target):
+                if target.is_file() and filecmp.cmp(image, target, shallow=False):
+                    return Placed(target, False)
+                continue
+            try:
+                _bring(image, target, self.move)
+            except FileExistsError:  # somebody was faster
+                continue
+            return Placed(target, True)
+        raise AssertionError("names never run out")
+
+
+def folder_names(classes: Sequence[str]) -> dict[str | None, str]:
+    """A folder name for each class that every usual file system takes, no two alike even where case does not count."""
+    names: dict[str | None, str] = {}
+    taken: set[str] = set()
+    for cls in (None, *classes):
+        plain = REJECTED if cls is None else _safe(cls)
+        name, number = plain, 2
+        while name.casefold() in taken:
+            name, number = f"{plain} ({number})", number + 1
+        taken.add(name.casefold())
+        names[cls] = name
+    return names
+
+
+def _safe(cls: str) -> str:
+    name = FORBIDDEN.sub("_", cls).encode(errors="surrogateescape")[:LONGEST].decode(errors="ignore")
+    name = name.strip().rstrip(".")
+    if not name or name.startswith(".") or name.partition(".")[0].lower() in RESERVED:
+        name = f"_{name}"
+    return name
+
+
+def _candidates(folder: Path, name: str) -> Iterator[Path]:
+    yield folder / name
+    stem, suffix = os.path.splitext(name)
+    number = 2
+    while True:
+        yield folder / f"{stem} ({number}){suffix}"
+        number += 1
+
+
+def _bring(image: Path, target: Path, move: bool) -> None:
+    """Raises FileExistsError when `target` exists; leaves nothing half done."""
+    if not (move and _linked(image, target)):
+        copy_file(image, target, new=True)
+    if move:
+        image.unlink(missing_ok=True)
+
+
+def _linked(image: Path, target: Path) -> bool:
+    """Whether the image now has the second name: not across file systems, on some not at all, and no link of a link."""
+    if image.is_symlink():
+        return False
+    try:
+        os.link(image, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,135 @@
+"""The page of `adapt --report` as a document: complete, closed to the network, and deaf to hostile names."""
+
+import base64
+import io
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from metadiff_cli.commands.adapt.report import REJECTED, THUMBNAIL, AdaptReport, Confusion, QueryImage, write_report
+from metadiff_cli.errors import MetaDiffError
+from tests.worlds import COLOURS, HOSTILE, Page, report
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+
+
+def page_of(photos: Path, data: AdaptReport) -> Page:
+    write_report(photos / "report.html", data)
+    return Page(photos / "report.html")
+
+
+def test_everything_is_there_in_the_given_order(photos: Path) -> None:
+    page = page_of(photos, report(photos, facts={"Seed": 7}, notes=["Mind this."], support_check=["Looks good."]))
+    cards = page.all("article", "card")
+    assert [c["data-label"] for c in cards] == ["0", "1", "2", "3"]
+    assert all(float(c["data-confidence"] or 0) == 0.7 for c in cards)
+    assert len(page.all("article", "class")) == 4 and len(page.all("img")) == 4 + 10  # 1 + 2 + 3 + 4 support images
+    paths = [a["title"] for a in page.all("p", "path")]
+    assert paths == [str(photos / "query" / f"{c}.png") for c in COLOURS]
+    for words in ("Seed 7", "Mind this.", "Looks good.", "Could not be read", str(photos / "broken.png"), "70 %"):
+        assert words in page.text
+
+
+def test_pictures_are_small_and_show_the_image(photos: Path) -> None:
+    page = page_of(photos, report(photos))
+    source = page.all("img")[-1]["src"] or ""
+    head, data = source.split(",", 1)
+    assert head in ("data:image/webp;base64", "data:image/jpeg;base64")
+    image = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+    assert image.size == (THUMBNAIL, THUMBNAIL)
+    last = Image.open(photos / "query" / f"{list(COLOURS)[-1]}.png").resize((1, 1), Image.Resampling.BOX)
+    mean, wanted = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)), last.getpixel((0, 0))
+    assert mean == pytest.approx(wanted, abs=12)
+
+
+def test_nothing_is_loaded_from_anywhere(photos: Path) -> None:
+    page = page_of(photos, report(photos, (HOSTILE, "a", "b", "c")))
+    policy = next(a for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert (policy["content"] or "").startswith(POLICY)
+    for tag, attributes in page.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href"):
+                assert (value or "").startswith(("data:", "#")), (tag, value)
+
+
+def test_rejected_twins_and_wrong_ones_are_marked(photos: Path) -> None:
+    path = str(photos / "query" / "red.png")
+    queries = [
+        QueryImage(path, [0.4, 0.3, 0.2, 0.1], rejected=True),
+        QueryImage(path, [0.7, 0.1, 0.1, 0.1], twin="support/red/0.png", truth="red"),
+        QueryImage(path, [0.7, 0.1, 0.1, 0.1], truth="green"),
+    ]
+    page = page_of(photos, report(photos, queries=queries))
+    rejected, right, wrong = page.all("article", "card")
+    assert rejected["data-label"] == str(REJECTED) and "rejected" in (rejected["class"] or "")
+    assert "data-wrong" not in right and wrong["data-wrong"] == "1"
+    assert "also in the support" in page.text and "shows green" in page.text and "Accuracy 50.0 %" in page.text
+
+
+def test_the_confusion_table(photos: Path) -> None:
+    counts = [[5, 1, 0, 0], [0, 6, 0, 0], [0, 0, 0, 6], [0, 0, 0, 0]]
+    page = page_of(photos, report(photos, confusion=Confusion(counts, "Leave-one-out on the support")))
+    cells = page.all("td")
+    assert [c["style"] for c in cells if c.get("style")][:4] == [
+        f"--share:{s}" for s in ("0.833", "0.167", *2 * ["0.000"])
+    ]
+    assert "Leave-one-out on the support" in page.text
+    assert "Confusion" not in page_of(photos, report(photos)).text
+
+
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(st.text(min_size=1, max_size=40))
+def test_text_never_becomes_markup(photos: Path, text: str) -> None:
+    def filled(word: str) -> AdaptReport:
+        queries = [
+            QueryImage(f"{word}x.png", [0.4, 0.3, 0.2, 0.1], twin=word, truth=word),
+            QueryImage(f"{word}y.png", None, word),
+        ]
+        return report(photos, (word, "a", "b", "c"), queries=queries, support={}, facts={word: word},
+                      notes=[word], support_check=[word], broken_support=[(word, word)],
+                      confusion=Confusion([[1] * 4] * 4, word))  # fmt: skip
+
+    plain = [(tag, sorted(a)) for tag, a in page_of(photos, filled("word")).tags]
+    for word in (text, HOSTILE, f"{HOSTILE}{text}"):
+        assert [(tag, sorted(a)) for tag, a in page_of(photos, filled(word)).tags] == plain
+
+
+def test_odd_files_keep_their_place(photos: Path) -> None:
+    """A name that is not UTF-8, and a file that has gone since it was predicted."""
+    queries = [QueryImage("gone/\udcff.png", [1.0, 0, 0, 0]), QueryImage(str(photos / "query/red.png"), [0, 1.0, 0, 0])]
+    page = page_of(photos, report(photos, queries=queries, support={}))
+    assert len(page.all("article", "card")) == 2 and len(page.all("img")) == 1 and len(page.all("span", "noimage")) == 1
+    assert "\\udcff.png" in page.text and "the classifier came from a file" in page.text
+
+
+def test_no_prediction_at_all(photos: Path) -> None:
+    page = page_of(photos, report(photos, queries=[QueryImage("x.png", None, "does not exist")]))
+    assert not page.all("article", "card") and "does not exist" in page.text
+
+
+def test_the_same_results_give_the_same_bytes(photos: Path) -> None:
+    first = page_of(photos, report(photos)).source
+    assert page_of(photos, report(photos)).source == first
+
+
+def test_progress_counts_every_picture(photos: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    write_report(photos / "r.html", report(photos), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(i, 14) for i in range(1, 15)]
+
+
+def test_a_failure_keeps_the_old_page(photos: Path) -> None:
+    target = photos / "report.html"
+    target.write_text("old")
+    with pytest.raises(ValueError):
+        write_report(target, report(photos, confusion=Confusion([[1]], "one row too few")))
+    assert target.read_text() == "old" and not list(photos.glob(".report*"))
+    (photos / "file").write_text("")
+    with pytest.raises(MetaDiffError, match="cannot be written"):
+        write_report(photos / "file" / "report.html", report(photos))

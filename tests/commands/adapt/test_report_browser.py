@@ -1,0 +1,184 @@
+"""The report pages in a real headless Chromium: no errors, no requests, filters that work, at any width."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metadiff_cli.commands.adapt.report import AdaptReport, Confusion, QueryImage, write_report
+from tests.worlds import COLOURS, HOSTILE, paint, report
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; it is the extra [browser]")
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+)
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium on the PATH")
+
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+SCREENS: dict[str, dict[str, Any]] = {
+    "desktop": {"viewport": {"width": 1280, "height": 900}},
+    "phone": {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True},
+    "dark": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "dark"},
+}
+STILL = {"still": {"java_script_enabled": False}}
+MANY, PAGE = 2000, 120
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Open a page file in a new browser profile; leaving the block checks that nothing went wrong or was asked for."""
+    with playwright.sync_playwright() as driver:
+
+        @contextmanager
+        def opened(file: Path, screen: str = "desktop") -> Iterator[Any]:
+            profile = tmp_path_factory.mktemp("profile")
+            context = driver.chromium.launch_persistent_context(
+                profile, executable_path=CHROMIUM, args=FLAGS, **(SCREENS | STILL)[screen]
+            )
+            wrong: list[str] = []
+            page = context.new_page()
+            page.on("console", lambda message: wrong.append(f"{message.type}: {message.text}"))
+            page.on("pageerror", lambda error: wrong.append(str(error)))
+            page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
+            page.on("request", lambda r: wrong.append(r.url) if not r.url.startswith(("file:", "data:")) else None)
+            page.goto(file.as_uri())
+            yield page
+            context.close()
+            assert not wrong, wrong
+
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2,000 query images of few files: class k % 4, confidence rising with k; the first hundred are rejected."""
+    folder = tmp_path_factory.mktemp("photos")
+    for c, (name, colour) in enumerate(COLOURS.items()):
+        paint(folder / "support" / name / "0.png", colour, seed=c)
+        paint(folder / "query" / f"{name}.png", colour, seed=10 + c)
+    names = [HOSTILE, *list(COLOURS)[1:]]
+    files = [str(folder / "query" / f"{c}.png") for c in COLOURS]
+    queries = []
+    for k in range(MANY):
+        p = 0.25 + 0.7 * k / MANY
+        rest = [(1 - p) / 3] * 4
+        rest[k % 4] = p
+        queries.append(QueryImage(files[k % 4], rest, rejected=k < 100, truth=names[0] if k % 401 == 0 else None))
+    queries.append(QueryImage(f"{HOSTILE}.png", None, "not an image, or damaged"))
+    data: AdaptReport = report(folder, names, queries=queries, confusion=Confusion([[1, 0, 2, 0]] * 4, HOSTILE))
+    write_report(folder / "report.html", data)
+    return folder / "report.html"
+
+
+def eventually(page: Any, condition: Callable[[], bool]) -> None:
+    """Wait for what the page does after an event; the page's policy forbids the driver's own waiting."""
+    for _ in range(300):
+        if condition():
+            return
+        page.wait_for_timeout(100)
+    pytest.fail("nothing happened within 30 seconds")
+
+
+def visible(page: Any) -> int:
+    """Cards that are laid out."""
+    return int(page.evaluate("() => [...document.querySelectorAll('.card')].filter(c => c.offsetParent).length"))
+
+
+def shown(page: Any) -> int:
+    """Cards that fit the filters, checked against the number that the page tells; a first part of them is laid out."""
+    count = int(page.locator(".card:not([hidden])").count())
+    assert min(count, PAGE) <= visible(page) <= count
+    assert page.inner_text("#shown") == (f"{MANY} images" if count == MANY else f"{count} of {MANY} images")
+    return count
+
+
+def test_filters(launch: Callable[..., Any], page_file: Path) -> None:
+    with launch(page_file) as page:
+        assert shown(page) == MANY
+        page.select_option("#class", "1")
+        assert shown(page) == (MANY - 100) // 4
+        labels = page.eval_on_selector_all(
+            ".card:not([hidden])", "cards => [...new Set(cards.map(c => c.dataset.label))]"
+        )
+        assert labels == ["1"]
+        page.evaluate("() => { const e = document.getElementById('most'); e.value = 60;"
+                      "e.dispatchEvent(new Event('input', {bubbles: true})); }")  # fmt: skip
+        assert shown(page) == 225 and page.inner_text("#most-value") == "60 %"  # k = 101, 105, ... up to 1000
+        page.click("button[type=reset]")
+        eventually(page, lambda: page.inner_text("#shown") == f"{MANY} images")
+        page.select_option("#class", "-1")
+        assert shown(page) == 100
+        page.select_option("#class", "")
+        page.check("#wrong")
+        assert shown(page) == 3  # of five known ones the first is rejected and the last is right
+        page.uncheck("#wrong")
+        page.fill("#text", "no such file")
+        assert shown(page) == 0 and page.is_visible("#nothing")
+        page.fill("#text", "RED.png")
+        assert shown(page) == MANY // 4
+
+
+def test_order(launch: Callable[..., Any], page_file: Path) -> None:
+    with launch(page_file) as page:
+        read = "() => [...document.querySelectorAll('.card')].map(c => Number(c.dataset.confidence))"
+        given = page.evaluate(read)
+        page.select_option("#order", "high")
+        assert page.evaluate(read) == sorted(given, reverse=True)
+        page.select_option("#order", "given")
+        assert page.evaluate(read) == given
+
+
+def test_cards_appear_as_they_are_scrolled_to(launch: Callable[..., Any], page_file: Path) -> None:
+    with launch(page_file) as page:
+        assert visible(page) < MANY / 2
+        for _ in range(3):
+            before = visible(page)
+            page.eval_on_selector("#more", "e => e.scrollIntoView()")
+            eventually(page, lambda before=before: visible(page) > before)
+        page.select_option("#class", "-1")
+        assert visible(page) == 100 and not page.is_visible("#more")
+        page.emulate_media(media="print")
+        page.select_option("#class", "", force=True)
+        assert visible(page) == MANY
+
+
+def test_the_keyboard_suffices(launch: Callable[..., Any], page_file: Path) -> None:
+    with launch(page_file) as page:
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.className") == "skip"
+        for _ in range(20):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.dataset.class") == "2":
+                break
+        page.keyboard.press("Enter")  # "Show" of the third class
+        assert page.input_value("#class") == "2" and shown(page) == (MANY - 100) // 4
+        assert page.evaluate("document.activeElement.id") == "class"
+        page.keyboard.press("ArrowDown")
+        assert page.input_value("#class") == "3"
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_legible_at_any_width_and_in_the_dark(launch: Callable[..., Any], page_file: Path, screen: str) -> None:
+    with launch(page_file, screen) as page:
+        width = SCREENS[screen]["viewport"]["width"]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing to scroll sideways
+        light = "(c => c.match(/[0-9]+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0))(getComputedStyle({}).{})"
+        back = page.evaluate(light.replace("{}", "document.body", 1).replace("{}", "backgroundColor", 1))
+        text = page.evaluate(light.replace("{}", "document.querySelector('.label')", 1).replace("{}", "color", 1))
+        assert abs(back - text) > 450 and (back < text) == (screen == "dark")
+        loaded = "() => [...document.images].filter(i => i.complete && i.naturalWidth > 0).length"
+        eventually(page, lambda: page.evaluate(loaded) >= 4)
+        assert page.eval_on_selector("h3", "e => e.textContent") == HOSTILE
+
+
+def test_without_scripts_everything_is_shown(launch: Callable[..., Any], page_file: Path) -> None:
+    with launch(page_file, "still") as page:
+        assert page.locator(".card").count() == MANY and page.locator(".card").last.is_visible()
+        assert not page.is_visible("#filters") and not page.locator("button.show").first.is_visible()

@@ -1,0 +1,163 @@
+"""The feature bank: made once, in shards that an interruption leaves behind, whatever memory and disk allow."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from metadiff_cli.core.encoders import bank as features
+from metadiff_cli.core.encoders.bank import Encoding, FeatureBank, ImageEncoder, build_bank
+from metadiff_cli.core.encoders.networks import build_encoder
+from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
+
+CPU = torch.device("cpu")
+PIXELS = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def encoder() -> ImageEncoder:
+    torch.manual_seed(0)
+    return ImageEncoder(build_encoder("conv4"), "conv4", 32, (0.5,) * 3, (0.25,) * 3, True, CPU)
+
+
+def build(
+    encoder: ImageEncoder, folder: Path, progress: Callable[[int, int], None], store: str = "fp32"
+) -> FeatureBank:
+    labels = np.repeat([0, 1], 5)
+    return build_bank(encoder, PIXELS, labels, ("a", "b"), folder=folder, key="k" * 32, batch=4, store=store,
+                      progress=progress)  # fmt: skip
+
+
+def test_it_is_made_once_and_mended(encoder: ImageEncoder, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def features_now() -> np.ndarray:
+        calls.clear()
+        return np.array(build(encoder, tmp_path, lambda done, total: calls.append(done)).features)
+
+    first = features_now()
+    assert calls == [4, 8, 10] and np.allclose(np.linalg.norm(first, axis=1), 1, atol=1e-5)
+    assert np.array_equal(features_now(), first) and calls == []
+    (file,) = tmp_path.glob("*.npy")
+    file.write_bytes(file.read_bytes()[:200])
+    assert np.array_equal(features_now(), first) and calls == [4, 8, 10]
+    mirrored = encoder.encode(torch.from_numpy(PIXELS[:, :, ::-1].copy()))
+    assert torch.allclose(mirrored, torch.from_numpy(first), atol=1e-5)  # averaged over both views
+
+
+def test_moved_images_are_views_whose_edges_are_repeated() -> None:
+    torch.manual_seed(0)
+    network = build_encoder("conv4").eval()
+    pixels = torch.from_numpy(PIXELS[:3])
+
+    def features_of(pixels: Tensor, mirror: bool, shift: int) -> Tensor:
+        return ImageEncoder(network, "conv4", 32, (0.5,) * 3, (0.25,) * 3, mirror, CPU, shift).encode(pixels)
+
+    padded = np.pad(PIXELS[:3], ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")
+    places = [(y, x) for y in (0, 4, 8) for x in (0, 4, 8)]
+    moved = [torch.from_numpy(padded[:, y : y + 32, x : x + 32].copy()) for y, x in places]
+    for mirror in (False, True):
+        views = moved + [view.flip(2) for view in moved] if mirror else moved
+        mean = torch.stack([features_of(view, False, 0) for view in views]).mean(dim=0)
+        assert torch.allclose(features_of(pixels, mirror, 4), torch.nn.functional.normalize(mean, dim=1), atol=1e-5)
+    keys = {ImageEncoder(network, "conv4", 32, (0.5,) * 3, (0.25,) * 3, True, CPU, shift).key for shift in (0, 3, 4)}
+    assert len(keys) == 3
+
+
+def test_images_cannot_be_moved_out_of_the_picture() -> None:
+    with pytest.raises(ConfigError, match="32 pixels cannot be moved by 32"):
+        ImageEncoder(build_encoder("conv4"), "conv4", 32, (0.5,) * 3, (0.25,) * 3, True, CPU, 32)
+
+
+def test_an_interrupted_extraction_goes_on_after_its_last_shard(
+    encoder: ImageEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "SHARD", 4)
+    whole = np.array(build(encoder, tmp_path / "whole", lambda done, total: None).features)
+
+    def stop(done: int, total: int) -> None:
+        if done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(encoder, tmp_path, stop)
+    (parts,) = tmp_path.glob("*.parts")
+    assert sorted(path.name for path in parts.iterdir()) == ["000000.npy", "000001.npy"]
+    assert not list(tmp_path.glob("*.npy"))
+    (parts / "000001.npy").write_bytes(b"cut short")
+    encoded: list[int] = []
+    monkeypatch.setattr(ImageEncoder, "encode", counting(ImageEncoder.encode, encoded))
+    again = build(encoder, tmp_path, lambda done, total: None)
+    assert encoded == [4, 2] and np.array_equal(again.features, whole)
+    assert isinstance(again.features, np.memmap) and not parts.exists()
+
+
+def counting(encode: Callable[[ImageEncoder, Tensor], Tensor], seen: list[int]) -> Callable[..., Tensor]:
+    """`encode` that tells the images of each pass."""
+
+    def counted(self: ImageEncoder, pixels: Tensor) -> Tensor:
+        seen.append(len(pixels))
+        return encode(self, pixels)
+
+    return counted
+
+
+@pytest.mark.parametrize(("store", "bits"), [("fp16", 11), ("bf16", 8)])
+def test_half_as_large_on_disk_and_float32_in_use(encoder: ImageEncoder, tmp_path: Path, store: str, bits: int) -> None:
+    exact, half = (build(encoder, tmp_path, lambda done, total: None, kind) for kind in ("fp32", store))
+    assert half.features.itemsize == 2 and len(list(tmp_path.glob("*.npy"))) == 2
+    rows = np.array([[3, 1], [7, 7]])
+    assert half.take(rows).dtype == torch.float32 and half.take(rows).shape == (2, 2, 256)
+    assert torch.allclose(half.take(rows), exact.take(rows), rtol=2.0**-bits, atol=1e-7)
+    again = build(encoder, tmp_path, lambda done, total: pytest.fail("it was kept"), store)
+    assert torch.equal(again.take(rows), half.take(rows))
+
+
+def test_classes_one_after_another_are_its_rows() -> None:
+    bank = FeatureBank(np.arange(12, dtype=np.float16).reshape(6, 2), np.array([1, 0, 1, 0, 0, 1]), ("a", "b"))
+    first, second = bank.by_class()
+    assert first[:, 0].tolist() == [2, 6, 8] and second[:, 0].tolist() == [0, 4, 10] and first.dtype == torch.float32
+    pixels = FeatureBank(np.zeros((2, 3), dtype=np.uint8), np.array([0, 1]), ("a", "b"))
+    assert pixels.take(np.array([1])).dtype == torch.uint8
+
+
+def limited(room: int, seen: list[int]) -> Callable[..., Tensor]:
+    """An encoder on a device that has room for `room` images."""
+
+    def encode(self: ImageEncoder, pixels: Tensor) -> Tensor:
+        seen.append(len(pixels))
+        if len(pixels) > room:
+            raise torch.OutOfMemoryError("no room")
+        return pixels.flatten(1)[:, :4].float() / 255
+
+    return encode
+
+
+def test_without_memory_the_batch_is_halved_and_stays_so(
+    encoder: ImageEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(ImageEncoder, "encode", limited(2, seen))
+    found = torch.cat(list(features.extract(Encoding(encoder, 8), PIXELS)))
+    assert seen == [8, 4, 2, 2, 2, 2, 2]
+    assert torch.equal(found, torch.from_numpy(PIXELS.reshape(10, -1)[:, :4]).float() / 255)
+
+
+def test_one_image_that_does_not_fit_is_an_error(encoder: ImageEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageEncoder, "encode", limited(0, []))
+    with pytest.raises(MetaDiffError, match="one image does not fit") as caught:
+        Encoding(encoder, 8)(PIXELS)
+    assert caught.value.hint is not None and "--device cpu" in caught.value.hint
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_refused(
+    encoder: ImageEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    monkeypatch.setattr(ImageEncoder, "encode", lambda self, pixels: torch.full((len(pixels), 256), value))
+    with pytest.raises(DataError, match="not finite"):
+        build(encoder, tmp_path, lambda done, total: None)
+    assert not list(tmp_path.rglob("*.npy"))

@@ -1,0 +1,113 @@
+"""Denoisers: the untrained one is the analytic one, classes are treated alike, the average is really used."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from metadiff_cli.core.method.denoisers import (
+    AnalyticDenoiser,
+    Ema,
+    PaperDenoiser,
+    SupportStats,
+    UNetDenoiser,
+    build_denoiser,
+    randomise,
+)
+from metadiff_cli.core.method.domain import shift_of
+
+
+def inputs(tasks: int = 2, ways: int = 5, size: int = 16) -> tuple[torch.Tensor, torch.Tensor, SupportStats]:
+    g = torch.Generator().manual_seed(0)
+    w, p = torch.randn(2, tasks, ways, size, generator=g)
+    shots = torch.randint(1, 6, (tasks, ways, 1), generator=g).float()
+    return w, torch.rand(tasks, generator=g) * 0.98 + 0.01, SupportStats(p, shots, torch.rand(1, 1, size, generator=g))
+
+
+@pytest.mark.parametrize("size", [16, 64, 1600])
+def test_a_fresh_unet_is_the_analytic_denoiser(size: int) -> None:
+    w, abar, stats = inputs(size=size)
+    fresh = UNetDenoiser(size, width=32).eval()
+    assert torch.equal(fresh(w, abar, stats), AnalyticDenoiser()(w, abar, stats))
+
+
+@pytest.mark.parametrize("kind", ["unet", "paper"])
+@pytest.mark.parametrize("ways", [2, 5, 20])
+def test_permuting_the_classes_permutes_the_result(kind: str, ways: int) -> None:
+    w, abar, stats = inputs(ways=ways)
+    denoiser = randomise(build_denoiser(kind, 16, 32, 2, 0.0), seed=1)
+    order = torch.randperm(ways, generator=torch.Generator().manual_seed(2))
+    turned = SupportStats(stats.mean[:, order], stats.count[:, order], stats.precision)
+    assert torch.allclose(denoiser(w[:, order], abar, turned), denoiser(w, abar, stats)[:, order], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["unet", "paper", "analytic"])
+def test_a_batch_is_its_tasks(kind: str) -> None:
+    w, abar, stats = inputs()
+    denoiser = build_denoiser(kind, 16, 32, 2, 0.1)
+    denoiser = denoiser.eval() if kind == "analytic" else randomise(denoiser, seed=1)
+    both = denoiser(w, abar, stats)
+    for b in range(2):
+        alone = denoiser(
+            w[b : b + 1], abar[b : b + 1], SupportStats(stats.mean[b : b + 1], stats.count[b : b + 1], stats.precision)
+        )
+        assert torch.allclose(both[b : b + 1], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["unet", "paper", "analytic"])
+def test_a_number_of_shots_that_all_share_is_that_of_each(kind: str) -> None:
+    w, abar, stats = inputs()
+    denoiser = build_denoiser(kind, 16, 32, 2, 0.1)
+    denoiser = denoiser.eval() if kind == "analytic" else randomise(denoiser, seed=1)
+    shared, each = (replace(stats, count=torch.full(shape, 3.0)) for shape in ((1, 1, 1), (2, 5, 1)))
+    assert torch.allclose(denoiser(w, abar, shared), denoiser(w, abar, each), atol=1e-5)
+    assert torch.allclose(shift_of(shared), shift_of(each), atol=1e-5)
+    at_once = denoiser(w, torch.full((2,), 0.5), shared)
+    assert torch.allclose(denoiser(w, torch.tensor([0.5]), shared), at_once, atol=1e-5)
+
+
+def test_padded_classes_change_nothing() -> None:
+    w, abar, stats = inputs(ways=5)
+    denoiser = randomise(UNetDenoiser(16, width=32), seed=1)
+    mask = torch.tensor([[True] * 3 + [False] * 2]).expand(2, 5)
+    padded = denoiser(w, abar, replace(stats, mask=mask))[:, :3]
+    alone = denoiser(w[:, :3], abar, SupportStats(stats.mean[:, :3], stats.count[:, :3], stats.precision))
+    assert torch.allclose(padded, alone, atol=1e-4)
+    assert not torch.allclose(denoiser(w, abar, stats)[:, :3], alone, atol=1e-4)  # unmasked, they would
+
+
+def test_untrained_means_every_layer() -> None:
+    denoiser = randomise(UNetDenoiser(16, width=32), seed=0)
+    assert isinstance(denoiser, UNetDenoiser)
+    assert float(denoiser.net.out.weight.detach().abs().sum()) > 0
+    same = randomise(UNetDenoiser(16, width=32), seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(denoiser.parameters(), same.parameters(), strict=True))
+
+
+def test_paper_and_epsilon_agree() -> None:
+    w, abar, stats = inputs()
+    denoiser = PaperDenoiser(16, width=32).eval()
+    a = abar.view(-1, 1, 1)
+    x0 = denoiser(w, abar, stats)
+    assert torch.allclose(a.sqrt() * x0 + (1 - a).sqrt() * denoiser.epsilon(w, abar, stats), w, atol=1e-5)
+
+
+def test_guidance_scales_the_precision() -> None:
+    w, abar, stats = inputs()
+    prototype = AnalyticDenoiser()(w, abar, stats.scaled(1e9))
+    assert torch.allclose(prototype, stats.mean, atol=1e-3)
+    per_task = stats.scaled(torch.tensor([2.0, 3.0]))
+    assert torch.equal(per_task.precision[1], 3 * stats.precision[0])
+
+
+def test_the_average_follows_its_closed_form() -> None:
+    layer = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(layer.weight, 0.0)
+    ema, expected = Ema(layer, decay=0.9), 0.0
+    for step in range(1, 200):
+        torch.nn.init.constant_(layer.weight, float(step))
+        ema.update(layer)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert float(ema.state()["weight"]) == pytest.approx(expected, rel=1e-5)
+    assert 180 < float(ema.state()["weight"]) < 199

@@ -1,0 +1,165 @@
+"""Made-up worlds for the tests: the command line in this process, small pictures, features, pages, archives."""
+
+import contextlib
+import io
+import json
+import sys
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonschema import Draft202012Validator
+from PIL import Image
+from torch import Tensor
+
+from metadiff_cli.app import run
+from metadiff_cli.commands.adapt.report import AdaptReport, QueryImage
+from metadiff_cli.core.encoders.bank import FeatureBank
+from metadiff_cli.core.method.adapt import Learner, Sampling, TaskClassifier, adapt_tasks, seeds_of
+
+SMALL = [
+    "--set", "data.glyphs.train=12", "--set", "data.glyphs.val=8", "--set", "data.glyphs.test=8",
+    "--set", "data.glyphs.images_per_class=12", "--set", "pretrain.epochs=2", "--set", "pretrain.batch=16",
+    "--set", "metatrain.steps=6", "--set", "metatrain.batch=4", "--set", "metatrain.validate_every=3",
+    "--set", "metatrain.validation_episodes=20", "--set", "evaluation.episodes=20", "--set", "evaluation.query=5",
+    "--set", "denoiser.width=32",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one command: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+def invoke(*arguments: str | Path, stdin: str = "") -> Result:
+    """Run the command line in this process, as the console script does, with stdout and stderr apart."""
+    out, err, previous = io.StringIO(), io.StringIO(), sys.stdin
+    sys.stdin = io.StringIO(stdin)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = run([str(a) for a in arguments])
+    finally:
+        sys.stdin = previous
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def paint(path: Path, colour: tuple[int, int, int], seed: int, size: int = 40) -> None:
+    """A noisy picture of one colour."""
+    rng = np.random.default_rng(seed)
+    pixels = np.clip(np.array(colour) + rng.normal(0, 30, (size, size, 3)), 0, 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 220), "grey": (128, 128, 128)}
+
+
+SIZE = 24
+
+
+def world(count: int, images: int, seed: int) -> Tensor:
+    """Classes (count, images, D) from one world: means and noise that differ by direction."""
+    g = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(2.0, 0.1, SIZE)
+    means = torch.randn(count, 1, SIZE, generator=g) * scale
+    z = means + torch.randn(count, images, SIZE, generator=g) * scale.flip(0)
+    return torch.nn.functional.normalize(z, dim=-1)
+
+
+def classifier_of(learner: Learner, z: Tensor, sampling: Sampling | None = None, **more: object) -> TaskClassifier:
+    ranks = more.pop("ranks", torch.arange(z.shape[1]).expand(len(z), -1))
+    seeds = more.pop("seeds", seeds_of(0, 0, len(z)))
+    return adapt_tasks(learner, z, sampling or Sampling(), ranks=ranks, seeds=seeds, **more)  # type: ignore[arg-type]
+
+
+CPU = torch.device("cpu")
+
+
+IMAGES = 30
+
+
+def bank_of(count: int, seed: int) -> FeatureBank:
+    z = world(count, IMAGES, seed)
+    return FeatureBank(z.flatten(0, 1).numpy(), np.repeat(np.arange(count), IMAGES), tuple(map(str, range(count))))
+
+
+HOSTILE = "</script><script>alert(1)</script>\"'><img src=http://x onerror=alert(1)>{{ 7 * 7 }}&amp;\u202e"
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside of style and script."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] not in ("style", "script"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag: str, kind: str = "") -> list[dict[str, str | None]]:
+        """Attributes of all elements with that tag and class."""
+        return [a for t, a in self.tags if t == tag and (not kind or kind in (a.get("class") or "").split())]
+
+
+def report(photos: Path, names: Sequence[str] = tuple(COLOURS), **changes: object) -> AdaptReport:
+    """The four colours with unequal support, a query image of each, and two without a prediction."""
+    support = {n: sorted(map(str, (photos / "support" / c).iterdir())) for n, c in zip(names, COLOURS, strict=True)}
+    queries = [
+        QueryImage(str(photos / "query" / f"{c}.png"), [0.7 if i == j else 0.1 for j in range(4)])
+        for i, c in enumerate(COLOURS)
+    ]
+    queries.insert(1, QueryImage(str(photos / "broken.png"), None, "not an image, or damaged"))
+    fields: dict[str, object] = {"classes": names, "support": support, "queries": queries, **changes}
+    return AdaptReport(**fields)  # type: ignore[arg-type]
+
+
+SCHEMAS = {json.loads(f.read_text())["$id"]: json.loads(f.read_text()) for f in files("metadiff_cli.schemas").iterdir()
+           if f.name.endswith(".json")}  # fmt: skip
+
+
+def validate(result: Result, name: str, code: int = 0) -> dict[str, Any]:
+    assert result.code == code, result.err
+    document: dict[str, Any] = json.loads(result.out)
+    assert document["schema"] == name
+    Draft202012Validator(SCHEMAS[name]).validate(document)
+    return document
+
+
+def zip_of(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in files.items():
+            file.writestr(name, content)
+    return path
+
+
+def tar_of(path: Path, files: dict[str, bytes], *more: tarfile.TarInfo) -> Path:
+    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        for info in more:
+            tar.addfile(info)
+    return path
