@@ -22,7 +22,7 @@ from torch import Tensor
 from metadiff_cli.app import run
 from metadiff_cli.commands.adapt.report import AdaptReport, QueryImage
 from metadiff_cli.core.encoders.bank import FeatureBank
-from metadiff_cli.core.method.adapt import Learner, Sampling, TaskClassifier, adapt_tasks, seeds_of
+from metadiff_cli.core.method.adapt import MetaDiff, Sampling, TaskClassifier, adapt_tasks, seeds_of
 
 SMALL = [
     "--set", "data.glyphs.train=12", "--set", "data.glyphs.val=8", "--set", "data.glyphs.test=8",
@@ -77,10 +77,10 @@ def world(count: int, images: int, seed: int) -> Tensor:
     return torch.nn.functional.normalize(z, dim=-1)
 
 
-def classifier_of(learner: Learner, z: Tensor, sampling: Sampling | None = None, **more: object) -> TaskClassifier:
+def classifier_of(metadiff: MetaDiff, z: Tensor, sampling: Sampling | None = None, **more: object) -> TaskClassifier:
     ranks = more.pop("ranks", torch.arange(z.shape[1]).expand(len(z), -1))
     seeds = more.pop("seeds", seeds_of(0, 0, len(z)))
-    return adapt_tasks(learner, z, sampling or Sampling(), ranks=ranks, seeds=seeds, **more)  # type: ignore[arg-type]
+    return adapt_tasks(metadiff, z, sampling or Sampling(), ranks=ranks, seeds=seeds, **more)  # type: ignore[arg-type]
 
 
 CPU = torch.device("cpu")

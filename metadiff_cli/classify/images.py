@@ -123,7 +123,7 @@ def adapt_classifier(
     order = torch.arange(len(support.classes)).unsqueeze(0)  # classes are sorted by name already
     pool = None if pool is None else pool.without(support.digests)
     task = adapt_tasks(
-        model.learner, support.task(), sampling, ranks=order, seeds=seeds_of(seed, 0, 1),
+        model.metadiff, support.task(), sampling, ranks=order, seeds=seeds_of(seed, 0, 1),
         pool=None if pool is None else pool.features.unsqueeze(0),
     )  # fmt: skip
     return SavedClassifier(model.images, task, support.classes)
@@ -131,7 +131,7 @@ def adapt_classifier(
 
 def classifier_rejector(model: Model, support: SupportSet, classifier: SavedClassifier) -> Rejector:
     """What rejects images of no class. Raises CheckpointError where no threshold was fitted."""
-    return rejector_of(model.learner, classifier.task, support.task())
+    return rejector_of(model.metadiff, classifier.task, support.task())
 
 
 def predict_images(

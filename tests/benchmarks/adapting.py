@@ -19,7 +19,7 @@ from metadiff_cli.core.evaluation.evaluate import (
     method_of,
     run_through,
 )
-from metadiff_cli.core.method.adapt import Learner, Sampling, Tuning
+from metadiff_cli.core.method.adapt import MetaDiff, Sampling, Tuning
 from tests.benchmarks.common import CPU, Ratio, Report, Sizes, feature_bank, rates
 from tests.benchmarks.learning import metadiff_trainer
 
@@ -32,18 +32,18 @@ class Timed:
     speed: float
 
 
-def trained_learner(sizes: Sizes) -> Learner:
+def trained_learner(sizes: Sizes) -> MetaDiff:
     """A U-Net denoiser after a short training, so that the path of the sampler is not that of the closed form."""
     trainer = metadiff_trainer(sizes, 1000)
     for _ in range(sizes.train_steps):
         trainer._train_step(1e-3)
         trainer.step += 1
-    return Learner(trainer.space, trainer.averaged(), True, Tuning())
+    return MetaDiff(trainer.space, trainer.averaged(), True, Tuning())
 
 
 def sampling(sizes: Sizes) -> Report:
     """S = 10 against S = 1000 on the path to the posterior mean, and 100 against 1000 ancestral steps with draws."""
-    learner, bank = trained_learner(sizes), feature_bank(sizes, seed=1)
+    metadiff, bank = trained_learner(sizes), feature_bank(sizes, seed=1)
     plans = {
         f"DDIM, S = {sizes.fast_steps}, tau = 0": (Sampling(sizes.fast_steps), sizes.episodes),
         f"DDIM, S = {sizes.slow_steps}, tau = 0": (Sampling(sizes.slow_steps), sizes.episodes),
@@ -52,7 +52,7 @@ def sampling(sizes: Sizes) -> Report:
         f"DDPM, S = {sizes.slow_steps}, tau = 1, M = {sizes.samples}": (
             Sampling(sizes.slow_steps, sizes.samples, 1.0, method="ddpm"), sizes.draw_episodes),
     }  # fmt: skip
-    found = {name: _timed(learner, bank, how, episodes, sizes) for name, (how, episodes) in plans.items()}
+    found = {name: _timed(metadiff, bank, how, episodes, sizes) for name, (how, episodes) in plans.items()}
     rows = []
     for name, timed in found.items():
         mean, half = mean_interval(timed.accuracy)
@@ -73,12 +73,12 @@ def _difference(first: str, second: str, values: Tensor) -> str:
     return f"accuracy, {first} minus {second}: {mean:+.2f} ± {half:.2f} points, same episodes"
 
 
-def _timed(learner: Learner, bank: FeatureBank, how: Sampling, episodes: int, sizes: Sizes) -> Timed:
+def _timed(metadiff: MetaDiff, bank: FeatureBank, how: Sampling, episodes: int, sizes: Sizes) -> Timed:
     """Timed after a first run with a single step, which makes the lengths that `evaluate` has made once too."""
     protocol = Protocol(sizes.way, sizes.shot, sizes.query, episodes)
-    lengths = Lengths(learner.space, bank, CPU)
-    method = method_of(learner, how, protocol, lengths=lengths)
-    run_through(evaluate(bank, {"m": method_of(learner, Sampling(1), protocol, lengths=lengths)}, protocol, CPU))
+    lengths = Lengths(metadiff.space, bank, CPU)
+    method = method_of(metadiff, how, protocol, lengths=lengths)
+    run_through(evaluate(bank, {"m": method_of(metadiff, Sampling(1), protocol, lengths=lengths)}, protocol, CPU))
     started = time.perf_counter()
     scores = run_through(evaluate(bank, {"m": method}, protocol, CPU))
     return Timed(100 * torch.cat(scores["m"].accuracy), episodes / (time.perf_counter() - started))
@@ -86,11 +86,11 @@ def _timed(learner: Learner, bank: FeatureBank, how: Sampling, episodes: int, si
 
 def evaluation(sizes: Sizes) -> Report:
     """Episodes per second of `evaluate` on cached features, beside the same tasks one at a time."""
-    bank, learner = feature_bank(sizes, seed=1), trained_learner(sizes)
+    bank, metadiff = feature_bank(sizes, seed=1), trained_learner(sizes)
     protocol = Protocol(sizes.way, sizes.shot, sizes.query, sizes.episodes)
-    method, indices = method_of(learner, Sampling(), protocol), bank.class_indices()
-    lengths = lengths_for(learner.space, bank, protocol, CPU)
-    batched = method_of(learner, Sampling(), protocol, lengths=lengths)
+    method, indices = method_of(metadiff, Sampling(), protocol), bank.class_indices()
+    lengths = lengths_for(metadiff.space, bank, protocol, CPU)
+    batched = method_of(metadiff, Sampling(), protocol, lengths=lengths)
     results: dict[str, Tensor] = {}
 
     def together() -> int:

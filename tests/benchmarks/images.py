@@ -19,7 +19,7 @@ from metadiff_cli.core.checkpoints.model import save_model
 from metadiff_cli.core.device import autocast, keep_freed_memory
 from metadiff_cli.core.encoders.bank import ImageEncoder, build_bank
 from metadiff_cli.core.encoders.networks import build_encoder
-from metadiff_cli.core.method.adapt import Learner, Tuning
+from metadiff_cli.core.method.adapt import MetaDiff, Tuning
 from metadiff_cli.core.method.denoisers import AnalyticDenoiser
 from metadiff_cli.core.method.task_space import fit_task_space
 from metadiff_cli.core.training.pretrain import Pretrainer
@@ -198,7 +198,7 @@ def _checkpoint(sizes: Sizes, place: Path) -> Path:
     encoder = frozen_encoder(sizes)
     g = torch.Generator().manual_seed(0)
     classes = [torch.randn(8, encoder.feature_size, generator=g) / encoder.feature_size**0.5 for _ in range(10)]
-    learner = Learner(fit_task_space(classes), AnalyticDenoiser(), False, Tuning())
+    learner = MetaDiff(fit_task_space(classes), AnalyticDenoiser(), False, Tuning())
     header = {
         "config": Config(encoder=sizes.encoder).model_dump(mode="json", exclude={"runtime"}),
         "classes": [str(i) for i in range(10)],

@@ -24,7 +24,7 @@ from metadiff_cli.config.schema import DenoiserConfig, FrozenBaseline, ImageBase
 from metadiff_cli.core.baselines.learners import FrozenLearner, Head, build_image_learner
 from metadiff_cli.core.baselines.train import InnerTrainer
 from metadiff_cli.core.encoders.networks import build_encoder
-from metadiff_cli.core.method.adapt import Learner, Sampling, Tuning, adapt_tasks
+from metadiff_cli.core.method.adapt import MetaDiff, Sampling, Tuning, adapt_tasks
 from metadiff_cli.core.method.diffusion import Schedule
 from metadiff_cli.core.method.task_space import fit_task_space
 from metadiff_cli.core.training.metatrain import MetaTrainer
@@ -112,7 +112,7 @@ def stepper(kind: str, sizes: Sizes, inner: int) -> Callable[[], int]:
 def adapters(sizes: Sizes, inner: int) -> dict[str, Callable[[], int]]:
     """One adaptation of one task: ours with S = T = `inner` sampling steps, ANIL's with as many inner steps."""
     ours, theirs = metadiff_trainer(sizes, inner), anil_trainer(sizes, inner)
-    learner = Learner(ours.space, ours.denoiser.eval(), True, Tuning(), schedule=ours.schedule)
+    learner = MetaDiff(ours.space, ours.denoiser.eval(), True, Tuning(), schedule=ours.schedule)
     z = torch.from_numpy(ours.bank.features[: sizes.way * sizes.shot]).view(1, sizes.way, sizes.shot, -1)
     ranks = torch.arange(sizes.way).unsqueeze(0)
 

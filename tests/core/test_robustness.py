@@ -15,7 +15,7 @@ from metadiff_cli.core.encoders.networks import build_encoder
 from metadiff_cli.core.evaluation import evaluate as evaluation
 from metadiff_cli.core.evaluation.controls import logreg_method, ridge_method
 from metadiff_cli.core.evaluation.evaluate import Method, Protocol, Scores, evaluate, run_through
-from metadiff_cli.core.method.adapt import Learner, Sampling, Tuning, adapt_tasks, seeds_of
+from metadiff_cli.core.method.adapt import MetaDiff, Sampling, Tuning, adapt_tasks, seeds_of
 from metadiff_cli.core.method.denoisers import AnalyticDenoiser, UNetDenoiser, randomise
 from metadiff_cli.core.method.task_space import TaskSpace, fit_task_space
 from metadiff_cli.core.training.metatrain import MetaTrainer
@@ -38,9 +38,9 @@ def bank_of(z: np.ndarray) -> FeatureBank:
     return FeatureBank(z.reshape(-1, size), np.repeat(np.arange(classes), images), tuple(map(str, range(classes))))
 
 
-def learners(size: int = SIZE) -> dict[str, Learner]:
-    """The analytic learner of a world and one with a U-Net of random weights."""
-    analytic = Learner(fit_task_space(bank_of(world(20, 12, size)).by_class()), AnalyticDenoiser(), False, Tuning())
+def learners(size: int = SIZE) -> dict[str, MetaDiff]:
+    """The analytic metadiff of a world and one with a U-Net of random weights."""
+    analytic = MetaDiff(fit_task_space(bank_of(world(20, 12, size)).by_class()), AnalyticDenoiser(), False, Tuning())
     return {
         "analytic": analytic,
         "unet": replace(analytic, denoiser=randomise(UNetDenoiser(size, width=32), seed=0), learned=True),
@@ -50,12 +50,12 @@ def learners(size: int = SIZE) -> dict[str, Learner]:
 def every_method(protocol: Protocol, size: int = SIZE) -> dict[str, Method]:
     """All that `evaluate` can measure on features, by inductive and by transductive protocol."""
     found: dict[str, Method] = {"logreg": logreg_method(0.1), "ridge": ridge_method(0.3)}
-    for name, learner in learners(size).items():
-        found[name] = evaluation.method_of(learner, DRAWS, protocol)
-        found[f"{name} with a pool"] = evaluation.method_of(learner, Sampling(), replace(protocol, transductive=True))
-    found["prototype"] = evaluation.prototype_method(learner)
-    found["soft k-means"] = evaluation.soft_kmeans_method(learner)
-    found["label propagation"] = evaluation.label_propagation_method(learner)
+    for name, metadiff in learners(size).items():
+        found[name] = evaluation.method_of(metadiff, DRAWS, protocol)
+        found[f"{name} with a pool"] = evaluation.method_of(metadiff, Sampling(), replace(protocol, transductive=True))
+    found["prototype"] = evaluation.prototype_method(metadiff)
+    found["soft k-means"] = evaluation.soft_kmeans_method(metadiff)
+    found["label propagation"] = evaluation.label_propagation_method(metadiff)
     return found
 
 
@@ -96,13 +96,13 @@ def test_imbalanced_episodes_do_not_depend_on_the_batch_either(monkeypatch: pyte
 
 
 def test_lengths_measured_once_for_a_bank_change_no_more_than_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    bank, learner = bank_of(world(12, 12, seed=1)), learners()["analytic"]
+    bank, metadiff = bank_of(world(12, 12, seed=1)), learners()["analytic"]
     monkeypatch.setattr(evaluation, "PART", 50)  # the bank's 144 images in several parts
-    lengths = evaluation.lengths_for(learner.space, bank, replace(PROTOCOL, episodes=100), CPU)
+    lengths = evaluation.lengths_for(metadiff.space, bank, replace(PROTOCOL, episodes=100), CPU)
     assert lengths is not None
-    assert evaluation.lengths_for(learner.space, bank, replace(PROTOCOL, episodes=1), CPU) is None
-    methods = {"each query": evaluation.method_of(learner, DRAWS, PROTOCOL)}
-    methods["once"] = evaluation.method_of(learner, DRAWS, PROTOCOL, lengths=lengths)
+    assert evaluation.lengths_for(metadiff.space, bank, replace(PROTOCOL, episodes=1), CPU) is None
+    methods = {"each query": evaluation.method_of(metadiff, DRAWS, PROTOCOL)}
+    methods["once"] = evaluation.method_of(metadiff, DRAWS, PROTOCOL, lengths=lengths)
     scores = measured(bank, methods, PROTOCOL)
     assert equal(scores["each query"], scores["once"], 9, atol=1e-5)
 
@@ -126,10 +126,10 @@ def test_the_number_of_threads_changes_no_more_than_rounding(threads: Callable[[
         z = torch.cat(list(extract(Encoding(encoder, 40), pixels))).numpy()
         bank = bank_of(z.reshape(8, 12, -1))
         space = fit_task_space(bank.by_class())
-        learner = Learner(space, AnalyticDenoiser(), False, Tuning())
+        metadiff = MetaDiff(space, AnalyticDenoiser(), False, Tuning())
         support, query = bank.take(np.arange(96).reshape(8, 12)[:, :3])[None], bank.take(np.arange(96))[None]
         ranks = torch.arange(8).unsqueeze(0)
-        classifier = adapt_tasks(learner, support, DRAWS, ranks=ranks, seeds=seeds_of(0, 0, 1))
+        classifier = adapt_tasks(metadiff, support, DRAWS, ranks=ranks, seeds=seeds_of(0, 0, 1))
         trainer = MetaTrainer(bank, space, DenoiserConfig(), MetatrainConfig(ways=(5, 5)), seed=0, device=CPU)
         found.append((torch.from_numpy(z), classifier.probabilities(query), trainer._train_step(1e-3)))
     for other in found[1:]:
@@ -184,10 +184,10 @@ def checked(method: Method) -> Method:
 def test_a_model_of_odd_features_is_finite(kind: str, images: int) -> None:
     """Base classes of such features, of one image each as well: the model serves ordinary tasks."""
     space = fit_task_space(bank_of(ODD[kind][:, :images]).by_class())
-    learner = Learner(space, AnalyticDenoiser(), False, Tuning())
+    metadiff = MetaDiff(space, AnalyticDenoiser(), False, Tuning())
     assert all(torch.isfinite(t).all() for t in space.tensors().values())
     z = torch.from_numpy(world(4, 6, seed=5))
-    classifier = adapt_tasks(learner, z[None, :, :2], DRAWS, ranks=torch.arange(4)[None], seeds=seeds_of(0, 0, 1))
+    classifier = adapt_tasks(metadiff, z[None, :, :2], DRAWS, ranks=torch.arange(4)[None], seeds=seeds_of(0, 0, 1))
     found = classifier.probabilities(z[None, :, 2:].flatten(1, 2))
     assert torch.isfinite(classifier.weights).all() and torch.isfinite(found).all()
 
@@ -205,11 +205,11 @@ def test_few_and_many_ways_shots_and_features(ways: int, shots: int, size: int) 
     """Finite, and better than chance by far; the largest task has some hundred million numbers, so it is spared."""
     if ways * shots * size > 10**8:
         shots = 10
-    learner = Learner(wide_space(size), AnalyticDenoiser(), False, Tuning())
+    metadiff = MetaDiff(wide_space(size), AnalyticDenoiser(), False, Tuning())
     z = torch.from_numpy(world(ways, shots + 1, size, seed=2))
     support, query = z[None, :, :shots], z[None, :, shots]
     ranks = torch.arange(ways).unsqueeze(0)
-    classifier = adapt_tasks(learner, support, Sampling(), ranks=ranks, seeds=seeds_of(0, 0, 1))
+    classifier = adapt_tasks(metadiff, support, Sampling(), ranks=ranks, seeds=seeds_of(0, 0, 1))
     found = classifier.probabilities(query)[0]  # (N, N)
     assert torch.isfinite(classifier.weights).all()
     assert torch.allclose(found.sum(dim=1), torch.ones(ways), atol=1e-4)

@@ -16,13 +16,13 @@ def small_model(path: Path) -> Path:
     from metadiff_cli.core.checkpoints.model import save_model
     from metadiff_cli.core.encoders.bank import ImageEncoder
     from metadiff_cli.core.encoders.networks import build_encoder
-    from metadiff_cli.core.method.adapt import Learner, Tuning
+    from metadiff_cli.core.method.adapt import MetaDiff, Tuning
     from metadiff_cli.core.method.denoisers import UNetDenoiser
     from metadiff_cli.core.method.task_space import identity_space
 
     encoder = build_encoder("conv4")
     images = ImageEncoder(encoder, "conv4", 16, (0.5,) * 3, (0.2,) * 3, True, torch.device("cpu"))
-    learner = Learner(
+    learner = MetaDiff(
         identity_space(torch.randn(4, images.feature_size) for _ in range(3)),
         UNetDenoiser(images.feature_size, 8, 1), True, Tuning(),
     )  # fmt: skip
@@ -44,7 +44,7 @@ def small_classifier(path: Path) -> Path:
 
     model = load_model(small_model(path.with_name("base.safetensors")), torch.device("cpu"))
     classes, size = ("a", "ß", "日本"), model.images.feature_size
-    task = TaskClassifier(model.learner.space, torch.randn(1, 1, 3, size), 4.0, 10.0)
+    task = TaskClassifier(model.metadiff.space, torch.randn(1, 1, 3, size), 4.0, 10.0)
     digests = tuple(bytes([i]) * 32 for i in range(4))
     support = SupportSet(classes, torch.randn(4, size), np.array([0, 0, 1, 2]), digests, ("a/1", "a/2", "b/1", "c/1"))
     save_classifier(path, SavedClassifier(model.images, task, classes), Origin(model, support))

@@ -107,7 +107,7 @@ def rejection_document(ready: Ready) -> dict[str, float] | None:
     """Of --reject auto: the threshold of the known score in nats, and the rate (0..1) that it was fitted for."""
     if ready.rejector is None:
         return None
-    rate = require_rejection(ready.origin.model.learner).rate
+    rate = require_rejection(ready.origin.model.metadiff).rate
     return {"threshold": round(float(ready.rejector.threshold), 6), "false_rejection_rate": rate}
 
 

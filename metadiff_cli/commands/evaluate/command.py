@@ -155,7 +155,7 @@ def evaluate(
     )  # fmt: skip
     protocol = Protocol(way, shot, query, episodes, runtime.seed, transductive, imbalance)
     path = options.checkpoint_path(checkpoint)
-    if old is not None and read_header(path)["kind"] == "method":
+    if old is not None and read_header(path)["kind"] == "baseline":
         raise ConfigError("--compare is for the accuracy of metadiff", hint="leave it out with a baseline's checkpoint")
     document = measure_file(
         path, names, runtime, data, split, protocol, screen, halves=halves, open_set=open_set, drawn=report is not None
@@ -187,17 +187,17 @@ def measure_file(
     """The result document of a model or a baseline, beside its controls."""
     from metadiff_cli.commands.evaluate.measure import feature_bank, measure, sampling_of
     from metadiff_cli.commands.train.baselines import FILE, further, mark, measure_method
-    from metadiff_cli.core.checkpoints.baseline import load_method
+    from metadiff_cli.core.checkpoints.baseline import load_baseline
     from metadiff_cli.core.checkpoints.file import read_header
     from metadiff_cli.core.checkpoints.model import Model, load_model
 
     device = options.start(runtime)
-    baseline = read_header(path)["kind"] == "method"
+    baseline = read_header(path)["kind"] == "baseline"
     if halves and (baseline or any(name.endswith(FILE) for name in controls)):
         raise ConfigError("--halves fits what belongs to a MetaDiff model", hint="leave it out with baselines' files")
     if open_set and baseline:
         raise ConfigError("--open-set measures a MetaDiff model", hint="leave it out with a baseline's checkpoint")
-    model = (load_method if baseline else load_model)(path, device)
+    model = (load_baseline if baseline else load_model)(path, device)
     source = find_source(check(model.header["config"]), runtime, data, screen)
     labels = source.split(split, model.images.size).labels
     name = "metadiff" if isinstance(model, Model) else model.name

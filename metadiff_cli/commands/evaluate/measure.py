@@ -28,7 +28,7 @@ from metadiff_cli.core.evaluation.evaluate import (
     summarise,
 )
 from metadiff_cli.core.evaluation.novelty import measure_novelty
-from metadiff_cli.core.method.adapt import Learner, Sampling
+from metadiff_cli.core.method.adapt import MetaDiff, Sampling
 from metadiff_cli.core.method.denoisers import build_denoiser, randomise
 from metadiff_cli.core.method.rejection import require_rejection
 from metadiff_cli.core.training.distributed import on_main
@@ -80,28 +80,28 @@ def methods_of(
     device: torch.device,
 ) -> dict[str, Method]:  # fmt: skip
     """MetaDiff and those of the controls that are made of the model, by name; `methods.further` has the others."""
-    learner = model.learner
-    ours = partial(method_of, lengths=lengths_for(learner.space, bank, protocol, device))
+    metadiff = model.metadiff
+    ours = partial(method_of, lengths=lengths_for(metadiff.space, bank, protocol, device))
     makers = {
-        "prototype": lambda: prototype_method(learner),
-        "analytic": lambda: ours(learner.analytic(), sampling, protocol),
+        "prototype": lambda: prototype_method(metadiff),
+        "analytic": lambda: ours(metadiff.analytic(), sampling, protocol),
         "untrained": lambda: ours(_untrained(model, protocol.seed, device), sampling, protocol),
-        "posterior": lambda: ours(learner, replace(POSTERIOR, guidance=sampling.guidance), protocol),
-        "inductive": lambda: ours(learner, sampling, replace(protocol, transductive=False)),
-        "soft-kmeans": lambda: soft_kmeans_method(learner),
-        "label-propagation": lambda: label_propagation_method(learner),
+        "posterior": lambda: ours(metadiff, replace(POSTERIOR, guidance=sampling.guidance), protocol),
+        "inductive": lambda: ours(metadiff, sampling, replace(protocol, transductive=False)),
+        "soft-kmeans": lambda: soft_kmeans_method(metadiff),
+        "label-propagation": lambda: label_propagation_method(metadiff),
     }
     named = [name for name in controls if name in makers]
-    return {"metadiff": ours(learner, sampling, protocol), **{name: makers[name]() for name in named}}
+    return {"metadiff": ours(metadiff, sampling, protocol), **{name: makers[name]() for name in named}}
 
 
-def _untrained(model: Model, seed: int, device: torch.device) -> Learner:
+def _untrained(model: Model, seed: int, device: torch.device) -> MetaDiff:
     """A randomly initialised denoiser of the configured kind, its last layer included."""
     settings = model.header["config"]["denoiser"]
     kind = settings["kind"] if settings["kind"] != "analytic" else "unet"
     size = model.images.feature_size
     denoiser = build_denoiser(kind, size, settings["width"], settings["depth"], settings["dropout"])
-    return Learner(model.learner.space, randomise(denoiser, seed).to(device), True, model.learner.tuning)
+    return MetaDiff(model.metadiff.space, randomise(denoiser, seed).to(device), True, model.metadiff.tuning)
 
 
 def measure(
@@ -125,7 +125,7 @@ def measure(
     """
     device = model.images.device
     if open_set and not halves:
-        require_rejection(model.learner)  # before the long part
+        require_rejection(model.metadiff)  # before the long part
     parts = _halves(model, bank, protocol) if halves else [Part(model, bank, protocol)]
     document = result_document(
         lambda progress: _scores(parts, sampling, controls, more or {}, device, progress), bank, split, protocol, screen
@@ -144,7 +144,7 @@ def measure(
         "halves": halves,
         "sampling": asdict(sampling),
         "denoiser": model.header["denoiser"]["kind"],
-        "novelty": on_main(lambda: _novelty(model.learner, bank, protocol, sampling)),
+        "novelty": on_main(lambda: _novelty(model.metadiff, bank, protocol, sampling)),
     }
 
 
@@ -188,8 +188,8 @@ def _halves(model: Model, bank: FeatureBank, protocol: Protocol) -> list[Part]:
     parts = []
     for fitted, measured in ((0, 1), (1, 0)):
         part = replace(protocol, episodes=(protocol.episodes + fitted) // 2, seed=protocol.seed + fitted)
-        tuning = fit_tuning(model.learner, every_other(bank, fitted), model.images.device, seed=protocol.seed)
-        fresh = replace(model, learner=model.learner.tuned(tuning))
+        tuning = fit_tuning(model.metadiff, every_other(bank, fitted), model.images.device, seed=protocol.seed)
+        fresh = replace(model, metadiff=model.metadiff.tuned(tuning))
         parts.append(Part(fresh, every_other(bank, measured), part))
     return parts
 
@@ -209,16 +209,16 @@ def _scores(
 def _pictures(part: Part, sampling: Sampling) -> dict[str, Any]:
     from metadiff_cli.core.memory import training_memory
 
-    images, learner = part.model.images, part.model.learner
-    ways = trace_weights(learner, part.bank, part.protocol, sampling, images.device)
-    return {"trajectories": ways.to_dict(), "memory": training_memory(images, learner.space, part.bank)}
+    images, metadiff = part.model.images, part.model.metadiff
+    ways = trace_weights(metadiff, part.bank, part.protocol, sampling, images.device)
+    return {"trajectories": ways.to_dict(), "memory": training_memory(images, metadiff.space, part.bank)}
 
 
-def _novelty(learner: Learner, bank: FeatureBank, protocol: Protocol, sampling: Sampling) -> dict[str, float] | None:
+def _novelty(metadiff: MetaDiff, bank: FeatureBank, protocol: Protocol, sampling: Sampling) -> dict[str, float] | None:
     """How far generated weights are from the training weights; None for a checkpoint that does not hold those."""
-    if learner.targets is None:
+    if metadiff.targets is None:
         return None
-    found: dict[str, float] = rounded(measure_novelty(learner, learner.targets, bank, protocol, sampling).to_dict())
+    found: dict[str, float] = rounded(measure_novelty(metadiff, metadiff.targets, bank, protocol, sampling).to_dict())
     return found
 
 

@@ -28,7 +28,7 @@ def open_set_document(
     for part in parts:
         before = 0 if measured is None else len(measured.auroc)
         found = measure_open_set(
-            part.model.learner, part.bank, part.protocol, sampling, device, partial(_further, progress, before)
+            part.model.metadiff, part.bank, part.protocol, sampling, device, partial(_further, progress, before)
         )
         measured = found if measured is None else measured.joined(found)
     assert measured is not None
@@ -36,7 +36,7 @@ def open_set_document(
     document: dict[str, Any] = rounded({
         "unknown_classes": unknown_classes(first.bank, first.protocol.way),
         "episodes": len(measured.auroc),
-        "false_rejection_rate": require_rejection(first.model.learner).rate,
+        "false_rejection_rate": require_rejection(first.model.metadiff).rate,
         **measured.summary(),
     })  # fmt: skip
     return document

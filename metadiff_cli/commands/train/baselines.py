@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from metadiff_cli.commands.train.run_folder import Run, Source
     from metadiff_cli.commands.train.starting import Start
     from metadiff_cli.core.baselines.train import InnerStep, InnerTrainer, InnerValidation
-    from metadiff_cli.core.checkpoints.baseline import TrainedMethod
+    from metadiff_cli.core.checkpoints.baseline import Baseline
     from metadiff_cli.core.encoders.bank import FeatureBank
     from metadiff_cli.core.evaluation.evaluate import Method, Protocol
 
@@ -29,7 +29,7 @@ def train_method(
     """All stages of a baseline, down to its checkpoint; returns the result document."""
     from metadiff_cli.commands.train.run_folder import CHECKPOINT
     from metadiff_cli.core.baselines.learners import ON_FEATURES
-    from metadiff_cli.core.checkpoints.baseline import save_method
+    from metadiff_cli.core.checkpoints.baseline import save_baseline
     from metadiff_cli.core.evaluation.evaluate import Protocol
     from metadiff_cli.core.training.distributed import on_main
 
@@ -43,12 +43,12 @@ def train_method(
     result = measure_method(method, ("prototype", "analytic", "logreg", "ridge") if frozen else (), config, source,
                             split, protocol, screen)  # fmt: skip
     metrics = {key: result[key] for key in ("methods", "split", "way", "shot", "query", "episodes", "seed")}
-    on_main(lambda: save_method(run.folder / CHECKPOINT, method, metrics))
+    on_main(lambda: save_baseline(run.folder / CHECKPOINT, method, metrics))
     return result
 
 
 def measure_method(
-    method: "TrainedMethod",
+    method: "Baseline",
     controls: Sequence[str],
     config: Config,
     source: "Source",
@@ -109,17 +109,17 @@ def _from_file(
 ) -> tuple[str, "Method", "FeatureBank", str | None]:  # fmt: skip
     """Name, method, images in its own form, and BatchNorm statistics of a checkpoint file."""
     from metadiff_cli.commands.evaluate.measure import feature_bank, sampling_of
-    from metadiff_cli.core.checkpoints.baseline import load_method
+    from metadiff_cli.core.checkpoints.baseline import load_baseline
     from metadiff_cli.core.checkpoints.file import read_header
     from metadiff_cli.core.checkpoints.model import load_model
     from metadiff_cli.core.evaluation.evaluate import method_of
 
-    if read_header(path)["kind"] != "method":
+    if read_header(path)["kind"] != "baseline":
         model = load_model(path, device)
         bank = feature_bank(model.images, source, split, config, screen)
         name = f"metadiff-{model.header['denoiser']['kind']}"
-        return name, method_of(model.learner, sampling_of(config), protocol), bank, None
-    trained = load_method(path, device)
+        return name, method_of(model.metadiff, sampling_of(config), protocol), bank, None
+    trained = load_baseline(path, device)
     if trained.base is None:
         bank = pixel_bank(source, split, trained.images.size)
     else:
@@ -135,8 +135,8 @@ def mark(document: dict[str, Any], statistics: Mapping[str, str | None]) -> dict
     return document
 
 
-def _statistics(method: "TrainedMethod") -> str | None:
-    kind = method.header["method"]["settings"].get("statistics")
+def _statistics(method: "Baseline") -> str | None:
+    kind = method.header["baseline"]["settings"].get("statistics")
     return None if kind is None else str(kind)
 
 
@@ -158,10 +158,10 @@ def _fitted(controls: Sequence[str], config: Config) -> dict[str, "Method"]:
     return {name: maker() for name, maker in makers.items() if name in controls}
 
 
-def _as_method(method: "TrainedMethod", way: int) -> "Method":
+def _as_method(method: "Baseline", way: int) -> "Method":
     from metadiff_cli.core.baselines.learners import inner_method
 
-    return inner_method(method.inner, int(method.header["method"]["settings"]["test_steps"]), way)
+    return inner_method(method.inner, int(method.header["baseline"]["settings"]["test_steps"]), way)
 
 
 def _reading(bank: "FeatureBank", method: "Method", device: "torch.device") -> "Method":
@@ -189,26 +189,26 @@ def _unused(name: str, taken: set[str]) -> str:
 
 def _on_features(
     name: str, config: Config, source: "Source", run: "Run", start: "Start", screen: Screen
-) -> tuple["TrainedMethod", "FeatureBank", "FeatureBank | None"]:
+) -> tuple["Baseline", "FeatureBank", "FeatureBank | None"]:
     """An untrained baseline over the features of the run's encoder, with base and validation classes."""
     from metadiff_cli.commands.train.metatrain import frozen_parts
     from metadiff_cli.core.baselines.learners import FrozenLearner
-    from metadiff_cli.core.checkpoints.baseline import TrainedMethod
+    from metadiff_cli.core.checkpoints.baseline import Baseline
 
     images, base, val, analytic = frozen_parts(config, source, run, start, screen)
     inner = FrozenLearner(name, config.evaluation.way, analytic.space.mean, config.baselines.frozen)
     header = _header(name, config, base)
-    return TrainedMethod(name, images, inner, analytic, header), base, val
+    return Baseline(name, images, inner, analytic, header), base, val
 
 
 def _on_images(
     name: str, config: Config, source: "Source", run: "Run", start: "Start", screen: Screen
-) -> tuple["TrainedMethod", "FeatureBank", "FeatureBank | None"]:
+) -> tuple["Baseline", "FeatureBank", "FeatureBank | None"]:
     """An untrained baseline over images, with base and validation classes; its encoder starts at random."""
     import torch
 
     from metadiff_cli.core.baselines.learners import build_image_learner
-    from metadiff_cli.core.checkpoints.baseline import TrainedMethod
+    from metadiff_cli.core.checkpoints.baseline import Baseline
     from metadiff_cli.core.encoders.bank import ImageEncoder
     from metadiff_cli.core.encoders.networks import build_encoder
     from metadiff_cli.data.cache import channel_statistics
@@ -226,7 +226,7 @@ def _on_images(
     backbone = build_encoder(config.encoder)
     inner = build_image_learner(name, config.evaluation.way, backbone, *shape, config.baselines.images)
     images = ImageEncoder(backbone, config.encoder, *shape, False, device)
-    return TrainedMethod(name, images, inner, None, _header(name, config, base)), base, val
+    return Baseline(name, images, inner, None, _header(name, config, base)), base, val
 
 
 def _header(name: str, config: Config, base: "FeatureBank") -> dict[str, Any]:
@@ -237,19 +237,19 @@ def _header(name: str, config: Config, base: "FeatureBank") -> dict[str, Any]:
     return {
         "config": config.model_dump(mode="json", exclude={"runtime"}),
         "classes": list(base.classes),
-        "method": {"name": name, **facts},
+        "baseline": {"name": name, **facts},
     }
 
 
 def _train(
-    method: "TrainedMethod",
+    method: "Baseline",
     config: Config,
     base: "FeatureBank",
     val: "FeatureBank | None",
     run: "Run",
     screen: Screen,
     identity: dict[str, Any],
-) -> "TrainedMethod":
+) -> "Baseline":
     """The method with its learner trained; selected by accuracy on validation classes where there are some."""
     from dataclasses import replace
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from metadiff_cli.commands.train.run_folder import Run, Source
     from metadiff_cli.commands.train.starting import Start
     from metadiff_cli.core.encoders.bank import FeatureBank, ImageEncoder
-    from metadiff_cli.core.method.adapt import Learner
+    from metadiff_cli.core.method.adapt import MetaDiff
     from metadiff_cli.core.method.task_space import TaskSpace
     from metadiff_cli.core.training.metatrain import MetaStep, MetaTrainer, MetaValidation
 
@@ -148,7 +148,7 @@ def train_model(
     base = feature_bank(images, source, "train", config, screen)
     val = feature_bank(images, source, "val", config, screen) if source.has("val") else None
     identity = start.identity(config, "metadiff", source, images)
-    learner, learned, kind = _learn(config, images, base, val, run, screen, start, identity)
+    metadiff, learned, kind = _learn(config, images, base, val, run, screen, start, identity)
     header: dict[str, Any] = {
         "config": config.model_dump(mode="json", exclude={"runtime"}),
         "classes": list(base.classes),
@@ -157,7 +157,7 @@ def train_model(
     split = "test" if source.has("test") else "val" if val is not None else "train"
     bank = feature_bank(images, source, split, config, screen)
     e = config.evaluation
-    model = Model(images, learner, header)
+    model = Model(images, metadiff, header)
     results: list[dict[str, Any]] = []
     for shot in dict.fromkeys((e.shot, *e.card_shots)):
         protocol = Protocol(e.way, shot, e.query, e.episodes, config.seed)
@@ -169,22 +169,22 @@ def train_model(
     result["learned"] = learned
     metrics = {"methods": result["methods"], "split": split, "learned": learned}
     metrics |= {key: result[key] for key in ("way", "shot", "query", "episodes", "seed")}
-    on_main(lambda: save_model(run.folder / CHECKPOINT, images, learner, {**header, "metrics": metrics}))
+    on_main(lambda: save_model(run.folder / CHECKPOINT, images, metadiff, {**header, "metrics": metrics}))
     return result
 
 
 def frozen_parts(
     config: Config, source: "Source", run: "Run", start: "Start", screen: Screen
-) -> tuple["ImageEncoder", "FeatureBank", "FeatureBank | None", "Learner"]:
-    """Encoder, features of base and validation classes, and the analytic learner: where a baseline starts."""
+) -> tuple["ImageEncoder", "FeatureBank", "FeatureBank | None", "MetaDiff"]:
+    """Encoder, features of base and validation classes, and the analytic metadiff: where a baseline starts."""
     from metadiff_cli.commands.evaluate.measure import feature_bank
 
     images = _encoder(config, source, run, start, screen)
     base = feature_bank(images, source, "train", config, screen)
     val = feature_bank(images, source, "val", config, screen) if source.has("val") else None
     analytic = config.model_copy(update={"denoiser": config.denoiser.model_copy(update={"kind": "analytic"})})
-    learner, _, _ = _learn(analytic, images, base, val, run, screen, start, {})
-    return images, base, val, learner
+    metadiff, _, _ = _learn(analytic, images, base, val, run, screen, start, {})
+    return images, base, val, metadiff
 
 
 def _encoder(config: Config, source: "Source", run: "Run", start: "Start", screen: Screen) -> "ImageEncoder":
@@ -233,9 +233,9 @@ def _learn(
     screen: Screen,
     start: "Start",
     identity: dict[str, Any],
-) -> tuple["Learner", dict[str, Any], str]:
+) -> tuple["MetaDiff", dict[str, Any], str]:
     """Task space, denoiser and tuning; what became of the learned part; the kind of denoiser that is kept."""
-    from metadiff_cli.core.method.adapt import Learner, Tuning
+    from metadiff_cli.core.method.adapt import MetaDiff, Tuning
     from metadiff_cli.core.method.denoisers import AnalyticDenoiser
     from metadiff_cli.core.method.domain import shared_of
     from metadiff_cli.core.training.fit import fit_tuning
@@ -243,19 +243,19 @@ def _learn(
     kind = config.denoiser.kind
     space, means = (_paper_space if kind == "paper" else _task_space)(config, base, val, images.device, screen)
     targets = space.to_task(means.float().to(images.device))
-    learner = Learner(space, AnalyticDenoiser(), False, Tuning(shared=shared_of(kind)), targets)
+    metadiff = MetaDiff(space, AnalyticDenoiser(), False, Tuning(shared=shared_of(kind)), targets)
     learned: dict[str, Any] = {"kind": kind, "kept": False, "gain": None, "ci95": None}
     if kind != "analytic":
-        learner, learned = _train_denoiser(
-            config, learner, base, means, val, run, screen, images.device, start, identity
+        metadiff, learned = _train_denoiser(
+            config, metadiff, base, means, val, run, screen, images.device, start, identity
         )
     if val is not None:
-        learner = learner.tuned(
-            fit_tuning(learner, val, images.device, seed=config.seed, query=config.evaluation.query)
+        metadiff = metadiff.tuned(
+            fit_tuning(metadiff, val, images.device, seed=config.seed, query=config.evaluation.query)
         )
     else:
         screen.warn("no validation classes: guidance and confidence keep their defaults, and nothing is selected")
-    return learner, learned, kind if learned["kept"] else "analytic"
+    return metadiff, learned, kind if learned["kept"] else "analytic"
 
 
 def _task_space(
@@ -286,9 +286,9 @@ def _paper_space(
 
 
 def _train_denoiser(
-    config: Config, learner: "Learner", base: "FeatureBank", means: "Tensor", val: "FeatureBank | None", run: "Run",
+    config: Config, metadiff: "MetaDiff", base: "FeatureBank", means: "Tensor", val: "FeatureBank | None", run: "Run",
     screen: Screen, device: Any, start: "Start", identity: dict[str, Any],
-) -> tuple["Learner", dict[str, Any]]:  # fmt: skip
+) -> tuple["MetaDiff", dict[str, Any]]:  # fmt: skip
     """Train, select by the paired gain over `analytic`, and confirm the choice on fresh episodes."""
     from metadiff_cli.commands.train.resume import follow
     from metadiff_cli.commands.train.run_folder import STATE
@@ -297,7 +297,7 @@ def _train_denoiser(
     from metadiff_cli.core.training.metatrain import MetaTrainer
 
     trainer = MetaTrainer(
-        base, learner.space, config.denoiser, config.metatrain, seed=config.seed, device=device, means=means
+        base, metadiff.space, config.denoiser, config.metatrain, seed=config.seed, device=device, means=means
     )
     start.begin(trainer, config)
     e, m = config.evaluation, config.metatrain
@@ -306,13 +306,13 @@ def _train_denoiser(
     def validate(denoiser: Any) -> tuple[float, float] | None:
         if val is None:
             return None
-        return paired_gain(replace(learner, denoiser=denoiser, learned=True), val, selection, device)
+        return paired_gain(replace(metadiff, denoiser=denoiser, learned=True), val, selection, device)
 
     follow(
         trainer, validate, partial(_show, run, trainer, screen), label="meta-training", state=run.folder / STATE,
         identity=identity, screen=screen,
     )  # fmt: skip
-    candidate = replace(learner, denoiser=trainer.chosen(), learned=True)
+    candidate = replace(metadiff, denoiser=trainer.chosen(), learned=True)
     learned: dict[str, Any] = {"kind": config.denoiser.kind, "kept": val is None, "gain": None, "ci95": None}
     if val is not None:
         fresh = replace(selection, seed=config.seed + 2, episodes=max(m.validation_episodes, 1000))
@@ -320,7 +320,7 @@ def _train_denoiser(
         # `paper` is kept whatever it gives: it is there to be measured
         learned |= {"gain": round(gain, 4), "ci95": round(ci95, 4), "episodes": fresh.episodes}
         learned["kept"] = gain - ci95 > 0 or config.denoiser.kind == "paper"
-    return candidate if learned["kept"] else learner, learned
+    return candidate if learned["kept"] else metadiff, learned
 
 
 def _show(run: "Run", trainer: "MetaTrainer", screen: Screen, record: "MetaStep | MetaValidation", update: Any) -> bool:

@@ -224,21 +224,24 @@ def _meta_training(config: Config, size: int, device: "torch.device") -> tuple[l
     from dataclasses import replace
 
     from metadiff_cli.core.evaluation.evaluate import Protocol
-    from metadiff_cli.core.method.adapt import Learner, Tuning
+    from metadiff_cli.core.method.adapt import MetaDiff, Tuning
     from metadiff_cli.core.method.denoisers import AnalyticDenoiser
     from metadiff_cli.core.training.fit import paired_gain
 
     m, e = config.metatrain, config.evaluation
     bank, space = _stand_in(config, size)
-    learner = Learner(space.to(device), AnalyticDenoiser(), False, Tuning())
+    metadiff = MetaDiff(space.to(device), AnalyticDenoiser(), False, Tuning())
     stages, parameters, measured = [], 0, 2 * e.episodes
     if config.denoiser.kind != "analytic":
         trainer, each = _trained(config, bank, space, device)
         stages.append(Stage("meta-train the denoiser", m.steps, "steps", m.steps * each))
-        learner, parameters = replace(learner, denoiser=trainer.averaged(), learned=True), _parameters(trainer.denoiser)
+        metadiff, parameters = (
+            replace(metadiff, denoiser=trainer.averaged(), learned=True),
+            _parameters(trainer.denoiser),
+        )
         measured += -(-m.steps // m.validate_every) * m.validation_episodes + max(m.validation_episodes, CONFIRMING)
     protocol = Protocol(e.way, e.shot, e.query, EPISODES, config.seed)
-    each = _timed(lambda: paired_gain(learner, bank, protocol, device)) / EPISODES
+    each = _timed(lambda: paired_gain(metadiff, bank, protocol, device)) / EPISODES
     return [*stages, Stage("validate and evaluate", measured, "episodes", measured * each)], parameters
 
 

@@ -77,12 +77,12 @@ def refit(
     start = options.start(runtime)
     stored = load_checkpoint(options.checkpoint_path(checkpoint), "model")
     model = model_of(stored, start)
-    if model.learner.targets is None:
+    if model.metadiff.targets is None:
         raise ConfigError(f"{stored.path} does not hold its training weights", hint="make it again with `metatrain`")
     source = find_source(check(stored.header["config"]), runtime, data, screen)
     bank = feature_bank(model.images, source, split, runtime, screen)
     with screen.status("fitting the threshold of rejection"):
-        rejection = fit_rejection(model.learner, bank, start, seed=runtime.seed)
+        rejection = fit_rejection(model.metadiff, bank, start, seed=runtime.seed)
     assert rejection is not None
     tuning = {**stored.header["tuning"], "rejection": asdict(rejection)}
     save_checkpoint(out, "model", stored.tensors, {**stored.header, "tuning": tuning})

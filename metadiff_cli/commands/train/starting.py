@@ -73,7 +73,7 @@ class Start:
         try:
             if kind != config.denoiser.kind:
                 raise ValueError(f"a denoiser of kind {kind}")
-            trainer.start_from(model.learner.denoiser)
+            trainer.start_from(model.metadiff.denoiser)
         except ValueError as error:
             raise ConfigError(
                 f"{self.init} holds {error}", hint="give its --set denoiser.kind, denoiser.width and denoiser.depth"

@@ -29,14 +29,14 @@ from metadiff_cli.core.checkpoints.model import (
 )
 from metadiff_cli.core.encoders.bank import ImageEncoder
 from metadiff_cli.core.encoders.networks import build_encoder
-from metadiff_cli.core.method.adapt import Learner, Tuning
+from metadiff_cli.core.method.adapt import MetaDiff, Tuning
 from metadiff_cli.core.method.denoisers import AnalyticDenoiser
 
 HEAD_BIAS = {"maml": "net.1.bias", "fomaml": "net.1.bias"}  # of the others: head.bias
 
 
 @dataclass(frozen=True)
-class TrainedMethod:
+class Baseline:
     """A gradient-based baseline. On frozen features `base` is the analytic model they belong to; on images it is None.
 
     `images` says how an image is read; on images its encoder is the one that is adapted, under `inner` as well.
@@ -45,49 +45,49 @@ class TrainedMethod:
     name: str
     images: ImageEncoder
     inner: InnerLearner
-    base: Learner | None
+    base: MetaDiff | None
     header: dict[str, Any]
 
 
-def save_method(path: Path, method: TrainedMethod, metrics: dict[str, Any]) -> None:
+def save_baseline(path: Path, method: Baseline, metrics: dict[str, Any]) -> None:
     """Write a trained baseline."""
     tensors = {f"inner.{n}": t for n, t in method.inner.state_dict().items()}
     header = {**method.header, "metrics": metrics, **image_header(method.images)}
     if method.base is not None:
         tensors |= model_tensors(method.images, method.base)
         header |= model_header(method.images, method.base)
-    save_checkpoint(path, "method", tensors, header)
+    save_checkpoint(path, "baseline", tensors, header)
 
 
-def load_method(path: Path, device: torch.device) -> TrainedMethod:
+def load_baseline(path: Path, device: torch.device) -> Baseline:
     """Read a trained baseline. Raises CheckpointError for anything else."""
-    checkpoint = load_checkpoint(path, "method")
+    checkpoint = load_checkpoint(path, "baseline")
     with checkpoint_errors(path):
-        name = str(checkpoint.header["method"]["name"])
+        name = str(checkpoint.header["baseline"]["name"])
         if name not in (*ON_FEATURES, *ON_IMAGES):
             raise ValueError(f"a method called {name!r:.40}")
         images, inner, base = (_on_features if name in ON_FEATURES else _on_images)(name, checkpoint, device)
         inner.load_state_dict(checkpoint.part("inner"))
-        return TrainedMethod(name, images, inner.to(device).eval(), base, checkpoint.header)
+        return Baseline(name, images, inner.to(device).eval(), base, checkpoint.header)
 
 
 def _on_features(
     name: str, checkpoint: Checkpoint, device: torch.device
-) -> tuple[ImageEncoder, InnerLearner, Learner | None]:
+) -> tuple[ImageEncoder, InnerLearner, MetaDiff | None]:
     header = checkpoint.header
     images = image_encoder(checkpoint, device, *views_of(header["image"]))
     space = space_of(checkpoint, images)
-    base = Learner(space, AnalyticDenoiser(), False, Tuning()).tuned(tuning_from(header["tuning"]))
-    settings = FrozenBaseline.model_validate(header["method"]["settings"])
+    base = MetaDiff(space, AnalyticDenoiser(), False, Tuning()).tuned(tuning_from(header["tuning"]))
+    settings = FrozenBaseline.model_validate(header["baseline"]["settings"])
     return images, FrozenLearner(name, _way(name, checkpoint), space.mean, settings), base
 
 
 def _on_images(
     name: str, checkpoint: Checkpoint, device: torch.device
-) -> tuple[ImageEncoder, InnerLearner, Learner | None]:
+) -> tuple[ImageEncoder, InnerLearner, MetaDiff | None]:
     header = checkpoint.header
     images = described_encoder(header, with_task_norm(build_encoder(header["encoder"])), device, mirror=False)
-    settings = ImageBaseline.model_validate(header["method"]["settings"])
+    settings = ImageBaseline.model_validate(header["baseline"]["settings"])
     shape = (images.size, images.mean, images.std)
     return images, build_image_learner(name, _way(name, checkpoint), images.encoder, *shape, settings), None
 
@@ -95,7 +95,7 @@ def _on_images(
 def _way(name: str, checkpoint: Checkpoint) -> int:
     """Number of ways, checked against the tensors before anything of that size is made."""
     bias = checkpoint.tensors[f"inner.{HEAD_BIAS.get(name, 'head.bias')}"]
-    way, found = checkpoint.header["method"]["way"], len(bias)
+    way, found = checkpoint.header["baseline"]["way"], len(bias)
     if way != found:
         raise ValueError(f"{way!r:.40} ways, and a head of {found}")
     return found

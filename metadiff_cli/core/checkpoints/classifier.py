@@ -40,8 +40,8 @@ class Origin:
 
 def save_classifier(path: Path, classifier: SavedClassifier, origin: Origin) -> None:
     """Write an adapted classifier with what it was made of."""
-    support, pool, learner = origin.support, origin.pool, origin.model.learner
-    tensors = model_tensors(classifier.images, learner)
+    support, pool, metadiff = origin.support, origin.pool, origin.model.metadiff
+    tensors = model_tensors(classifier.images, metadiff)
     tensors |= {
         "weights": classifier.task.weights,
         "mean": classifier.task.space.mean.reshape(1, 1, -1),
@@ -60,7 +60,7 @@ def save_classifier(path: Path, classifier: SavedClassifier, origin: Origin) -> 
             f"{classifier.classes[c]}/{class_name(Path(p).name)}"
             for c, p in zip(support.labels, support.paths, strict=True)
         ],
-        **model_header(classifier.images, learner),
+        **model_header(classifier.images, metadiff),
     }
     save_checkpoint(path, "classifier", tensors, header)
 
@@ -84,10 +84,10 @@ def _space(checkpoint: Checkpoint, model: Model) -> TaskSpace:
     """The task's own; files from before there was one have that of the base classes."""
     mean = checkpoint.tensors.get("mean")
     if mean is None:
-        return model.learner.space
+        return model.metadiff.space
     if mean.shape != (1, 1, model.images.feature_size):
         raise ValueError(f"a mean of shape {tuple(mean.shape)}")
-    return model.learner.space.around(mean.to(model.images.device))
+    return model.metadiff.space.around(mean.to(model.images.device))
 
 
 def _support(checkpoint: Checkpoint, device: torch.device) -> SupportSet:

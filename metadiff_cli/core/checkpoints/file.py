@@ -26,7 +26,7 @@ KEY = "metadiff"
 KINDS = {
     "encoder": "an encoder (from `metadiff pretrain`)",
     "model": "a full model (from `metadiff metatrain`)",
-    "method": "a trained baseline (from `metadiff metatrain --method`)",
+    "baseline": "a trained baseline (from `metadiff metatrain --method`)",
     "classifier": "an adapted classifier (from `metadiff adapt --save`)",
     "state": "the state of an unfinished training",
 }

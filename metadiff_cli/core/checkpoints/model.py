@@ -13,7 +13,7 @@ from metadiff_cli.core.checkpoints.headers import check_denoiser, check_image, c
 from metadiff_cli.core.encoders.bank import ImageEncoder
 from metadiff_cli.core.encoders.networks import ENCODERS, Encoder, build_encoder
 from metadiff_cli.core.encoders.pretrained import build_pretrained
-from metadiff_cli.core.method.adapt import Learner, TaskClassifier, Tuning
+from metadiff_cli.core.method.adapt import MetaDiff, TaskClassifier, Tuning
 from metadiff_cli.core.method.calibration import TaskTable
 from metadiff_cli.core.method.denoisers import build_denoiser
 from metadiff_cli.core.method.domain import Usual
@@ -28,7 +28,7 @@ class Model:
     """What `adapt` and `evaluate` need, and the header of the file it came from."""
 
     images: ImageEncoder
-    learner: Learner
+    metadiff: MetaDiff
     header: dict[str, Any]
 
 
@@ -78,9 +78,9 @@ def resized(images: ImageEncoder, size: int) -> ImageEncoder:
     return replace(images, size=size)
 
 
-def save_model(path: Path, images: ImageEncoder, learner: Learner, header: dict[str, Any]) -> None:
+def save_model(path: Path, images: ImageEncoder, metadiff: MetaDiff, header: dict[str, Any]) -> None:
     """Write a full model; `header` says whose denoiser it is, the base classes, configuration and metrics."""
-    save_checkpoint(path, "model", model_tensors(images, learner), {**header, **model_header(images, learner)})
+    save_checkpoint(path, "model", model_tensors(images, metadiff), {**header, **model_header(images, metadiff)})
 
 
 def load_model(path: Path, device: torch.device) -> Model:
@@ -88,18 +88,18 @@ def load_model(path: Path, device: torch.device) -> Model:
     return model_of(load_checkpoint(path, "model"), device)
 
 
-def model_tensors(images: ImageEncoder, learner: Learner) -> dict[str, Tensor]:
+def model_tensors(images: ImageEncoder, metadiff: MetaDiff) -> dict[str, Tensor]:
     """What adaptation, prediction and rejection need of a model, by name."""
     tensors = encoder_tensors(images)
-    if learner.targets is not None:
-        tensors["targets"] = learner.targets
-    tensors |= {f"space.{n}": t for n, t in learner.space.tensors().items()}
-    return tensors | {f"denoiser.{n}": t for n, t in learner.denoiser.state_dict().items()}
+    if metadiff.targets is not None:
+        tensors["targets"] = metadiff.targets
+    tensors |= {f"space.{n}": t for n, t in metadiff.space.tensors().items()}
+    return tensors | {f"denoiser.{n}": t for n, t in metadiff.denoiser.state_dict().items()}
 
 
-def model_header(images: ImageEncoder, learner: Learner) -> dict[str, Any]:
+def model_header(images: ImageEncoder, metadiff: MetaDiff) -> dict[str, Any]:
     """What a header says of a model, besides which denoiser it has and where it comes from."""
-    return {**image_header(images), "tuning": asdict(learner.tuning)}
+    return {**image_header(images), "tuning": asdict(metadiff.tuning)}
 
 
 def model_of(checkpoint: Checkpoint, device: torch.device) -> Model:
@@ -114,8 +114,8 @@ def model_of(checkpoint: Checkpoint, device: torch.device) -> Model:
         if targets is not None and targets.shape != (len(targets), images.feature_size):
             raise ValueError(f"training weights of shape {tuple(targets.shape)}")
         targets = None if targets is None else targets.to(device)
-        learner = Learner(space, denoiser, learned, Tuning(), targets).tuned(tuning_from(header["tuning"]))
-        return Model(images, learner, header)
+        metadiff = MetaDiff(space, denoiser, learned, Tuning(), targets).tuned(tuning_from(header["tuning"]))
+        return Model(images, metadiff, header)
 
 
 def tuning_from(values: dict[str, Any]) -> Tuning:

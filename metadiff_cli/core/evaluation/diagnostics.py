@@ -9,7 +9,7 @@ from torch import Tensor
 from metadiff_cli.core.encoders.bank import FeatureBank
 from metadiff_cli.core.evaluation.episodes import sample_episode
 from metadiff_cli.core.evaluation.evaluate import Protocol
-from metadiff_cli.core.method.adapt import Learner, Sampling, ranks_of, seeds_of, trace_tasks
+from metadiff_cli.core.method.adapt import MetaDiff, Sampling, ranks_of, seeds_of, trace_tasks
 from metadiff_cli.core.method.support import TaskSupport
 
 DRAWS = 4  # of starting noise
@@ -39,7 +39,7 @@ class Trajectories:
 
 
 def trace_weights(
-    learner: Learner, bank: FeatureBank, protocol: Protocol, sampling: Sampling, device: torch.device
+    metadiff: MetaDiff, bank: FeatureBank, protocol: Protocol, sampling: Sampling, device: torch.device
 ) -> Trajectories:
     """The first episode of the protocol, drawn at temperature 1; a target is the mean of all images of its class.
 
@@ -49,13 +49,13 @@ def trace_weights(
     indices, way = bank.class_indices(), min(protocol.way, MOST_CLASSES)
     episode = sample_episode(indices, way, protocol.shot, protocol.query, seed=protocol.seed, index=0)
     path = trace_tasks(
-        learner, TaskSupport.even(bank.take(episode.support).to(device).expand(DRAWS, -1, -1, -1)),
+        metadiff, TaskSupport.even(bank.take(episode.support).to(device).expand(DRAWS, -1, -1, -1)),
         replace(sampling, samples=1, temperature=1.0), ranks=ranks_of(episode.classes).expand(DRAWS, -1),
         seeds=seeds_of(protocol.seed, 0, DRAWS),
     )  # fmt: skip
     chosen = [int(c) for c in episode.classes[0]]
     means = torch.stack([bank.take(indices[c]).mean(dim=0) for c in chosen]).to(device)
-    targets, weights = learner.space.to_task(means), learner.space.to_task(path)
+    targets, weights = metadiff.space.to_task(means), metadiff.space.to_task(path)
     plane, shares = principal_plane(targets)
     centre = targets.mean(dim=0)
     flat_targets, flat_weights = (((v - centre) @ plane).cpu() for v in (targets, weights))

@@ -16,7 +16,7 @@ from torch import Tensor
 from metadiff_cli.core.device import sent
 from metadiff_cli.core.encoders.bank import FeatureBank
 from metadiff_cli.core.evaluation.episodes import Episodes, check_episodes, episode_batches
-from metadiff_cli.core.method.adapt import Learner, Sampling, adapt_tasks, ranks_of, seeds_of
+from metadiff_cli.core.method.adapt import MetaDiff, Sampling, adapt_tasks, ranks_of, seeds_of
 from metadiff_cli.core.method.guidance import PoolGuidance, label_propagation, soft_kmeans
 from metadiff_cli.core.method.metric import calibration_error, cosine_logits, reliability
 from metadiff_cli.core.method.task_space import TaskSpace
@@ -93,18 +93,18 @@ def lengths_for(space: TaskSpace, bank: FeatureBank, protocol: Protocol, device:
 
 
 def method_of(
-    learner: Learner, sampling: Sampling, protocol: Protocol, pool: PoolGuidance | None = None,
+    metadiff: MetaDiff, sampling: Sampling, protocol: Protocol, pool: PoolGuidance | None = None,
     lengths: Lengths | None = None,
 ) -> Method:  # fmt: skip
-    """Adaptation with a learner as a method: (support z, query z, episodes, first) -> probabilities (B, M, N).
+    """Adaptation with a metadiff as a method: (support z, query z, episodes, first) -> probabilities (B, M, N).
 
-    `lengths` are those of the bank that is evaluated, in the learner's space.
+    `lengths` are those of the bank that is evaluated, in the metadiff's space.
     """
 
     def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
         seeds = seeds_of(protocol.seed, first, len(support))
         classifier = adapt_tasks(
-            learner, support, sampling, ranks=ranks_of(episodes.classes), seeds=seeds,
+            metadiff, support, sampling, ranks=ranks_of(episodes.classes), seeds=seeds,
             pool=query if protocol.transductive else None, pool_guidance=pool,
         )  # fmt: skip
         squares = None if lengths is None else lengths.of(episodes, query, classifier.space.mean)
@@ -113,36 +113,36 @@ def method_of(
     return run
 
 
-def prototype_method(learner: Learner) -> Method:
+def prototype_method(metadiff: MetaDiff) -> Method:
     """The cosine to the class mean of the same features, raw or centred as validation classes preferred."""
 
     def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
-        return cosine_logits(query, support.mean(dim=2), *prototype_form(learner, support)).softmax(dim=-1)
+        return cosine_logits(query, support.mean(dim=2), *prototype_form(metadiff, support)).softmax(dim=-1)
 
     return run
 
 
-def prototype_form(learner: Learner, support: Tensor) -> tuple[float, Tensor | None]:
+def prototype_form(metadiff: MetaDiff, support: Tensor) -> tuple[float, Tensor | None]:
     """Logit scale and centre (D,) of the prototype control for support features (B, N, K, D)."""
-    scale = learner.tuning.prototype_calibration.scale(support.shape[1], support.shape[2])
-    return scale, learner.space.mean if learner.tuning.centred_prototype else None
+    scale = metadiff.tuning.prototype_calibration.scale(support.shape[1], support.shape[2])
+    return scale, metadiff.space.mean if metadiff.tuning.centred_prototype else None
 
 
-def soft_kmeans_method(learner: Learner) -> Method:
+def soft_kmeans_method(metadiff: MetaDiff) -> Method:
     """Soft k-means on the features as the prototype control sees them, with its calibrated scale."""
 
     def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
-        scale, centre = prototype_form(learner, support)
+        scale, centre = prototype_form(metadiff, support)
         return soft_kmeans(*_centred(support, query, centre), scale)
 
     return run
 
 
-def label_propagation_method(learner: Learner) -> Method:
+def label_propagation_method(metadiff: MetaDiff) -> Method:
     """Label propagation on the features as the prototype control sees them."""
 
     def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
-        _, centre = prototype_form(learner, support)
+        _, centre = prototype_form(metadiff, support)
         return label_propagation(*_centred(support, query, centre))
 
     return run

@@ -13,7 +13,7 @@ from torch import Tensor
 from metadiff_cli.core.encoders.bank import FeatureBank
 from metadiff_cli.core.evaluation.episodes import episode_batches
 from metadiff_cli.core.evaluation.evaluate import Protocol
-from metadiff_cli.core.method.adapt import Learner, Sampling, adapt_tasks, ranks_of, seeds_of
+from metadiff_cli.core.method.adapt import MetaDiff, Sampling, adapt_tasks, ranks_of, seeds_of
 
 EPISODES = 100  # of the protocol's own that are looked at
 
@@ -33,7 +33,7 @@ class Novelty:
 
 
 def measure_novelty(
-    learner: Learner, targets: Tensor, bank: FeatureBank, protocol: Protocol, sampling: Sampling
+    metadiff: MetaDiff, targets: Tensor, bank: FeatureBank, protocol: Protocol, sampling: Sampling
 ) -> Novelty:
     """Novelty of the weights of the first episodes; `targets` (C, D) are the training weights in task space."""
     nearest = []
@@ -43,8 +43,8 @@ def measure_novelty(
     ):  # fmt: skip
         support = bank.take(part.support).to(targets.device)
         seeds = seeds_of(protocol.seed, 0, len(support))
-        classifier = adapt_tasks(learner, support, sampling, ranks=ranks_of(part.classes), seeds=seeds)
-        nearest.append(_nearest(learner.space.to_task(classifier.weights).flatten(0, -2), targets))
+        classifier = adapt_tasks(metadiff, support, sampling, ranks=ranks_of(part.classes), seeds=seeds)
+        nearest.append(_nearest(metadiff.space.to_task(classifier.weights).flatten(0, -2), targets))
     generated, between = torch.cat(nearest), _nearest(targets, targets, itself=True)
     nearer = 100 * float((generated < between.min()).float().mean())
     return Novelty(float(generated.mean()), float(between.mean()), nearer, len(generated))

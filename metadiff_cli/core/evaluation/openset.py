@@ -14,7 +14,7 @@ from torch import Tensor
 from metadiff_cli.core.encoders.bank import FeatureBank
 from metadiff_cli.core.evaluation.episodes import check_episodes, episode_batches
 from metadiff_cli.core.evaluation.evaluate import BATCH_VALUES, Protocol, mean_interval
-from metadiff_cli.core.method.adapt import Learner, Sampling, adapt_tasks, ranks_of, seeds_of
+from metadiff_cli.core.method.adapt import MetaDiff, Sampling, adapt_tasks, ranks_of, seeds_of
 from metadiff_cli.core.method.rejection import rejector_of
 from metadiff_cli.core.training.distributed import gather_in_order, mine
 from metadiff_cli.core.training.world import world
@@ -61,15 +61,15 @@ def unknown_classes(bank: FeatureBank, way: int) -> int:
 
 
 def measure_open_set(
-    learner: Learner, bank: FeatureBank, protocol: Protocol, sampling: Sampling, device: torch.device,
+    metadiff: MetaDiff, bank: FeatureBank, protocol: Protocol, sampling: Sampling, device: torch.device,
     progress: Callable[[int], None] = lambda done: None,
 ) -> OpenSet:  # fmt: skip
-    """Over the protocol's episodes. Raises CheckpointError when the learner has no fitted threshold.
+    """Over the protocol's episodes. Raises CheckpointError when the metadiff has no fitted threshold.
 
     Several processes share the work and get the same.
     """
     own: list[OpenSet] = []
-    for part in _parts(learner, bank, protocol, sampling, device):
+    for part in _parts(metadiff, bank, protocol, sampling, device):
         own.append(part)
         progress(min(protocol.episodes, sum(len(p.auroc) for p in own) * world().size))
     parts = gather_in_order(own)
@@ -77,7 +77,7 @@ def measure_open_set(
 
 
 def _parts(
-    learner: Learner, bank: FeatureBank, protocol: Protocol, sampling: Sampling, device: torch.device
+    metadiff: MetaDiff, bank: FeatureBank, protocol: Protocol, sampling: Sampling, device: torch.device
 ) -> Iterator[OpenSet]:
     way, total = protocol.way, protocol.way + unknown_classes(bank, protocol.way)
     indices = bank.class_indices()
@@ -92,10 +92,10 @@ def _parts(
         support = bank.take(episodes.support[:, :way]).to(device)
         query = bank.take(episodes.query).to(device)
         classifier = adapt_tasks(
-            learner, support, sampling, ranks=ranks_of(episodes.classes[:, :way]),
+            metadiff, support, sampling, ranks=ranks_of(episodes.classes[:, :way]),
             seeds=seeds_of(protocol.seed, first, len(support)), pool=query if protocol.transductive else None,
         )  # fmt: skip
-        margins = rejector_of(learner, classifier, support).margins(query)
+        margins = rejector_of(metadiff, classifier, support).margins(query)
         yield _scored(margins, classifier.probabilities(query).amax(dim=-1), way * protocol.query)
 
 

@@ -1,6 +1,6 @@
 """Adaptation: support features in, classifier weights out; and what follows from it for many episodes at once.
 
-A `Learner` is everything that adaptation needs. `adapt_tasks` runs the sampler for B tasks; the `TaskClassifier` that
+A `MetaDiff` is everything that adaptation needs. `adapt_tasks` runs the sampler for B tasks; the `TaskClassifier` that
 it gives turns features into predictions. Query images reach adaptation only as an explicit `pool` (protocol
 "transductive").
 """
@@ -50,7 +50,7 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Learner:
+class MetaDiff:
     """Task space, denoiser and tuning; `learned` says whether the denoiser is more than the analytic one."""
 
     space: TaskSpace
@@ -60,11 +60,11 @@ class Learner:
     targets: Tensor | None = None  # (C, D) the training weights in task space, for measuring novelty
     schedule: Schedule = field(default_factory=Schedule)
 
-    def tuned(self, tuning: Tuning) -> "Learner":
+    def tuned(self, tuning: Tuning) -> "MetaDiff":
         """With another tuning; plain cosines are centred where the prototype's are."""
         return replace(self, tuning=tuning, space=self.space.centred(tuning.centred_prototype))
 
-    def analytic(self) -> "Learner":
+    def analytic(self) -> "MetaDiff":
         """The same without the learned part."""
         return replace(self, denoiser=AnalyticDenoiser(), learned=False)
 
@@ -103,7 +103,7 @@ class TaskClassifier:
 
 @torch.inference_mode()
 def adapt_tasks(
-    learner: Learner,
+    metadiff: MetaDiff,
     support: Tensor | TaskSupport,
     sampling: Sampling,
     *,
@@ -119,42 +119,42 @@ def adapt_tasks(
     """
     if isinstance(support, Tensor):
         support = TaskSupport.even(support)
-    stats, space, guidance, scale = _conditioning(learner, support, sampling)
+    stats, space, guidance, scale = _conditioning(metadiff, support, sampling)
     guide = None
     if pool is not None and pool.shape[1] > 0:
-        guide = pool_guide(space, stats, pool, guidance, scale, pool_guidance or learner.tuning.pool)
+        guide = pool_guide(space, stats, pool, guidance, scale, pool_guidance or metadiff.tuning.pool)
     noise = Noise(seeds, ranks, support.z.shape[-1], sampling.temperature, support.z.device)
-    samples = [finish(_sampler(learner, noise.draw(), stats, sampling, noise, guide)) for _ in range(sampling.samples)]
+    samples = [finish(_sampler(metadiff, noise.draw(), stats, sampling, noise, guide)) for _ in range(sampling.samples)]
     return TaskClassifier(space, torch.stack([space.to_feature(w) for w in samples]), guidance, scale)
 
 
 @torch.inference_mode()
 def trace_tasks(
-    learner: Learner, support: TaskSupport, sampling: Sampling, *, ranks: Tensor, seeds: Sequence[int]
+    metadiff: MetaDiff, support: TaskSupport, sampling: Sampling, *, ranks: Tensor, seeds: Sequence[int]
 ) -> Tensor:
     """The path of one sample, (S + 1, B, N, D) in feature space: the starting noise, then the weights after each step.
 
     Arguments are those of `adapt_tasks`. This alone keeps the path in memory.
     """
-    stats, space, _, _ = _conditioning(learner, support, sampling)
+    stats, space, _, _ = _conditioning(metadiff, support, sampling)
     noise = Noise(seeds, ranks, support.z.shape[-1], sampling.temperature, support.z.device)
     start = noise.draw()
-    path = [start, *(step.w for step in _sampler(learner, start, stats, sampling, noise, None))]
+    path = [start, *(step.w for step in _sampler(metadiff, start, stats, sampling, noise, None))]
     return torch.stack([space.to_feature(w) for w in path])
 
 
 def _conditioning(
-    learner: Learner, support: TaskSupport, sampling: Sampling
+    metadiff: MetaDiff, support: TaskSupport, sampling: Sampling
 ) -> tuple[SupportStats, TaskSpace, Tensor | float, float]:
     """What the sampler is conditioned on, guidance included; the tasks' spaces, guidance scale and logit scale."""
     ways = support.means.shape[1]
-    scale = learner.tuning.calibration.scale(ways, float(support.count.mean()))
-    base, count = learner.space, support.count
+    scale = metadiff.tuning.calibration.scale(ways, float(support.count.mean()))
+    base, count = metadiff.space, support.count
     count = count[:1] if bool((count == count[0]).all()) else count  # see `SupportStats`
     stats = SupportStats(base.to_task(support.means), count.unsqueeze(0), base.precision.view(1, 1, -1))
-    domain = domain_of(stats, learner.tuning.shared)
+    domain = domain_of(stats, metadiff.tuning.shared)
     space = base.around(base.to_feature(domain))
-    guidance = _guidance(learner.tuning, space, support, stats, sampling, scale)
+    guidance = _guidance(metadiff.tuning, space, support, stats, sampling, scale)
     return replace(stats, mean=stats.mean - domain).scaled(guidance), space, guidance, scale
 
 
@@ -174,12 +174,12 @@ def _guidance(
 
 
 def _sampler(
-    learner: Learner, start: Tensor, stats: SupportStats, sampling: Sampling, noise: Noise, guide: Guide | None
+    metadiff: MetaDiff, start: Tensor, stats: SupportStats, sampling: Sampling, noise: Noise, guide: Guide | None
 ) -> Iterator[SamplerStep]:
-    denoiser: Denoises = learner.denoiser
+    denoiser: Denoises = metadiff.denoiser
     if sampling.method == "ddpm":
-        return ddpm(denoiser, start, learner.schedule, sampling.steps, stats, noise.draw, guide)
-    return ddim(denoiser, start, learner.schedule, sampling.steps, stats, guide)
+        return ddpm(denoiser, start, metadiff.schedule, sampling.steps, stats, noise.draw, guide)
+    return ddim(denoiser, start, metadiff.schedule, sampling.steps, stats, guide)
 
 
 def seeds_of(seed: int, first: int, count: int) -> list[int]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metadiff_cli.core.method.adapt import Learner, TaskClassifier
+from metadiff_cli.core.method.adapt import MetaDiff, TaskClassifier
 from metadiff_cli.core.method.metric import Rejection, blend, left_out_means, task_logits
 from metadiff_cli.core.method.support import TaskSupport
 from metadiff_cli.errors import CheckpointError
@@ -42,18 +42,18 @@ class Rejector:
 
 
 @torch.inference_mode()
-def rejector_of(learner: Learner, classifier: TaskClassifier, support: Tensor | TaskSupport) -> Rejector:
-    """For classifiers that `learner` made of support features (B, N, K, D), or of a `TaskSupport` where shots differ.
+def rejector_of(metadiff: MetaDiff, classifier: TaskClassifier, support: Tensor | TaskSupport) -> Rejector:
+    """For classifiers that `metadiff` made of support features (B, N, K, D), or of a `TaskSupport` where shots differ.
 
-    Raises CheckpointError when the learner's checkpoint has no fitted threshold.
+    Raises CheckpointError when the metadiff's checkpoint has no fitted threshold.
     """
-    table = require_rejection(learner).offsets
+    table = require_rejection(metadiff).offsets
     if isinstance(support, Tensor):
         support = TaskSupport.even(support)
     alone = support.count.squeeze(1) < LEAVE_ONE_OUT  # (N,)
     if table.shots[-1] < LEAVE_ONE_OUT:
         alone = torch.ones_like(alone)
-    base, way = base_classes(learner), len(support.count)
+    base, way = base_classes(metadiff), len(support.count)
     shot = max(float(support.count.mean()), LEAVE_ONE_OUT)
     threshold = torch.where(alone, table.at(way, 1), table.at(way, shot)).mean()
     for part in support.parts():
@@ -64,22 +64,22 @@ def rejector_of(learner: Learner, classifier: TaskClassifier, support: Tensor | 
     return Rejector(classifier, base, threshold)
 
 
-def require_rejection(learner: Learner) -> Rejection:
+def require_rejection(metadiff: MetaDiff) -> Rejection:
     """The fitted table. Raises CheckpointError when there is none."""
-    if learner.tuning.rejection is None or learner.targets is None:
+    if metadiff.tuning.rejection is None or metadiff.targets is None:
         raise CheckpointError(
             "this checkpoint has no threshold for rejection: it was made without validation classes, or by an earlier "
             "metadiff",
             hint="add one: `metadiff refit --checkpoint FILE --data DIR --out NEW`; or use --reject-below",
         )
-    return learner.tuning.rejection
+    return metadiff.tuning.rejection
 
 
-def base_classes(learner: Learner) -> Tensor:
+def base_classes(metadiff: MetaDiff) -> Tensor:
     """Weights (C, D) of base classes in feature space, evenly chosen where there are many."""
-    assert learner.targets is not None
-    step = math.ceil(len(learner.targets) / MOST_BASE)
-    return learner.space.to_feature(learner.targets[::step])
+    assert metadiff.targets is not None
+    step = math.ceil(len(metadiff.targets) / MOST_BASE)
+    return metadiff.space.to_feature(metadiff.targets[::step])
 
 
 def known_scores(classifier: TaskClassifier, base: Tensor, z: Tensor) -> Tensor:

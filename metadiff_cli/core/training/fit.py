@@ -13,7 +13,7 @@ from torch import Tensor
 from metadiff_cli.core.encoders.bank import FeatureBank
 from metadiff_cli.core.evaluation.episodes import Episodes, episode_batches
 from metadiff_cli.core.evaluation.evaluate import Protocol, evaluate, lengths_for, mean_interval, method_of, run_through
-from metadiff_cli.core.method.adapt import Learner, Sampling, Tuning, adapt_tasks, ranks_of, seeds_of
+from metadiff_cli.core.method.adapt import MetaDiff, Sampling, Tuning, adapt_tasks, ranks_of, seeds_of
 from metadiff_cli.core.method.calibration import TaskTable
 from metadiff_cli.core.method.denoisers import AnalyticDenoiser, support_stats
 from metadiff_cli.core.method.domain import Usual, shift_of
@@ -35,11 +35,11 @@ KEPT = 0.8  # of the gain over the prototype: the default guidance is the larges
 SEED = 7919  # added to the seed: these episodes are neither those of selection nor those of the final table
 
 
-def paired_gain(learner: Learner, bank: FeatureBank, protocol: Protocol, device: torch.device) -> tuple[float, float]:
-    """Accuracy of a learner minus that of its analytic form on the same episodes: points and half-width of 95 %."""
+def paired_gain(metadiff: MetaDiff, bank: FeatureBank, protocol: Protocol, device: torch.device) -> tuple[float, float]:
+    """Accuracy of a metadiff minus that of its analytic form on the same episodes: points and half-width of 95 %."""
     ours = partial(method_of, sampling=Sampling(), protocol=protocol)
-    lengths = lengths_for(learner.space, bank, protocol, device)
-    methods = {"learned": ours(learner, lengths=lengths), "analytic": ours(learner.analytic(), lengths=lengths)}
+    lengths = lengths_for(metadiff.space, bank, protocol, device)
+    methods = {"learned": ours(metadiff, lengths=lengths), "analytic": ours(metadiff.analytic(), lengths=lengths)}
     scores = run_through(evaluate(bank, methods, protocol, device))
     first, second = (100 * torch.cat(scores[name].accuracy) for name in ("learned", "analytic"))
     return mean_interval(first - second)
@@ -60,12 +60,12 @@ def choose_shrinkage(
     totals = []
     for within, between in SHRINKAGE:
         space = statistics.task_space(within, between, floor).to(device)
-        learner = Learner(space, AnalyticDenoiser(), False, Tuning())
-        totals.append(sum(tasks.accuracy(min(5, len(indices)), shot, _logits(learner, 1.0)) for shot in shots))
+        metadiff = MetaDiff(space, AnalyticDenoiser(), False, Tuning())
+        totals.append(sum(tasks.accuracy(min(5, len(indices)), shot, _logits(metadiff, 1.0)) for shot in shots))
     return SHRINKAGE[int(np.argmax(totals))]
 
 
-def fit_tuning(learner: Learner, bank: FeatureBank, device: torch.device, *, seed: int, query: int = 15) -> Tuning:
+def fit_tuning(metadiff: MetaDiff, bank: FeatureBank, device: torch.device, *, seed: int, query: int = 15) -> Tuning:
     """Fit on the classes of `bank`, which should be validation classes. Too few images lower shots and queries.
 
     Several processes share the work and get the same.
@@ -76,27 +76,27 @@ def fit_tuning(learner: Learner, bank: FeatureBank, device: torch.device, *, see
     ways = [way for way in (5, 10, 20) if way <= len(indices)] or [len(indices)]
     shots = [shot for shot in (1, 2, 5, 10) if shot + query <= smallest] or [1]
     tasks = _Tasks(bank, indices, query, seed + SEED, device)
-    tuning = replace(learner.tuning, centred_prototype=_centre_helps(learner, tasks, ways[0], shots))
-    learner = learner.tuned(tuning)
-    learner = learner.tuned(replace(tuning, guidance=_default_guidance(learner, tasks, ways[0])))
+    tuning = replace(metadiff.tuning, centred_prototype=_centre_helps(metadiff, tasks, ways[0], shots))
+    metadiff = metadiff.tuned(tuning)
+    metadiff = metadiff.tuned(replace(tuning, guidance=_default_guidance(metadiff, tasks, ways[0])))
     pairs = [(way, shot) for way in ways for shot in shots]
     if tuning.shared > 0:
-        learner = learner.tuned(replace(learner.tuning, usual=_usual(learner, tasks, pairs)))
-    ours = {pair: best_scale(*tasks.collect(*pair, _logits(learner))) for pair in pairs}
-    theirs = {pair: best_scale(*tasks.collect(*pair, _prototype(learner))) for pair in pairs}
-    tuning = replace(learner.tuning, calibration=fit_calibration(ours), prototype_calibration=fit_calibration(theirs))
-    return same(replace(tuning, rejection=fit_rejection(learner.tuned(tuning), bank, device, seed=seed, query=query)))
+        metadiff = metadiff.tuned(replace(metadiff.tuning, usual=_usual(metadiff, tasks, pairs)))
+    ours = {pair: best_scale(*tasks.collect(*pair, _logits(metadiff))) for pair in pairs}
+    theirs = {pair: best_scale(*tasks.collect(*pair, _prototype(metadiff))) for pair in pairs}
+    tuning = replace(metadiff.tuning, calibration=fit_calibration(ours), prototype_calibration=fit_calibration(theirs))
+    return same(replace(tuning, rejection=fit_rejection(metadiff.tuned(tuning), bank, device, seed=seed, query=query)))
 
 
 def fit_rejection(
-    learner: Learner, bank: FeatureBank, device: torch.device, *, seed: int, query: int = 15
+    metadiff: MetaDiff, bank: FeatureBank, device: torch.device, *, seed: int, query: int = 15
 ) -> Rejection | None:
     """The threshold below which RATE of the images of a task's own classes fall, for a grid of ways and shots.
 
-    No unknown image is needed. None when the learner does not have the weights of its base classes. Fit last: the
+    No unknown image is needed. None when the metadiff does not have the weights of its base classes. Fit last: the
     threshold depends on all other tuning.
     """
-    if learner.targets is None:
+    if metadiff.targets is None:
         return None
     indices = bank.class_indices()
     smallest = min(len(rows) for rows in indices)
@@ -105,7 +105,7 @@ def fit_rejection(
     shots = [shot for shot in (1, 2, 5, 10) if shot + query <= smallest] or [1]
     tasks = _Tasks(bank, indices, query, seed + SEED, device)
     margins = {
-        (way, shot): tasks.collect(way, shot, _margins(learner, way), max(100, 1000 // way))[0]
+        (way, shot): tasks.collect(way, shot, _margins(metadiff, way), max(100, 1000 // way))[0]
         for way in ways
         for shot in shots
     }
@@ -142,42 +142,42 @@ class _Tasks:
         return 100 * float((values.argmax(dim=1) == labels).float().mean())
 
 
-def _logits(learner: Learner, guidance: float | None = None) -> Cosines:
+def _logits(metadiff: MetaDiff, guidance: float | None = None) -> Cosines:
     sampling = Sampling(guidance=guidance)
 
     def logits(support: Tensor, query: Tensor, episodes: Episodes) -> Tensor:
         classifier = adapt_tasks(
-            learner, support, sampling, ranks=ranks_of(episodes.classes), seeds=seeds_of(0, 0, len(support))
+            metadiff, support, sampling, ranks=ranks_of(episodes.classes), seeds=seeds_of(0, 0, len(support))
         )
         return classifier.logits(query)
 
     return logits
 
 
-def _margins(learner: Learner, way: int) -> Cosines:
+def _margins(metadiff: MetaDiff, way: int) -> Cosines:
     """Known scores relative to the left-out ones of the support, (B, Q)."""
     none = Rejection(TaskTable((way,), (1, LEAVE_ONE_OUT), ((0.0, 0.0),)), RATE)
-    learner = learner.tuned(replace(learner.tuning, rejection=none))
+    metadiff = metadiff.tuned(replace(metadiff.tuning, rejection=none))
 
     def margins(support: Tensor, query: Tensor, episodes: Episodes) -> Tensor:
         classifier = adapt_tasks(
-            learner, support, Sampling(), ranks=ranks_of(episodes.classes), seeds=seeds_of(0, 0, len(support))
+            metadiff, support, Sampling(), ranks=ranks_of(episodes.classes), seeds=seeds_of(0, 0, len(support))
         )
-        return rejector_of(learner, classifier, support).margins(query)
+        return rejector_of(metadiff, classifier, support).margins(query)
 
     return margins
 
 
-def _prototype(learner: Learner) -> Cosines:
-    centre = learner.space.mean if learner.tuning.centred_prototype else None
+def _prototype(metadiff: MetaDiff) -> Cosines:
+    centre = metadiff.space.mean if metadiff.tuning.centred_prototype else None
     return lambda support, query, episodes: cosine_logits(query, support.mean(dim=2), centre=centre)
 
 
-def _usual(learner: Learner, tasks: _Tasks, pairs: Sequence[tuple[int, int]]) -> Usual:
+def _usual(metadiff: MetaDiff, tasks: _Tasks, pairs: Sequence[tuple[int, int]]) -> Usual:
     """The shift of tasks of validation classes, from which that of a task from elsewhere is told."""
 
     def shift(support: Tensor, query: Tensor, episodes: Episodes) -> Tensor:
-        found = shift_of(support_stats(learner.space.to_task(support), learner.space.precision))
+        found = shift_of(support_stats(metadiff.space.to_task(support), metadiff.space.precision))
         return found.view(-1, 1, 1).expand(-1, query.shape[1], 1)
 
     found = {pair: tasks.collect(*pair, shift)[0] for pair in pairs}
@@ -185,22 +185,22 @@ def _usual(learner: Learner, tasks: _Tasks, pairs: Sequence[tuple[int, int]]) ->
     return Usual(TaskTable.of({pair: float(values.mean()) for pair, values in found.items()}), max(deviation, 1e-3))
 
 
-def _centre_helps(learner: Learner, tasks: _Tasks, way: int, shots: list[int]) -> bool:
+def _centre_helps(metadiff: MetaDiff, tasks: _Tasks, way: int, shots: list[int]) -> bool:
     totals = []
     for centred in (False, True):
-        chosen = replace(learner, tuning=replace(learner.tuning, centred_prototype=centred))
+        chosen = replace(metadiff, tuning=replace(metadiff.tuning, centred_prototype=centred))
         totals.append(sum(tasks.accuracy(way, shot, _prototype(chosen)) for shot in shots))
     return totals[1] > totals[0]
 
 
-def _default_guidance(learner: Learner, tasks: _Tasks, way: int) -> float:
+def _default_guidance(metadiff: MetaDiff, tasks: _Tasks, way: int) -> float:
     """The largest scale that keeps KEPT of the best 1-shot gain over the prototype.
 
     Images from another world than the base classes want a large scale, and with one image per class the support does
     not tell; so as much of the prior is given up as costs next to nothing at home.
     """
-    prototype = tasks.accuracy(way, 1, _prototype(learner))
-    gains = {a: tasks.accuracy(way, 1, _logits(learner, a)) - prototype for a in GUIDANCE_GRID}
+    prototype = tasks.accuracy(way, 1, _prototype(metadiff))
+    gains = {a: tasks.accuracy(way, 1, _logits(metadiff, a)) - prototype for a in GUIDANCE_GRID}
     best = max(gains.values())
     if best <= 0:
         return PROTOTYPE

@@ -51,7 +51,7 @@ def trained(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 def test_a_baseline_is_saved_and_evaluated_under_its_name(method: str, trained: dict[str, Path], cli: CLI) -> None:
     header = json.loads(cli("inspect", trained[method], "--json").out)
     validate(header, "inspect-1")
-    assert header["kind"] == "method" and header["method"]["name"] == method and header["method"]["way"] == 5
+    assert header["kind"] == "baseline" and header["baseline"]["name"] == method and header["baseline"]["way"] == 5
     final = json.loads((trained[method].parent / "result.json").read_text())
     again = cli("evaluate", "-c", trained[method], "--controls", "", "--episodes", "4", "--query", "5", "--json")
     assert again.code == 0, again.err
@@ -148,6 +148,6 @@ def test_a_damaged_baseline_is_named(trained: dict[str, Path], tmp_path: Path, c
     kept = load_checkpoint(trained["anil"])
     broken = tmp_path / "broken.safetensors"
     header = {key: value for key, value in kept.header.items() if key != "kind"}
-    save_checkpoint(broken, "method", {"inner.head.bias": kept.tensors["inner.head.bias"]}, header)
+    save_checkpoint(broken, "baseline", {"inner.head.bias": kept.tensors["inner.head.bias"]}, header)
     result = cli("evaluate", "-c", broken, *EPISODES)
     assert result.code == 4 and str(broken) in result.err

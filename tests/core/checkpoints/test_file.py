@@ -79,7 +79,7 @@ def test_a_half_precision_encoder_takes_half_the_space_and_gives_the_same_featur
     device = torch.device("cpu")
     model = load_model(small_run / "checkpoint.safetensors", device)
     images = load_encoder(small_run / "encoder.safetensors", device, mirror=False, half=True)
-    save_model(tmp_path / "half.safetensors", images, model.learner, model.header)
+    save_model(tmp_path / "half.safetensors", images, model.metadiff, model.header)
     again = load_model(tmp_path / "half.safetensors", device)
     pixels = torch.randint(0, 256, (3, 28, 28, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again.images.encode(pixels), images.encode(pixels))
@@ -94,12 +94,12 @@ def test_views_are_kept_with_a_model(small_run: Path, tmp_path: Path) -> None:
     device = torch.device("cpu")
     model = load_model(small_run / "checkpoint.safetensors", device)
     images = load_encoder(small_run / "encoder.safetensors", device, mirror=True, shift=2)
-    save_model(tmp_path / "moved.safetensors", images, model.learner, model.header)
+    save_model(tmp_path / "moved.safetensors", images, model.metadiff, model.header)
     back = load_model(tmp_path / "moved.safetensors", device)
     assert (back.images.mirror, back.images.shift) == (True, 2) and back.images.key == images.key
     for shift in (-1, 1.5, True, "3", back.images.size):
         header = {**back.header, "image": {**back.header["image"], "shift": shift}}
-        save_checkpoint(tmp_path / "odd.safetensors", "model", model_tensors(images, model.learner), header)
+        save_checkpoint(tmp_path / "odd.safetensors", "model", model_tensors(images, model.metadiff), header)
         with pytest.raises(CheckpointError, match="does not hold what its header says"):
             load_model(tmp_path / "odd.safetensors", device)
 

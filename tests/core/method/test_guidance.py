@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metadiff_cli.core.method.adapt import Learner, Sampling, Tuning, adapt_tasks
+from metadiff_cli.core.method.adapt import MetaDiff, Sampling, Tuning, adapt_tasks
 from metadiff_cli.core.method.denoisers import AnalyticDenoiser
 from metadiff_cli.core.method.guidance import label_propagation, soft_kmeans
 from metadiff_cli.core.method.metric import Calibration
@@ -62,7 +62,9 @@ def test_a_pool_helps_whatever_its_proportions(counts: tuple[int, ...]) -> None:
     noise = 1.6 + torch.rand(size, generator=g)
     eye = torch.eye(size)
     space = TaskSpace(torch.zeros(size), eye, eye, noise**-2)
-    learner = Learner(space, AnalyticDenoiser(), False, Tuning(Calibration(log_scales=((math.log(8.0),),)), shared=0.0))
+    metadiff = MetaDiff(
+        space, AnalyticDenoiser(), False, Tuning(Calibration(log_scales=((math.log(8.0),),)), shared=0.0)
+    )
     means = torch.randn(tasks, 5, size, generator=g)
     support = means.unsqueeze(2) + noise * torch.randn(tasks, 5, 1, size, generator=g)
     labels = torch.arange(5).repeat_interleave(torch.tensor(counts))
@@ -70,7 +72,7 @@ def test_a_pool_helps_whatever_its_proportions(counts: tuple[int, ...]) -> None:
 
     def accuracy(pool: Tensor | None) -> Tensor:
         ranks, seeds = torch.arange(5).expand(tasks, 5), list(range(tasks))
-        found = adapt_tasks(learner, support, Sampling(guidance=1.0), ranks=ranks, seeds=seeds, pool=pool)
+        found = adapt_tasks(metadiff, support, Sampling(guidance=1.0), ranks=ranks, seeds=seeds, pool=pool)
         return (found.probabilities(query).argmax(dim=-1) == labels).double().mean(dim=1)
 
     gain = accuracy(query) - accuracy(None)
