@@ -21,7 +21,6 @@ from PIL import Image
 from torch import Tensor
 
 from metadiff_cli.classify.images import adapt_classifier, classifier_rejector
-from metadiff_cli.commands.options import checkpoint_path
 from metadiff_cli.core.checkpoints.classifier import Origin, load_classifier, save_classifier
 from metadiff_cli.core.checkpoints.model import Model, SavedClassifier, load_model
 from metadiff_cli.core.device import pick_device
@@ -31,6 +30,7 @@ from metadiff_cli.core.method.support import FEWEST_CLASSES, SupportSet, digest_
 from metadiff_cli.data.cache import decode_images
 from metadiff_cli.data.images import to_square, upright_rgb
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
+from metadiff_cli.files import checkpoint_path
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 Images: TypeAlias = "np.ndarray | Sequence[ImageLike]"

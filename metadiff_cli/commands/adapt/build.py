@@ -13,9 +13,9 @@ from metadiff_cli.classify.images import (
     pool_from,
     read_support,
 )
-from metadiff_cli.commands import options
 from metadiff_cli.commands.adapt.inputs import Queries, find_queries
 from metadiff_cli.commands.evaluate.measure import sampling_of
+from metadiff_cli.commands.settings import start
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.checkpoints.classifier import Origin, load_classifier
@@ -26,6 +26,7 @@ from metadiff_cli.core.method.rejection import Rejector, require_rejection
 from metadiff_cli.core.method.support import Pool, SupportSet, require_classes
 from metadiff_cli.data.folders import check_folder
 from metadiff_cli.errors import DataError
+from metadiff_cli.files import checkpoint_path
 
 NAMED = 5  # cases of one kind that are told one by one
 
@@ -75,9 +76,9 @@ class Ready:
 
 def prepare(config: Config, given: Given, queries: Queries, screen: Screen) -> Ready:
     """Load, or read and adapt; a saved classifier is adapted anew only when something is added to it."""
-    device = options.start(config)
+    device = start(config)
     if given.classifier is None:
-        model = load_model(options.checkpoint_path(given.checkpoint), device)
+        model = load_model(checkpoint_path(given.checkpoint), device)
         return _adapted(config, model, None, given, queries, screen)
     saved, origin = load_classifier(given.classifier, device)
     if given.support is None and not given.transductive and given.unlabeled is None:

@@ -9,6 +9,7 @@ from metadiff_cli.commands import options
 from metadiff_cli.commands.adapt.output import WRITERS
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError, DataError
+from metadiff_cli.files import checkpoint_path
 
 INPUT, OUTPUT, SORTING, TOGETHER = "Input", "Output", "Sorting", "Unlabelled images"
 
@@ -156,6 +157,8 @@ def adapt(
 
       metadiff adapt -S ./imgs -Q ./q --reject auto
     """
+    from metadiff_cli.commands.settings import model_config
+
     screen = Screen(quiet=quiet, verbose=verbose)
     format = "json" if as_json else format
     if reject not in (None, "auto"):
@@ -165,7 +168,7 @@ def adapt(
         raise ConfigError(
             "-0 is about paths on stdin", hint="add --query -, as in: find . -print0 | metadiff adapt -Q - -0"
         )
-    resolved = options.model_config(
+    resolved = model_config(
         config, settings, options.runtime_flags(seed, device, threads, num_workers, batch_size),
         options.sampler_flags(steps, samples, temperature, guidance),
     )  # fmt: skip
@@ -181,7 +184,7 @@ def adapt(
         raise DataError("--labelled, and no query image has a class", hint="give class folders: DIR/cat/1.jpg")
     if classifier is not None and checkpoint is not None:
         screen.warn("a classifier has a model of its own: --checkpoint is not used")
-    source = str(classifier or options.checkpoint_path(checkpoint))
+    source = str(classifier or checkpoint_path(checkpoint))
     given = Given(support, classifier, checkpoint, transductive, unlabeled)
     ready = prepare(resolved, given, queries, screen)
     if reject is not None:
@@ -215,7 +218,9 @@ def _check_arguments(
     if support is None and classifier is None:
         raise ConfigError("give --support or --classifier", hint="--support DIR has one folder per class")
     if save is not None:
-        options.check_new(save, overwrite=overwrite)
+        from metadiff_cli.commands.settings import check_new
+
+        check_new(save, overwrite=overwrite)
     if move and sort_into is None:
         raise ConfigError("--move needs --sort-into", hint="add --sort-into DIR")
     if sort_into is not None and sort_into.exists() and not sort_into.is_dir():

@@ -10,16 +10,12 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from metadiff_cli import __version__
+from metadiff_cli.commands.pages.page import write_page
 from metadiff_cli.data.cache import decode_images, no_progress
-from metadiff_cli.errors import MetaDiffError
-from metadiff_cli.files import atomic
 
 THUMBNAIL = 128  # pixels a side: the central square, which is what the classifier sees
 QUALITY = 60
@@ -94,26 +90,6 @@ def write_report(
         confusion=_confusion_rows(report),
         broken=[*report.broken_support, *((q.path, q.reason) for q in report.queries if q.probabilities is None)],
     )  # fmt: skip
-
-
-def write_page(path: Path, template: str, **context: Any) -> None:
-    """Render a template of `pages/` to a file, atomically and piece by piece."""
-    pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parents[1] / "pages"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    pieces = pages.get_template(template).generate(version=__version__, **context)
-    try:
-        # a name that is not UTF-8 on disk has lone surrogates: shown as escapes rather than failing
-        with (
-            atomic(path) as temporary,
-            temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
-        ):
-            file.writelines(pieces)
-    except OSError as error:
-        raise MetaDiffError(
-            f"report {path} cannot be written ({error.strerror})", hint="give another --report"
-        ) from error
 
 
 @dataclass(frozen=True)
