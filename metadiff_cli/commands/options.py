@@ -78,10 +78,11 @@ Report = Annotated[
 ]
 
 Steps = Annotated[
-    int | None, option(SAMPLER, "--steps", metavar="N", min=1, max=1000, default=10, help="Denoising steps S.")
+    int | None, option(SAMPLER, "--steps", metavar="N", min=1, max=1000, default=10, help="Number of denoising steps.")
 ]
 Samples = Annotated[
-    int | None, option(SAMPLER, "--samples", metavar="N", min=1, default=1, help="Sampled classifiers M to average.")
+    int | None,
+    option(SAMPLER, "--samples", metavar="N", min=1, default=1, help="Number of sampled classifiers to average."),
 ]
 Temperature = Annotated[
     float | None,
@@ -97,15 +98,16 @@ Guidance = Annotated[
 
 ConfigFile = Annotated[
     Path | None,
-    option(COMMON, "--config", metavar="FILE", default="none", help="YAML file of settings; they override a preset's."),
+    option(COMMON, "--config", metavar="FILE", default="none", help="YAML file of settings, applied over a preset."),
 ]
 Settings = Annotated[
     list[str] | None,
-    option(COMMON, "--set", metavar="KEY=VALUE", help="Change a setting, as in pretrain.epochs=3; repeatable."),
+    option(COMMON, "--set", metavar="KEY=VALUE", help="Change one setting, as in seed=1; repeatable."),
 ]
-Seed = Annotated[int | None, option(COMMON, "--seed", metavar="N", default=0, help="Seed of everything random.")]
+Seed = Annotated[int | None, option(COMMON, "--seed", metavar="N", default=0, help="Seed of all random numbers.")]
 Device = Annotated[
-    str | None, option(COMMON, "--device", metavar="NAME", default="auto", help="auto, cpu, cuda or mps.")
+    str | None,
+    option(COMMON, "--device", metavar="NAME", default="auto", help="Compute device: auto, cpu, cuda or mps."),
 ]
 Threads = Annotated[
     int | None,

@@ -84,7 +84,7 @@ def test_no_bracket_is_taken_for_markup(page: Page) -> None:
 
 def test_defaults_are_shown_and_not_taken_for_markup(cli: CLI) -> None:
     shown = " ".join(cli("evaluate", "--help").out.replace("│", " ").split())
-    for text in ("Denoising steps S. [default: 10]", "Seed of everything random. [default: 0]",
+    for text in ("Number of denoising steps. [default: 10]", "Seed of all random numbers. [default: 0]",
                  "[default: the one in the package]", "Number of episodes. [default: 1000]"):  # fmt: skip
         assert text in shown
 

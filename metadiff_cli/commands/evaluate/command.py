@@ -31,7 +31,7 @@ def evaluate(
         float | None,
         option(
             EPISODES, "--imbalance", metavar="ALPHA", min=0.01, default="equally many queries per class",
-            help="Draw the share of each class among the queries from a Dirichlet distribution.",
+            help="Draw the classes' shares of the queries from a Dirichlet distribution with this parameter.",
         ),
     ] = None,
     controls: Annotated[
@@ -45,7 +45,7 @@ def evaluate(
         bool,
         option(
             COMPARISON, "--halves",
-            help="Fit guidance and calibration on one half of the split's classes, measure on the other, and swap.",
+            help="Fit guidance and calibration on one half of the classes, measure on the other half, and swap.",
         ),
     ] = False,
     open_set: Annotated[
@@ -63,7 +63,8 @@ def evaluate(
         Path | None,
         option(
             GATES, "--compare", metavar="FILE",
-            help="An earlier --json result; exit with 5 when the accuracy is lower and the intervals lie apart.",
+            help="Compare with this earlier --json result; exit with 5 when the accuracy is lower and the intervals "
+            "lie apart.",
         ),
     ] = None,
     report: options.Report = None,
