@@ -98,7 +98,7 @@ def evaluate(
 
       metadiff evaluate --data ./photos --split all --open-set
     """
-    from metadiff_cli.commands.evaluate.stages import Request, run
+    from metadiff_cli.commands.evaluate.run import Request, run
 
     flags = {
         **options.runtime_flags(seed, device, threads, num_workers, batch_size),

@@ -72,7 +72,7 @@ def refit(
         config, settings, options.runtime_flags(seed, device, threads, num_workers, batch_size)
     )
     from metadiff_cli.commands.evaluate.measure import feature_bank
-    from metadiff_cli.commands.evaluate.stages import find_source
+    from metadiff_cli.commands.evaluate.run import find_source
     from metadiff_cli.core.checkpoints.file import load_checkpoint, save_checkpoint
     from metadiff_cli.core.checkpoints.model import model_of
     from metadiff_cli.core.training.fit import fit_rejection
