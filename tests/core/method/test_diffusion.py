@@ -7,15 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from metadiff_cli.core.method.denoisers import (
-    AnalyticDenoiser,
-    SupportStats,
-    UNetDenoiser,
-    gaussian_posterior,
-    randomise,
-    support_stats,
-)
+from metadiff_cli.core.method.denoisers import AnalyticDenoiser, UNetDenoiser, gaussian_posterior, randomise
 from metadiff_cli.core.method.diffusion import Noise, Schedule, add_noise, ddim, ddpm, finish, trailing_steps
+from metadiff_cli.core.method.support import SupportStats, support_stats
 from metadiff_cli.errors import ConfigError
 
 SCHEDULE = Schedule()

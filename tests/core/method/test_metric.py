@@ -8,23 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from metadiff_cli.core.method.denoisers import support_stats
-from metadiff_cli.core.method.metric import (
-    GUIDANCE_GRID,
-    PROTOTYPE,
-    Calibration,
-    best_scale,
-    calibration_error,
-    cosine_logits,
-    fit_calibration,
-    leave_one_out_guidance,
-    leave_one_out_logits,
-    support_gradient,
-    support_loss,
-    task_logits,
-    whitened_cosines,
-)
-from metadiff_cli.core.method.support import TaskSupport
+from metadiff_cli.core.method.calibration import Calibration, best_scale, calibration_error, fit_calibration
+from metadiff_cli.core.method.guidance import GUIDANCE_GRID, PROTOTYPE, leave_one_out_guidance, leave_one_out_logits
+from metadiff_cli.core.method.metric import cosine_logits, support_gradient, support_loss, task_logits, whitened_cosines
+from metadiff_cli.core.method.support import TaskSupport, support_stats
 from metadiff_cli.core.method.task_space import TaskSpace, fit_task_space
 
 
