@@ -16,6 +16,7 @@ from metadiff_cli import __version__
 from metadiff_cli.commands.adapt import command as adapt
 from metadiff_cli.commands.evaluate import command as evaluate
 from metadiff_cli.commands.look import command as look
+from metadiff_cli.commands.parsing import Commands
 from metadiff_cli.commands.train import metatrain, pretrain, refit
 from metadiff_cli.console import Screen
 from metadiff_cli.core.training.world import ALONE, announced, enter, world
@@ -25,7 +26,7 @@ SEVERAL = ("pretrain", "metatrain", "evaluate")  # commands that several process
 
 USE, TRAIN, LOOK = "Use", "Train and measure", "Look around"
 
-app = typer.Typer(
+app = Commands(
     name="metadiff",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from metadiff_cli.commands import completions
+from metadiff_cli.commands.paths import path_option
 from metadiff_cli.errors import ConfigError
 
 COMMON, PLACES, TRAINING, SAMPLER = "Common", "Places", "Training", "Sampler"  # groups of the help
@@ -19,6 +20,11 @@ def shown(text: str, default: object) -> str:
 def option(panel: str, *names: str, help: str, default: object = None, **more: Any) -> Any:
     """An option in the group `panel` of the help. `default` is shown where the parameter's own default is None."""
     return typer.Option(*names, help=help if default is None else shown(help, default), rich_help_panel=panel, **more)
+
+
+def path(panel: str, *names: str, help: str, metavar: str, **more: Any) -> Any:
+    """An option that takes a path, see `option`. An empty path is refused."""
+    return option(panel, *names, help=help, metavar=metavar, parser=path_option, **more)
 
 
 Preset = Annotated[
@@ -42,7 +48,7 @@ EncoderOption = Annotated[
 ]  # fmt: skip
 EncoderWeights = Annotated[
     Path | None,
-    option(
+    path(
         TRAINING, "--encoder-weights", metavar="FILE", default="downloaded by the library",
         help="Weights of a torchvision: or timm: encoder, as .safetensors or .pth.",
     ),
@@ -50,11 +56,11 @@ EncoderWeights = Annotated[
 
 Data = Annotated[
     Path | None,
-    option(PLACES, "--data", metavar="DIR", default="$METADIFF_DATA_DIR/NAME", help="Folder of the data set."),
+    path(PLACES, "--data", metavar="DIR", default="$METADIFF_DATA_DIR/NAME", help="Folder of the data set."),
 ]
 Out = Annotated[
     Path | None,
-    option(
+    path(
         PLACES, "--out", "-o", metavar="DIR", default="runs/PRESET, for pretrain runs/PRESET-encoder",
         help="Run directory to write.",
     ),
@@ -63,18 +69,18 @@ Overwrite = Annotated[bool, option(PLACES, "--overwrite", help="Replace the resu
 Resume = Annotated[bool, option(PLACES, "--resume", help="Continue the run in the run directory.")]
 InitFrom = Annotated[
     Path | None,
-    option(PLACES, "--init-from", metavar="FILE", help="Start from the weights of an encoder or checkpoint file."),
+    path(PLACES, "--init-from", metavar="FILE", help="Start from the weights of an encoder or checkpoint file."),
 ]
 CheckpointFile = Annotated[
     Path | None,
-    option(
+    path(
         PLACES, "--checkpoint", "-c", metavar="FILE", default="the one in the package",
         help="The checkpoint.safetensors of a run.",
     ),
 ]  # fmt: skip
 Report = Annotated[
     Path | None,
-    option(PLACES, "--report", metavar="FILE", help="Write a self-contained HTML page, replacing an existing file."),
+    path(PLACES, "--report", metavar="FILE", help="Write a self-contained HTML page, replacing an existing file."),
 ]
 
 Steps = Annotated[
@@ -98,7 +104,7 @@ Guidance = Annotated[
 
 ConfigFile = Annotated[
     Path | None,
-    option(COMMON, "--config", metavar="FILE", default="none", help="YAML file of settings, applied over a preset."),
+    path(COMMON, "--config", metavar="FILE", default="none", help="YAML file of settings, applied over a preset."),
 ]
 Settings = Annotated[
     list[str] | None,

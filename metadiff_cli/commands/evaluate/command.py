@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from metadiff_cli.commands import completions, options
-from metadiff_cli.commands.options import option
+from metadiff_cli.commands.options import option, path
 from metadiff_cli.console import Screen
 
 EPISODES, COMPARISON, GATES = "Episodes", "Comparison", "Gates, for CI"
@@ -61,7 +61,7 @@ def evaluate(
     ] = None,
     compare_to: Annotated[
         Path | None,
-        option(
+        path(
             GATES, "--compare", metavar="FILE",
             help="Compare with this earlier --json result; exit with 5 when the accuracy is lower and the intervals "
             "lie apart.",

@@ -6,14 +6,16 @@ from typing import Annotated
 import typer
 
 from metadiff_cli.commands import completions, options
-from metadiff_cli.commands.options import option, shown
+from metadiff_cli.commands.options import option, path, shown
+from metadiff_cli.commands.parsing import Commands
+from metadiff_cli.commands.paths import path_option
 from metadiff_cli.console import Screen
 
 GETTING, READING = "Getting it", "Reading"  # groups of the help
 
 Name = Annotated[str, typer.Argument(help="Name of the preset.", autocompletion=completions.presets)]
 
-presets = typer.Typer(
+presets = Commands(
     no_args_is_help=True,
     help="""List, show and copy the presets.
 
@@ -26,7 +28,7 @@ presets = typer.Typer(
       metadiff presets show photos
     """,
 )
-config = typer.Typer(
+config = Commands(
     no_args_is_help=True,
     help="""Look at the configuration.
 
@@ -39,7 +41,7 @@ config = typer.Typer(
       metadiff config show --preset photos --origin
     """,
 )
-data = typer.Typer(
+data = Commands(
     no_args_is_help=True,
     help="""List, prepare and verify data sets.
 
@@ -52,7 +54,7 @@ data = typer.Typer(
       metadiff data verify ./photos
     """,
 )
-cache = typer.Typer(
+cache = Commands(
     no_args_is_help=True,
     help="""List and clear what is kept to save time.
 
@@ -72,7 +74,9 @@ def inspect(
     file: Annotated[
         Path | None,
         typer.Argument(
-            help=shown("A checkpoint, a saved classifier, or a result.json.", "the checkpoint in the package")
+            metavar="FILE",
+            parser=path_option,
+            help=shown("A checkpoint, a saved classifier, or a result.json.", "the checkpoint in the package"),
         ),
     ] = None,
     as_json: options.AsJson = False,
@@ -128,7 +132,10 @@ def show_preset(name: Name) -> None:
 
 
 @presets.command("copy")
-def copy_preset(name: Name, to: Annotated[Path, typer.Argument(help="File to write, for --config.")]) -> None:
+def copy_preset(
+    name: Name,
+    to: Annotated[Path, typer.Argument(metavar="TO", parser=path_option, help="File to write, for --config.")],
+) -> None:
     """Copy a preset to a file of your own.
 
     Change the copy, and give it with --config instead of --preset.
@@ -195,14 +202,14 @@ def prepare_data(
     ],
     root: Annotated[
         Path | None,
-        option(
+        path(
             GETTING, "--root", metavar="ROOT", default="$METADIFF_DATA_DIR",
             help="The data set is written to the folder ROOT/NAME.",
         ),
     ] = None,
     from_archive: Annotated[
         list[Path] | None,
-        option(
+        path(
             GETTING, "--from-archive", metavar="FILE",
             help="Unpack this zip or tar file instead of downloading; repeatable.",
         ),
@@ -228,7 +235,7 @@ def prepare_data(
 
 @data.command("verify")
 def verify_data(
-    folder: Annotated[Path, typer.Argument(help="Folder of a data set.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", parser=path_option, help="Folder of a data set.")],
     layout: Annotated[
         str, option(READING, "--layout", metavar="NAME", help="auto, folder, or the name of a known data set.")
     ] = "auto",
@@ -313,8 +320,11 @@ def doctor(as_json: options.AsJson = False) -> None:
 
 
 def export(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A classifier that `metadiff adapt --save` wrote.")],
-    onnx: Annotated[Path, option(options.PLACES, "--onnx", metavar="FILE", help="ONNX file to write.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", parser=path_option, help="A classifier that `metadiff adapt --save` wrote."),
+    ],
+    onnx: Annotated[Path, path(options.PLACES, "--onnx", metavar="FILE", help="ONNX file to write.")],
     overwrite: Annotated[bool, option(options.PLACES, "--overwrite", help="Replace an existing ONNX file.")] = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
