@@ -20,10 +20,18 @@ def evaluate(
             help="Classes to measure on: train, val, test or all.",
         ),
     ] = "test",
-    way: Annotated[int, option(EPISODES, "--way", metavar="N", min=2, help="Classes per episode.")] = 5,
-    shot: Annotated[int, option(EPISODES, "--shot", metavar="K", min=1, help="Support images per class.")] = 1,
-    query: Annotated[int, option(EPISODES, "--query", metavar="Q", min=1, help="Query images per class.")] = 15,
-    episodes: Annotated[int, option(EPISODES, "--episodes", metavar="N", min=1, help="Number of episodes.")] = 1000,
+    way: Annotated[
+        int | None, option(EPISODES, "--way", metavar="N", min=2, default=5, help="Classes per episode.")
+    ] = None,
+    shot: Annotated[
+        int | None, option(EPISODES, "--shot", metavar="K", min=1, default=1, help="Support images per class.")
+    ] = None,
+    query: Annotated[
+        int | None, option(EPISODES, "--query", metavar="Q", min=1, default=15, help="Query images per class.")
+    ] = None,
+    episodes: Annotated[
+        int | None, option(EPISODES, "--episodes", metavar="N", min=1, default=1000, help="Number of episodes.")
+    ] = None,
     transductive: Annotated[
         bool, option(EPISODES, "--transductive", help="Let the query images of an episode guide its weights together.")
     ] = False,
@@ -103,10 +111,14 @@ def evaluate(
     flags = {
         **options.runtime_flags(seed, device, threads, num_workers, batch_size),
         **options.sampler_flags(steps, samples, temperature, guidance),
+        "evaluation.way": way,
+        "evaluation.shot": shot,
+        "evaluation.query": query,
+        "evaluation.episodes": episodes,
     }
     request = Request(
-        checkpoint=checkpoint, data=data, split=split, way=way, shot=shot, query=query, episodes=episodes,
-        transductive=transductive, imbalance=imbalance, controls=controls, halves=halves, open_set=open_set,
-        fail_under=fail_under, compare_to=compare_to, report=report, as_json=as_json,
+        checkpoint=checkpoint, data=data, split=split, transductive=transductive, imbalance=imbalance,
+        controls=controls, halves=halves, open_set=open_set, fail_under=fail_under, compare_to=compare_to,
+        report=report, as_json=as_json,
     )  # fmt: skip
     run(request, config, settings, flags, Screen(quiet=quiet, verbose=verbose))

@@ -15,7 +15,7 @@ from metadiff_cli.commands.evaluate.measure import (
 )
 from metadiff_cli.commands.evaluate.report import write_evaluation_report
 from metadiff_cli.commands.evaluate.table import show_result
-from metadiff_cli.commands.settings import check_split, model_config, start
+from metadiff_cli.commands.settings import USED, check_split, model_config, start
 from metadiff_cli.commands.train.baselines import FILE, further, mark, measure_method
 from metadiff_cli.commands.train.run_folder import Source, open_source
 from metadiff_cli.config.load import check
@@ -28,6 +28,8 @@ from metadiff_cli.core.evaluation.evaluate import Protocol
 from metadiff_cli.errors import ConfigError, DataError, GateError
 from metadiff_cli.files import checkpoint_path
 
+EPISODES = ("evaluation.way", "evaluation.shot", "evaluation.query", "evaluation.episodes")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -36,10 +38,6 @@ class Request:
     checkpoint: Path | None
     data: Path | None
     split: str
-    way: int
-    shot: int
-    query: int
-    episodes: int
     transductive: bool
     imbalance: float | None
     controls: str
@@ -50,9 +48,10 @@ class Request:
     report: Path | None
     as_json: bool
 
-    def protocol(self, seed: int) -> Protocol:
+    def protocol(self, config: Config) -> Protocol:
         """The episodes that are asked for."""
-        return Protocol(self.way, self.shot, self.query, self.episodes, seed, self.transductive, self.imbalance)
+        e = config.evaluation
+        return Protocol(e.way, e.shot, e.query, e.episodes, config.seed, self.transductive, self.imbalance)
 
 
 def run(
@@ -62,10 +61,10 @@ def run(
     check_split(request.split)
     controls = parse_controls(request.controls)
     earlier = None if request.compare_to is None else compare.read_result(request.compare_to)
-    config = model_config(file, settings, flags)
+    config = model_config(file, settings, flags, used=(*USED, *EPISODES), note=screen.note)
     path = checkpoint_path(request.checkpoint)
     _check(request, controls, baseline=read_header(path)["kind"] == "baseline")
-    protocol = request.protocol(config.seed)
+    protocol = request.protocol(config)
     if earlier is not None:
         compare.check_comparable(earlier, protocol, request.split, halves=request.halves)
     document = measure_checkpoint(path, request, controls, config, protocol, screen)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from metadiff_cli.config.load import resolve, to_yaml
 from tests.worlds import Page, Result
 
 CLI = Callable[..., Result]
@@ -40,3 +41,29 @@ def test_the_report_has_what_json_does_not_hold(cli: CLI, checkpoint: Path, tmp_
 def test_options_that_do_not_go_together(cli: CLI, checkpoint: Path, options: list[str], word: str) -> None:
     result = cli("evaluate", "-c", checkpoint, *options)
     assert result.code == 2 and word in result.err and result.out == ""
+
+
+def test_episodes_come_from_the_configuration(
+    cli: CLI, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*options: str | Path) -> dict[str, int]:
+        result = cli("evaluate", "-c", checkpoint, "--controls", "", "--json", *options)
+        assert result.code == 0, result.err
+        return {key: json.loads(result.out)[key] for key in ("way", "shot", "query", "episodes", "seed")}
+
+    (tmp_path / "run.yaml").write_text(to_yaml(resolve("glyphs-5w1s", settings=[
+        "evaluation.shot=3", "evaluation.way=4", "evaluation.query=2", "evaluation.episodes=5", "seed=9",
+    ], environ={})))  # fmt: skip
+    of_file = {"way": 4, "shot": 3, "query": 2, "episodes": 5, "seed": 9}
+    assert measured("--config", tmp_path / "run.yaml") == of_file
+    monkeypatch.setenv("METADIFF_EVALUATION__SHOT", "2")
+    assert measured("--config", tmp_path / "run.yaml") == {**of_file, "shot": 2}
+    assert measured("--config", tmp_path / "run.yaml", "--set", "evaluation.shot=1", "--way", "3") == {
+        **of_file, "shot": 1, "way": 3,
+    }  # fmt: skip
+
+
+def test_a_setting_of_training_is_an_error(cli: CLI, checkpoint: Path) -> None:
+    for setting in ("evaluation.card_shots=[5]", "features.size=64", "data.layout=omniglot"):
+        result = cli("evaluate", "-c", checkpoint, "--set", setting)
+        assert result.code == 2 and "has no effect here" in result.err and "evaluation.way" in result.err
