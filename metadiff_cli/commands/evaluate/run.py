@@ -19,15 +19,16 @@ from metadiff_cli.commands.settings import USED, check_split, model_config, star
 from metadiff_cli.commands.train.baselines import FILE, further, mark, measure_method
 from metadiff_cli.commands.train.run_folder import Source, open_source
 from metadiff_cli.config.load import check
-from metadiff_cli.config.schema import Config
+from metadiff_cli.config.schema import Config, SamplerConfig
 from metadiff_cli.console import Screen
-from metadiff_cli.core.checkpoints.baseline import load_baseline
+from metadiff_cli.core.checkpoints.baseline import Baseline, load_baseline
 from metadiff_cli.core.checkpoints.file import read_header
 from metadiff_cli.core.checkpoints.model import Model, load_model
 from metadiff_cli.core.evaluation.evaluate import Protocol
 from metadiff_cli.errors import ConfigError, DataError, GateError
 from metadiff_cli.files import checkpoint_path
 
+SAMPLED = ("analytic", "untrained", "posterior", "inductive")  # controls that sample weights
 EPISODES = ("evaluation.way", "evaluation.shot", "evaluation.query", "evaluation.episodes")
 
 
@@ -81,6 +82,8 @@ def measure_checkpoint(
     device = start(config)
     baseline = read_header(path)["kind"] == "baseline"
     model = (load_baseline if baseline else load_model)(path, device)
+    if isinstance(model, Baseline):
+        _check_sampled(model, request, controls, config)
     source = find_source(check(model.header["config"]), config, request.data, screen)
     labels = source.split(request.split, model.images.size).labels
     name = "metadiff" if isinstance(model, Model) else model.name
@@ -126,6 +129,17 @@ def _check(request: Request, controls: Sequence[str], *, baseline: bool) -> None
         raise ConfigError("--open-set measures a MetaDiff model, not a baseline", hint="leave out --open-set")
     if request.compare_to is not None and baseline:
         raise ConfigError("--compare compares MetaDiff models, not baselines", hint="leave out --compare")
+
+
+def _check_sampled(baseline: Baseline, request: Request, controls: Sequence[str], config: Config) -> None:
+    """Raise ConfigError for options of the sampler when neither the baseline nor a control has one."""
+    sampled = baseline.base is not None and any(name in SAMPLED for name in controls)
+    sampled = sampled or any(read_header(Path(name))["kind"] == "model" for name in controls if name.endswith(FILE))
+    if not sampled and (request.transductive or config.sampler != SamplerConfig()):
+        raise ConfigError(
+            f"{baseline.name} has no sampler: --transductive and the settings of the sampler have no effect",
+            hint="leave them out, or give a MetaDiff checkpoint among --controls",
+        )
 
 
 def _show(document: dict[str, Any], request: Request, screen: Screen) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from metadiff_cli.config.load import resolve, to_yaml
-from tests.worlds import Page, Result
+from tests.worlds import SMALL, Page, Result, invoke
 
 CLI = Callable[..., Result]
 QUICK = ["--query", "3", "--episodes", "4", "--controls", "prototype"]
@@ -67,3 +67,30 @@ def test_a_setting_of_training_is_an_error(cli: CLI, checkpoint: Path) -> None:
     for setting in ("evaluation.card_shots=[5]", "features.size=64", "data.layout=omniglot"):
         result = cli("evaluate", "-c", checkpoint, "--set", setting)
         assert result.code == 2 and "has no effect here" in result.err and "evaluation.way" in result.err
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a baseline on images after one training step."""
+    out = tmp_path_factory.mktemp("baseline") / "run"
+    few = [f"--set=baselines.images.{key}" for key in ("steps=1", "validation_episodes=2", "query=2")]
+    result = invoke("metatrain", "--preset", "glyphs-5w1s", "--method", "anil", "--out", out, *SMALL, *few)
+    assert result.code == 0, result.err
+    return out / "checkpoint.safetensors"
+
+
+def test_a_baseline_has_no_sampler(cli: CLI, baseline: Path, checkpoint: Path) -> None:
+    for options in (["--guidance", "2"], ["--steps", "3"], ["--transductive"], ["--set", "sampler.method=ddpm"]):
+        result = cli("evaluate", "-c", baseline, "--controls", "", *options)
+        assert result.code == 2 and "anil has no sampler" in result.err and "--controls" in result.err
+    beside = cli(
+        "evaluate", "-c", baseline, "--query", "2", "--episodes", "2", "--controls", checkpoint, "--steps", "3"
+    )
+    assert beside.code == 0, beside.err
+
+
+@pytest.mark.parametrize("option", ["--halves", "--open-set", "--compare"])
+def test_what_a_baseline_cannot_do(cli: CLI, baseline: Path, small_run: Path, option: str) -> None:
+    given = [option, small_run / "result.json"] if option == "--compare" else [option]
+    result = cli("evaluate", "-c", baseline, "--controls", "", *given)
+    assert result.code == 2 and option in result.err and "leave out" in result.err
