@@ -6,10 +6,16 @@ import typer
 
 
 def path_option(text: str) -> Path:
-    """The parser of every option and argument that takes a path.
+    """The parser of every option and argument that takes a path; `~/` is the home folder, as in a shell.
 
-    Raises BadParameter (exit code 2) for an empty text, which Path would take for the working folder.
+    Raises BadParameter (exit code 2) for an empty text, which Path would take for the working folder, and for `~/`
+    when there is no home folder.
     """
     if not text:
         raise typer.BadParameter("the path is empty; give . for the working folder")
-    return Path(text)
+    if not (text == "~" or text.startswith("~/")):
+        return Path(text)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # no HOME, and a user without an entry in the list of users
+        raise typer.BadParameter(f"{text} needs a home folder, and there is none") from error

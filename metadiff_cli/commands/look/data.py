@@ -10,7 +10,7 @@ from metadiff_cli.data.folders import Dataset, open_dataset
 from metadiff_cli.data.known import KNOWN, known
 from metadiff_cli.data.verify import Report
 from metadiff_cli.data.verify import verify as verify_files
-from metadiff_cli.errors import DataError
+from metadiff_cli.errors import ConfigError, DataError
 from metadiff_cli.files import data_dir
 
 SHOWN = 10  # findings of one kind that are printed; --json has all of them
@@ -34,12 +34,17 @@ def prepare(name: str, root: Path | None, archives: Sequence[Path], screen: Scre
     """
     data = known(name)
     if name == "glyphs":
-        screen.note("glyphs are drawn when they are needed: there is nothing to prepare")
-        return
-    folder = (root or data_dir(name).parent).expanduser()
+        return _glyphs(root, archives, screen, as_json=as_json)
+    folder = root or data_dir(name).parent
+    place = folder / name
     for archive in archives:
         if not archive.is_file():
             raise DataError(f"archive {archive} does not exist", hint=f"expected {data.archives}")
+    if archives and place.is_dir() and any(place.iterdir()):
+        raise ConfigError(
+            f"{place} is there already, so --from-archive has no effect",
+            hint="leave out --from-archive to check what is there, or give another --root",
+        )
     if not archives and data.download:
         screen.note(f"getting {name} from {data.home}, unless it is there already (licence: {data.licence})")
     with screen.progress(f"unpacking {name}") as advance:
@@ -47,12 +52,21 @@ def prepare(name: str, root: Path | None, archives: Sequence[Path], screen: Scre
     for note in dataset.notes:
         screen.warn(note)
     splits = {n: {"classes": len(s.classes), "images": len(s.labels)} for n, s in dataset.splits.items()}
-    place = folder / name
     if as_json:
         screen.json({"schema": "metadiff.data-prepare/1", "name": name, "folder": str(place), "splits": splits})
         return
     counts = ", ".join(f"{n} {s['classes']} classes and {s['images']} images" for n, s in splits.items())
     screen.text(f"{name}: {place} ({counts})")
+
+
+def _glyphs(root: Path | None, archives: Sequence[Path], screen: Screen, *, as_json: bool) -> None:
+    """Say that glyphs need no preparation. Raises ConfigError for options that could only matter for other data."""
+    if root is not None or archives:
+        raise ConfigError("glyphs are drawn when they are needed", hint="leave out --root and --from-archive")
+    if as_json:
+        screen.json({"schema": "metadiff.data-prepare/1", "name": "glyphs", "folder": None, "splits": {}})
+    else:
+        screen.text("glyphs are drawn when they are needed: there is nothing to prepare")
 
 
 def verify(folder: Path, layout: str, workers: int | None, screen: Screen, *, as_json: bool) -> None:
