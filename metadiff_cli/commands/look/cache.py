@@ -1,8 +1,6 @@
 """`metadiff cache`: what is kept because it is slow to make, and how to remove it."""
 
-import os
 import re
-import shutil
 import stat
 import sys
 import time
@@ -21,18 +19,23 @@ KINDS = {
     "features": "features of images, made again by the encoder",
     "encoders": "encoders that `metatrain` reuses; training one again can take hours",
 }
-# our names begin with a hash, and safetensors writes to `.tmp` with six letters: everything else is not ours to delete
-OURS = re.compile(r"\.?s?[0-9a-f]{31,}\b.*|\.tmp\w{6}")
+HASH = "[0-9a-f]{32}"
+# the names of our files; whatever has another name is not ours to delete, even if it begins with a hash
+OURS = {
+    "images": rf"{HASH}\.(npy|json)|s[0-9a-f]{{31}}\.(json|lock)",
+    "features": rf"{HASH}-{HASH}\.(npy|parts|statistics\d\.safetensors)",
+    "encoders": rf"{HASH}\.safetensors",
+}
+PARTS = re.compile(r"\d{6}\.npy|\.\d{6}\.npy\.\w+\.tmp")  # in a folder of features that are not complete yet
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file or folder in the cache, named by a hash; `size` in bytes."""
+    """Something in the cache: a file, or a folder with the files of it that are ours; `size` in bytes."""
 
-    kind: str
     path: Path
     size: int
-    files: int
+    files: tuple[Path, ...]
     modified: float
 
 
@@ -44,7 +47,7 @@ def show(screen: Screen, *, as_json: bool) -> None:
         found = list(entries(root, kind))
         newest = max((e.modified for e in found), default=None)
         rows.append({
-            "kind": kind, "what": what, "files": sum(e.files for e in found), "bytes": sum(e.size for e in found),
+            "kind": kind, "what": what, "files": sum(len(e.files) for e in found), "bytes": sum(e.size for e in found),
             "newest": None if newest is None else time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(newest)),
         })  # fmt: skip
     if as_json:
@@ -85,9 +88,11 @@ def entries(root: Path, kind: str) -> Iterator[Entry]:
     if folder.is_symlink() or not folder.is_dir():
         return
     for path in sorted(folder.iterdir()):
-        if OURS.fullmatch(path.name):
+        if _is_ours(path.name, kind):
             with suppress(FileNotFoundError):  # another process works there
-                yield _entry(kind, path)
+                entry = _entry(path)
+                if entry.files:
+                    yield entry
 
 
 def in_units(size: float) -> str:
@@ -99,24 +104,30 @@ def in_units(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-def _entry(kind: str, path: Path) -> Entry:
+def _is_ours(name: str, kind: str) -> bool:
+    """Whether a file of this name is ours: by its own name, as a lock, or as a temporary file."""
+    written = rf"({OURS[kind]})"
+    return re.fullmatch(rf"{written}(\.lock)?|\.{written}\.\w+\.tmp|\.tmp\w{{6}}", name) is not None
+
+
+def _entry(path: Path) -> Entry:
     status = path.lstat()
-    size, files = status.st_size, 1
-    if stat.S_ISDIR(status.st_mode):
-        inside = [Path(place, name).lstat() for place, _, names in os.walk(path) for name in names]
-        size, files = sum(s.st_size for s in inside), len(inside)
-    return Entry(kind, path, size, files, status.st_mtime)
+    if not stat.S_ISDIR(status.st_mode):
+        return Entry(path, status.st_size, (path,), status.st_mtime)
+    parts = tuple(part for part in sorted(path.iterdir()) if PARTS.fullmatch(part.name))
+    return Entry(path, sum(part.lstat().st_size for part in parts), parts, status.st_mtime)
 
 
 def _remove(entry: Entry) -> bool:
-    """Remove an entry, and return whether it is gone. Of a link only the link is removed, never its target."""
+    """Remove our files of an entry, and return whether they are gone. A link is removed, never its target."""
     try:
-        if entry.path.is_dir() and not entry.path.is_symlink():
-            shutil.rmtree(entry.path)
-        else:
-            entry.path.unlink(missing_ok=True)
+        for file in entry.files:
+            file.unlink(missing_ok=True)
     except OSError:
         return False
+    if entry.path.is_dir() and not entry.path.is_symlink():
+        with suppress(OSError):  # files of somebody else are left in the folder
+            entry.path.rmdir()
     return True
 
 
