@@ -80,7 +80,7 @@ CheckpointFile = Annotated[
 ]  # fmt: skip
 Report = Annotated[
     Path | None,
-    path(PLACES, "--report", metavar="FILE", help="Write a self-contained HTML page, replacing an existing file."),
+    path(PLACES, "--report", metavar="FILE", help="Write a self-contained HTML page, replacing an earlier one."),
 ]
 
 Steps = Annotated[

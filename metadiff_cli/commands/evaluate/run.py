@@ -15,6 +15,7 @@ from metadiff_cli.commands.evaluate.measure import (
 )
 from metadiff_cli.commands.evaluate.report import write_evaluation_report
 from metadiff_cli.commands.evaluate.table import show_result
+from metadiff_cli.commands.pages.page import check_page
 from metadiff_cli.commands.settings import USED, check_split, model_config, start
 from metadiff_cli.commands.train.baselines import FILE, further, mark, measure_method
 from metadiff_cli.commands.train.run_folder import Source, open_source
@@ -61,6 +62,8 @@ def run(
     """Measure, show the result, then check the gates. Raises GateError when one of them is not met."""
     check_split(request.split)
     controls = parse_controls(request.controls)
+    if request.report is not None:
+        check_page(request.report)
     earlier = None if request.compare_to is None else compare.read_result(request.compare_to)
     config = model_config(file, settings, flags, used=(*USED, *EPISODES), note=screen.note)
     path = checkpoint_path(request.checkpoint)

@@ -8,6 +8,7 @@ from metadiff_cli.commands.settings import check_new
 from metadiff_cli.console import Screen
 from metadiff_cli.core.checkpoints.classifier import load_classifier
 from metadiff_cli.core.checkpoints.onnx import export_onnx, require_exporter
+from metadiff_cli.errors import ConfigError
 
 
 def export_classifier(file: Path, onnx: Path, screen: Screen, *, overwrite: bool, as_json: bool) -> None:
@@ -17,6 +18,8 @@ def export_classifier(file: Path, onnx: Path, screen: Screen, *, overwrite: bool
     saved classifier, and MetaDiffError when the graph computes something else.
     """
     check_new(onnx, overwrite=overwrite)
+    if onnx.exists() and file.exists() and onnx.samefile(file):
+        raise ConfigError(f"--onnx {onnx} would replace the classifier itself", hint="give another name")
     require_exporter()
     classifier, _ = load_classifier(file, torch.device("cpu"))
     with screen.progress("exporting"):

@@ -1,11 +1,12 @@
 """`metadiff presets`: list, show and copy the named settings."""
 
+import os
 from pathlib import Path
 
 from metadiff_cli.config.load import preset_folder, preset_names, read_preset
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError
-from metadiff_cli.files import write_text
+from metadiff_cli.files import atomic
 
 
 def show_all(screen: Screen, *, as_json: bool) -> None:
@@ -30,7 +31,11 @@ def preset_text(name: str) -> str:
 def copy(name: str, to: Path, screen: Screen) -> None:
     """Write the file of a preset to `to`. Raises ConfigError for an unknown name and when `to` exists."""
     text = preset_text(name)
-    if to.exists():
-        raise ConfigError(f"{to} exists already", hint="give another name")
-    write_text(to, text)
+    try:
+        with atomic(to, new=True) as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        if os.path.lexists(to):
+            raise ConfigError(f"{to} exists already", hint="give the name of a new file") from error
+        raise ConfigError(f"{to} cannot be written ({error.strerror})", hint="give a file in another folder") from error
     screen.note(f"written: {to}; use it with `metadiff metatrain --config {to}`")

@@ -34,6 +34,14 @@ def test_the_report_has_what_json_does_not_hold(cli: CLI, checkpoint: Path, tmp_
     assert "From noise to weights" in Page(tmp_path / "e.html").text
 
 
+def test_a_report_replaces_no_other_file(cli: CLI, checkpoint: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "c.safetensors"
+    copy.write_bytes(checkpoint.read_bytes())
+    result = cli("evaluate", "-c", copy, *QUICK, "--report", copy)
+    assert result.code == 2 and "not a page of metadiff" in result.err and result.out == ""
+    assert copy.read_bytes() == checkpoint.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [(["--open-set", "--imbalance", "1"], "--imbalance"), (["--halves", "--controls", "x.safetensors"], "--halves")],

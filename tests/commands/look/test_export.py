@@ -119,6 +119,10 @@ def test_what_cannot_be_exported(
     out.write_text("kept")
     assert (refused := cli("export", classifier, "--onnx", out)).code == 2 and "--overwrite" in refused.err
     assert cli("export", classifier, "--onnx", tmp_path, "--overwrite").code == 2
+    (tmp_path / "link.onnx").symlink_to(classifier)
+    for same in (classifier, tmp_path / "link.onnx"):
+        assert "the classifier itself" in cli("export", classifier, "--onnx", same, "--overwrite").err
+    assert cli("inspect", classifier).code == 0
     assert out.read_text() == "kept"
 
 
