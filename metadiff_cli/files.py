@@ -11,7 +11,10 @@ from pathlib import Path
 
 import platformdirs
 
+from metadiff_cli.errors import CheckpointError
+
 APP = "metadiff"
+PACKAGED = Path(__file__).parent / "checkpoints" / "default.safetensors"
 LEFTOVER = re.compile(r"\..+\.tmp|\.tmp\w{6}")  # files that `atomic`, or safetensors inside of it, had begun
 
 LONG = 200  # bytes of a file's name, of which most file systems take 255
@@ -25,6 +28,18 @@ def cache_dir() -> Path:
 def data_dir(name: str) -> Path:
     """Where the data set `name` is looked for when no `--data` is given."""
     return Path(os.environ.get("METADIFF_DATA_DIR") or platformdirs.user_data_path(APP)) / name
+
+
+def checkpoint_path(given: Path | None) -> Path:
+    """`given`, or the checkpoint that comes with the package. Raises CheckpointError when that one is missing."""
+    if given is not None:
+        return given
+    if not PACKAGED.is_file():
+        raise CheckpointError(
+            f"the checkpoint that comes with the package is missing ({PACKAGED})",
+            hint="install metadiff again, or give a checkpoint of `metadiff metatrain` with --checkpoint",
+        )
+    return PACKAGED
 
 
 def writable(folder: Path) -> Path:

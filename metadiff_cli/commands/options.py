@@ -11,12 +11,11 @@ import typer
 from metadiff_cli.commands import completions
 from metadiff_cli.config.load import resolve
 from metadiff_cli.config.schema import ENCODERS, Config
-from metadiff_cli.errors import CheckpointError, ConfigError
+from metadiff_cli.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-PACKAGED = Path(__file__).parent.parent / "checkpoints" / "default.safetensors"
 COMMON = "Common"  # groups of the help
 PLACES = "Places"
 TRAINING = "Training"
@@ -280,18 +279,6 @@ def check_new(file: Path, *, overwrite: bool) -> None:
         )
     if file.is_dir() or (file.exists() and not overwrite):
         raise ConfigError(f"{file} exists already", hint="add --overwrite or give another name")
-
-
-def checkpoint_path(given: Path | None) -> Path:
-    """The checkpoint that was given, else the one that comes with the package."""
-    if given is not None:
-        return given
-    if not PACKAGED.is_file():
-        raise CheckpointError(
-            f"the checkpoint that comes with the package is not there ({PACKAGED})",
-            hint="install metadiff again, or give one that `metadiff metatrain` made with --checkpoint",
-        )
-    return PACKAGED
 
 
 def start(config: Config) -> "torch.device":

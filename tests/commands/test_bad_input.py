@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from metadiff_cli.commands import options
+from metadiff_cli import files
 from metadiff_cli.core.checkpoints.file import load_checkpoint, save_checkpoint
 from tests.worlds import COLOURS, SMALL, Result, paint
 
@@ -184,7 +184,7 @@ def test_support_and_classifier_exclude_each_other(cli: CLI, photos: Path) -> No
 def test_a_missing_packaged_checkpoint_is_said(
     cli: CLI, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(options, "PACKAGED", tmp_path / "gone.safetensors")
+    monkeypatch.setattr(files, "PACKAGED", tmp_path / "gone.safetensors")
     result = cli("adapt", "--support", photos / "support", "--query", photos / "query")
     assert_refused(result, 4, "gone.safetensors", "metatrain")
 

@@ -11,6 +11,7 @@ from metadiff_cli.config.load import check
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError, GateError
+from metadiff_cli.files import checkpoint_path
 
 EPISODES, COMPARISON, GATES = "Episodes", "Comparison", "Gates, for CI"
 
@@ -154,7 +155,7 @@ def evaluate(
         options.sampler_flags(steps, samples, temperature, guidance),
     )  # fmt: skip
     protocol = Protocol(way, shot, query, episodes, runtime.seed, transductive, imbalance)
-    path = options.checkpoint_path(checkpoint)
+    path = checkpoint_path(checkpoint)
     if old is not None and read_header(path)["kind"] == "baseline":
         raise ConfigError("--compare is for the accuracy of metadiff", hint="leave it out with a baseline's checkpoint")
     document = measure_file(

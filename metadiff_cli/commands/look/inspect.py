@@ -9,6 +9,7 @@ from metadiff_cli.commands import options
 from metadiff_cli.commands.look.files import describe
 from metadiff_cli.commands.train.card import card_lines
 from metadiff_cli.console import Screen
+from metadiff_cli.files import checkpoint_path
 
 FIRST = ("kind", "encoder", "image", "classes")
 
@@ -37,7 +38,7 @@ def inspect(
 
     from metadiff_cli.core.checkpoints.file import read_header
 
-    file = options.checkpoint_path(file)
+    file = checkpoint_path(file)
     header = describe(file) or read_header(file)
     screen = Screen()
     if as_json:

@@ -10,6 +10,7 @@ from metadiff_cli.commands import completions, options
 from metadiff_cli.config.load import check
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError
+from metadiff_cli.files import checkpoint_path
 
 
 def refit(
@@ -75,7 +76,7 @@ def refit(
     from metadiff_cli.core.training.fit import fit_rejection
 
     start = options.start(runtime)
-    stored = load_checkpoint(options.checkpoint_path(checkpoint), "model")
+    stored = load_checkpoint(checkpoint_path(checkpoint), "model")
     model = model_of(stored, start)
     if model.metadiff.targets is None:
         raise ConfigError(f"{stored.path} does not hold its training weights", hint="make it again with `metatrain`")
