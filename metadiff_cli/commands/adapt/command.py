@@ -1,4 +1,4 @@
-"""`metadiff adapt`: a folder of labelled images per class in, predictions for other images out."""
+"""`metadiff adapt`: one folder of images per class in, predictions for other images out."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,9 +6,7 @@ from typing import Annotated
 import typer
 
 from metadiff_cli.commands import options
-from metadiff_cli.commands.adapt.output import WRITERS
 from metadiff_cli.console import Screen
-from metadiff_cli.errors import ConfigError, DataError
 
 INPUT, OUTPUT, SORTING, TOGETHER = "Input", "Output", "Sorting", "Unlabelled images"
 
@@ -156,74 +154,18 @@ def adapt(
 
       metadiff adapt -S ./imgs -Q ./q --reject auto
     """
-    screen = Screen(quiet=quiet, verbose=verbose)
-    format = "json" if as_json else format
-    if reject not in (None, "auto"):
-        raise ConfigError(f"--reject {reject}", hint="give --reject auto, or a confidence: --reject-below 0.5")
-    _check_arguments(format, support, classifier, save, overwrite, sort_into, move)
-    if null and "-" not in query:
-        raise ConfigError(
-            "-0 is about paths on stdin", hint="add --query -, as in: find . -print0 | metadiff adapt -Q - -0"
-        )
-    resolved = options.model_config(
-        config, settings, options.runtime_flags(seed, device, threads, num_workers, batch_size),
-        options.sampler_flags(steps, samples, temperature, guidance),
+    from metadiff_cli.commands.adapt.run import Options, run
+
+    run(
+        Options(
+            query=query, null=null, support=support, classifier=classifier, checkpoint=checkpoint,
+            format="json" if as_json else format, top_k=top_k, reject_below=reject_below, reject=reject,
+            labelled=labelled, strict=strict, sort_into=sort_into, move=move, transductive=transductive,
+            unlabeled=unlabeled, save=save, report=report, overwrite=overwrite, config_file=config, set=settings,
+            settings={
+                **options.runtime_flags(seed, device, threads, num_workers, batch_size),
+                **options.sampler_flags(steps, samples, temperature, guidance),
+            },
+        ),
+        Screen(quiet=quiet, verbose=verbose),
     )  # fmt: skip
-    from metadiff_cli.commands.adapt.build import Given, prepare
-    from metadiff_cli.commands.adapt.inputs import find_queries
-    from metadiff_cli.commands.adapt.predict import Stream
-    from metadiff_cli.core.checkpoints.classifier import save_classifier
-
-    queries = find_queries(query, null=null, outside=sort_into)
-    if labelled and not any(item.label for item in queries.items):
-        if not any(path.exists() for path in queries.paths()):
-            raise DataError(f"{queries.paths()[0]} does not exist", hint="give --query a folder of class folders")
-        raise DataError("--labelled, and no query image has a class", hint="give class folders: DIR/cat/1.jpg")
-    if classifier is not None and checkpoint is not None:
-        screen.warn("a classifier has a model of its own: --checkpoint is not used")
-    source = str(classifier or options.checkpoint_path(checkpoint))
-    given = Given(support, classifier, checkpoint, transductive, unlabeled)
-    ready = prepare(resolved, given, queries, screen)
-    if reject is not None:
-        ready = ready.rejecting()
-    if save is not None:
-        save_classifier(save, ready.classifier, ready.origin)
-        screen.note(f"classifier written: {save}")
-    # rows on a terminal are progress enough, and a bar would run into them
-    bar = format in ("table", "json") or not screen.out.is_terminal
-    stream = Stream(resolved, ready, queries, screen, top_k, reject_below, labelled, bar, keep=report is not None)
-    outcomes = stream.outcomes()
-    if sort_into is not None:
-        outcomes = stream.sorted(outcomes, sort_into, move)
-    head = {"schema": "metadiff.adapt/1", **ready.document(), "checkpoint": source, "seed": resolved.seed}
-    labels = WRITERS[format](screen, head, outcomes, stream.tail)
-    stream.finish(matrix=format == "table")
-    if report is not None:
-        stream.write_report(report, source)
-    if not labels:
-        raise DataError("nothing could be predicted", hint="see the reasons above; give images that can be read")
-    if strict and stream.errors.found:
-        raise DataError(f"{len(stream.errors.found)} images have errors", hint="mend them, or leave out --strict")
-
-
-def _check_arguments(
-    format: str, support: Path | None, classifier: Path | None, save: Path | None, overwrite: bool,
-    sort_into: Path | None, move: bool,
-) -> None:  # fmt: skip
-    if format not in WRITERS:
-        raise ConfigError(f"unknown format '{format}'", hint=f"choose one of {', '.join(WRITERS)}")
-    if support is None and classifier is None:
-        raise ConfigError("give --support or --classifier", hint="--support DIR has one folder per class")
-    if save is not None:
-        options.check_new(save, overwrite=overwrite)
-    if move and sort_into is None:
-        raise ConfigError("--move needs --sort-into", hint="add --sort-into DIR")
-    if sort_into is not None and sort_into.exists() and not sort_into.is_dir():
-        raise ConfigError(f"{sort_into} is a file", hint="give --sort-into a folder")
-    if sort_into is not None and support is not None and support.resolve() in (
-        sort_into.resolve(), *sort_into.resolve().parents
-    ):  # fmt: skip
-        raise ConfigError(
-            f"--sort-into {sort_into} is inside the support folder",
-            hint="give another folder: guesses would become labels of the next run",
-        )

@@ -43,7 +43,7 @@ def export(
     from metadiff_cli.core.checkpoints.onnx import export_onnx, require_exporter
 
     require_exporter()
-    classifier, _ = load_classifier(file, torch.device("cpu"))
+    classifier = load_classifier(file, torch.device("cpu")).classifier
     with screen.progress("exporting"):
         difference = export_onnx(classifier, onnx)
     if difference is None:
