@@ -37,15 +37,15 @@ Labels: TypeAlias = np.ndarray | Sequence[Any]
 
 
 class NotFittedError(MetaDiffError, ValueError, AttributeError):
-    """Prediction before `fit` or `load`; the same bases as scikit-learn's error of this name."""
+    """A prediction was asked for before `fit` or `load`. The bases are those of scikit-learn's error of this name."""
 
 
 class InputError(DataError, ValueError):
-    """Images or labels that cannot be used; scikit-learn's conventions want a ValueError."""
+    """Images or labels cannot be used. It is a ValueError, as scikit-learn expects."""
 
 
 class ParameterError(ConfigError, ValueError):
-    """A parameter of the class that is unknown or cannot be used."""
+    """A parameter of the class is unknown or cannot be used. It is a ValueError, as scikit-learn expects."""
 
 
 class FewShotClassifier:
@@ -58,7 +58,7 @@ class FewShotClassifier:
     steps : denoising steps S.
     samples : classifiers M whose probabilities are averaged.
     temperature : noise temperature, 0 for the posterior mean.
-    random_state : seed of the noise, an int; without effect at temperature 0.
+    random_state : seed of the noise, an int; it has no effect at temperature 0.
     device : "auto", "cpu", "cuda" or "mps".
     batch_size : images of one forward pass of the encoder.
 
@@ -96,9 +96,9 @@ class FewShotClassifier:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str] | None = None, **parameters: Any) -> Self:
-        """An unfitted classifier whose checkpoint is loaded now. Raises CheckpointError when there is none at `path`.
+        """A classifier that is not fitted, with its checkpoint loaded. `parameters` are those of the class.
 
-        `parameters` are those of the class.
+        Raises CheckpointError when the file cannot be used.
         """
         classifier = cls(path, **parameters)
         classifier._model()
@@ -160,13 +160,13 @@ class FewShotClassifier:
         return known
 
     def predict(self, X: Images) -> np.ndarray:
-        """The most probable label (n,) of each image; raises as `predict_proba` does."""
+        """The most probable label of each image (n,). Raises as `predict_proba` does."""
         best: np.ndarray = self.predict_proba(X).argmax(axis=1)
         labels: np.ndarray = self.classes_[best]
         return labels
 
     def score(self, X: Images, y: Sequence[Any] | np.ndarray) -> float:
-        """Share of the images X whose predicted label is the one in y (n,)."""
+        """The share of the images X whose predicted label equals that in y (n,). Raises InputError for other labels."""
         predicted, wanted = self.predict(X), _text(np.asarray(y))
         if predicted.shape != wanted.shape:
             raise InputError(f"{len(predicted)} images but labels of shape {wanted.shape}", hint="give one per image")
@@ -178,14 +178,14 @@ class FewShotClassifier:
         return float(np.mean(predicted == wanted))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the adapted classifier, for `load` and for `metadiff adapt --classifier`."""
+        """Write the classifier, for `load` and for `metadiff adapt --classifier`. Raises NotFittedError and OSError."""
         self._fitted().save(Path(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **parameters: Any) -> Self:
-        """A fitted classifier from a file of `save` or of `metadiff adapt --save`; its classes are text.
+        """A fitted classifier from a file of `save` or of `metadiff adapt --save`. Its classes are text.
 
-        Raises CheckpointError for any other file. `fit` would start anew, from the checkpoint of the parameters.
+        `fit` starts again from the checkpoint of the parameters. Raises CheckpointError for any other file.
         """
         classifier = cls(**parameters)
         classifier.classifier_ = Classifier.load(Path(path), pick_device(classifier.device))
@@ -197,7 +197,7 @@ class FewShotClassifier:
         return {name: getattr(self, name) for name in self._parameter_names()}
 
     def set_params(self, **parameters: Any) -> Self:
-        """Change parameters; takes effect at the next `fit`. Raises ParameterError for an unknown one."""
+        """Change parameters, from the next `fit` on. Raises ParameterError for an unknown one."""
         known = self._parameter_names()
         for name in parameters:
             if name not in known:
@@ -213,7 +213,7 @@ class FewShotClassifier:
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the checkpoint, which is loaded again where it is needed."""
+        """Everything but the checkpoint, which is loaded again when it is needed."""
         return {name: value for name, value in vars(self).items() if name != "_loaded"}
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -221,7 +221,7 @@ class FewShotClassifier:
         return hasattr(self, "classifier_")
 
     def __sklearn_tags__(self) -> Any:
-        """What scikit-learn, which alone calls this, wants to know: a classifier of images, not of feature tables."""
+        """Tell scikit-learn, which alone calls this, that the class is a classifier, and of images, not of tables."""
         tags = importlib.import_module("sklearn.utils")
         return tags.Tags(
             estimator_type="classifier",

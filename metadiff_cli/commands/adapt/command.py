@@ -17,7 +17,7 @@ def adapt(
         typer.Option(
             "--query",
             "-Q",
-            help="Folder, file, glob, CSV with a column path, or - for paths on stdin; repeatable.",
+            help="A folder, a file, a glob, a CSV with a column path, or - for paths on stdin; repeatable.",
             metavar="PATH",
             rich_help_panel=INPUT,
         ),
@@ -27,7 +27,7 @@ def adapt(
         typer.Option(
             "--support",
             "-S",
-            help="Folder with one folder of images per class, or a CSV of path,label.",
+            help="A folder with one folder of images per class, or a CSV of path,label.",
             metavar="DIR",
             rich_help_panel=INPUT,
         ),
@@ -43,7 +43,9 @@ def adapt(
     ] = None,
     null: Annotated[
         bool,
-        typer.Option("--null", "-0", help="Paths on stdin end with NUL, as of find -print0.", rich_help_panel=INPUT),
+        typer.Option(
+            "--null", "-0", help="Paths on stdin end with NUL, as find -print0 writes them.", rich_help_panel=INPUT
+        ),
     ] = False,
     format: Annotated[
         str, typer.Option("--format", "-f", metavar="NAME", help="table, json, jsonl or csv.", rich_help_panel=OUTPUT)
@@ -51,7 +53,7 @@ def adapt(
     top_k: Annotated[
         int,
         typer.Option(
-            "--top-k", min=1, metavar="N", help="Classes named per image; a CSV names one.", rich_help_panel=OUTPUT
+            "--top-k", min=1, metavar="N", help="Classes shown per image; a CSV shows one.", rich_help_panel=OUTPUT
         ),
     ] = 3,
     reject_below: Annotated[
@@ -62,7 +64,7 @@ def adapt(
             max=1,
             metavar="P",
             rich_help_panel=OUTPUT,
-            help=options.shown("Give no label below this confidence, 0 to 1.", "every image gets one"),
+            help=options.shown("Give no label below this confidence, 0 to 1.", "every image gets a label"),
         ),
     ] = None,
     reject: Annotated[
@@ -71,7 +73,7 @@ def adapt(
             "--reject",
             metavar="auto",
             rich_help_panel=OUTPUT,
-            help=options.shown("auto gives no label to what looks like none of the classes.", "every image gets one"),
+            help=options.shown("auto gives no label to images of no class.", "every image gets a label"),
         ),
     ] = None,
     labelled: Annotated[
@@ -84,19 +86,20 @@ def adapt(
     ] = False,
     strict: Annotated[
         bool,
-        typer.Option("--strict", help="End with exit code 3 when any image has an error.", rich_help_panel=OUTPUT),
+        typer.Option("--strict", help="Exit with code 3 when any image has an error.", rich_help_panel=OUTPUT),
     ] = False,
     sort_into: Annotated[
         Path | None,
         typer.Option(
             "--sort-into",
-            help="Copy each query image to DIR/<class>/, never over another.",
+            help="Copy each query image to DIR/<class>/, never over another file.",
             metavar="DIR",
             rich_help_panel=SORTING,
         ),
     ] = None,
     move: Annotated[
-        bool, typer.Option("--move", help="Move the images of --sort-into instead.", rich_help_panel=SORTING)
+        bool,
+        typer.Option("--move", help="Move the images of --sort-into instead of copying them.", rich_help_panel=SORTING),
     ] = False,
     checkpoint: options.CheckpointFile = None,
     transductive: Annotated[
@@ -109,7 +112,7 @@ def adapt(
         Path | None,
         typer.Option(
             "--unlabeled",
-            help="Folder of further images that guide the classifier.",
+            help="A folder of unlabelled images that guide the classifier.",
             metavar="DIR",
             rich_help_panel=TOGETHER,
         ),
@@ -117,12 +120,15 @@ def adapt(
     save: Annotated[
         Path | None,
         typer.Option(
-            "--save", help="Write the classifier, for --classifier.", metavar="FILE", rich_help_panel=options.PLACES
+            "--save",
+            help="Write the adapted classifier here, for --classifier.",
+            metavar="FILE",
+            rich_help_panel=options.PLACES,
         ),
     ] = None,
     report: options.Report = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file of --save.", rich_help_panel=options.PLACES)
+        bool, typer.Option("--overwrite", help="Replace an existing file of --save.", rich_help_panel=options.PLACES)
     ] = False,
     steps: options.Steps = None,
     samples: options.Samples = None,
@@ -142,7 +148,7 @@ def adapt(
     """Learn classes from a few images each, and label other images.
 
     The support has one folder of images per class: ./imgs/cat, ./imgs/dog.
-    No training, no GPU: a trained checkpoint comes with the package.
+    It needs no training and no GPU: a checkpoint comes with the package.
 
     Examples:
 
