@@ -24,8 +24,9 @@ from metadiff_cli.core.baselines.learners import FrozenLearner, build_image_lear
 from metadiff_cli.core.baselines.train import InnerTrainer
 from metadiff_cli.core.encoders.bank import FeatureBank, ImageEncoder
 from metadiff_cli.core.encoders.networks import build_encoder
-from metadiff_cli.core.method.denoisers import build_denoiser, support_stats
+from metadiff_cli.core.method.denoisers import build_denoiser
 from metadiff_cli.core.method.diffusion import Noise, Schedule, ddim, ddpm, finish
+from metadiff_cli.core.method.support import support_stats
 from metadiff_cli.core.method.task_space import fit_task_space
 from metadiff_cli.core.training.metatrain import MetaTrainer
 from metadiff_cli.core.training.pixels import Pixels

@@ -13,21 +13,18 @@ from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.checkpoints.model import Model
 from metadiff_cli.core.encoders.bank import FeatureBank, ImageEncoder, build_bank, every_other
-from metadiff_cli.core.evaluation.diagnostics import trace_weights
+from metadiff_cli.core.evaluation.controls import label_propagation_method, prototype_method, soft_kmeans_method
+from metadiff_cli.core.evaluation.diagnostics import measure_novelty, trace_weights
 from metadiff_cli.core.evaluation.evaluate import (
     Method,
     Protocol,
     Scores,
     evaluate,
-    label_propagation_method,
     lengths_for,
     method_of,
-    prototype_method,
     run_through,
-    soft_kmeans_method,
     summarise,
 )
-from metadiff_cli.core.evaluation.novelty import measure_novelty
 from metadiff_cli.core.method.adapt import MetaDiff, Sampling
 from metadiff_cli.core.method.denoisers import build_denoiser, randomise
 from metadiff_cli.core.method.rejection import require_rejection

@@ -237,7 +237,7 @@ def _learn(
     """Task space, denoiser and tuning; what became of the learned part; the kind of denoiser that is kept."""
     from metadiff_cli.core.method.adapt import MetaDiff, Tuning
     from metadiff_cli.core.method.denoisers import AnalyticDenoiser
-    from metadiff_cli.core.method.domain import shared_of
+    from metadiff_cli.core.method.guidance import shared_of
     from metadiff_cli.core.training.fit import fit_tuning
 
     kind = config.denoiser.kind

@@ -7,18 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metadiff_cli.config.schema import is_pretrained
+from metadiff_cli.config.schema import ENCODERS, is_pretrained
 from metadiff_cli.core.checkpoints.file import KINDS, Checkpoint, load_checkpoint, save_checkpoint
 from metadiff_cli.core.checkpoints.headers import check_denoiser, check_image, check_tuning
 from metadiff_cli.core.encoders.bank import ImageEncoder
-from metadiff_cli.core.encoders.networks import ENCODERS, Encoder, build_encoder
+from metadiff_cli.core.encoders.networks import Encoder, build_encoder
 from metadiff_cli.core.encoders.pretrained import build_pretrained
 from metadiff_cli.core.method.adapt import MetaDiff, TaskClassifier, Tuning
-from metadiff_cli.core.method.calibration import TaskTable
+from metadiff_cli.core.method.calibration import Calibration, Rejection, TaskTable
 from metadiff_cli.core.method.denoisers import build_denoiser
-from metadiff_cli.core.method.domain import Usual
-from metadiff_cli.core.method.guidance import PoolGuidance
-from metadiff_cli.core.method.metric import Calibration, Rejection
+from metadiff_cli.core.method.guidance import PoolGuidance, Usual
 from metadiff_cli.core.method.task_space import TaskSpace
 from metadiff_cli.errors import CheckpointError, ConfigError
 

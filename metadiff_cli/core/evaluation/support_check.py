@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metadiff_cli.core.method.adapt import TaskClassifier
-from metadiff_cli.core.method.metric import PROTOTYPE, blend
+from metadiff_cli.core.method.guidance import PROTOTYPE
+from metadiff_cli.core.method.metric import blend
 from metadiff_cli.core.method.support import TaskSupport
 from metadiff_cli.core.method.task_space import TaskSpace
 

@@ -1,7 +1,7 @@
-"""The support of a batch of tasks as features: what a classifier is adapted to."""
+"""The support of a batch of tasks as features: what a classifier is adapted to, and what a denoiser sees of it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,3 +39,26 @@ class TaskSupport:
         for start in range(0, len(self.labels), step):
             rows = slice(start, start + step)
             yield TaskSupport(self.z[:, rows], self.labels[rows], self.means, self.count)
+
+
+@dataclass(frozen=True)
+class SupportStats:
+    """What a denoiser sees of the support of B tasks: mean p (B, N, D), shots K, precision lambda (B or 1, 1, D).
+
+    K has the shape (B or 1, N or 1, 1). Where all classes have the same number of images it is a single number, and
+    what follows from it is computed once for all classes.
+    """
+
+    mean: Tensor
+    count: Tensor
+    precision: Tensor
+
+    def scaled(self, guidance: Tensor | float) -> "SupportStats":
+        """Return the statistics with a * lambda in place of lambda; `guidance` is a, a number or one per task (B,)."""
+        a = guidance.view(-1, 1, 1) if isinstance(guidance, Tensor) else guidance
+        return replace(self, precision=self.precision * a)
+
+
+def support_stats(v: Tensor, precision: Tensor) -> SupportStats:
+    """Return the statistics of support images v (B, N, K, D) in task space with precision lambda (D,)."""
+    return SupportStats(v.mean(dim=2), v.new_full((1, 1, 1), v.shape[2]), precision.view(1, 1, -1))

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torchvision import models
 
 from metadiff_cli.config import schema as config
+from metadiff_cli.config.schema import ENCODERS
 from metadiff_cli.core.checkpoints.file import save_checkpoint
 from metadiff_cli.core.checkpoints.model import load_encoder, save_encoder
 from metadiff_cli.core.encoders import library as libraries
 from metadiff_cli.core.encoders.bank import ImageEncoder
-from metadiff_cli.core.encoders.networks import ENCODERS
 from metadiff_cli.core.encoders.pretrained import (
     PretrainedEncoder,
     _probe,

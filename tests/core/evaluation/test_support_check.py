@@ -7,7 +7,8 @@ from torch import Tensor
 
 from metadiff_cli.core.evaluation.support_check import SupportCheck, check_support, left_out_cosines
 from metadiff_cli.core.method.adapt import TaskClassifier
-from metadiff_cli.core.method.metric import PROTOTYPE, task_logits
+from metadiff_cli.core.method.guidance import PROTOTYPE
+from metadiff_cli.core.method.metric import task_logits
 from metadiff_cli.core.method.support import TaskSupport
 from metadiff_cli.core.method.task_space import TaskSpace
 
