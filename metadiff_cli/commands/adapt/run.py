@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from metadiff_cli.classify.images import Encoded
-from metadiff_cli.commands import options
 from metadiff_cli.commands.adapt.build import Builder, Ready, check_sentences
 from metadiff_cli.commands.adapt.inputs import Queries, find_queries
 from metadiff_cli.commands.adapt.output import WRITERS, Writing
 from metadiff_cli.commands.adapt.predict import Predictions
 from metadiff_cli.commands.adapt.report import AdaptReport, write_report
+from metadiff_cli.commands.settings import check_new, model_config, start
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.data.sort import Sorter
@@ -53,11 +53,11 @@ class Options:
 def run(given: Options, screen: Screen) -> None:
     """Make the classifier and label the query images. Raises a MetaDiffError for what cannot be done."""
     _check(given)
-    config = options.model_config(given.config_file, given.set, given.settings)
+    config = model_config(given.config_file, given.set, given.settings)
     if given.classifier is not None and given.checkpoint is not None:
         screen.warn("--checkpoint is not used: a saved classifier holds the model that it was adapted from")
     queries = _queries(given)
-    builder = Builder(config, options.start(config), screen)
+    builder = Builder(config, start(config), screen)
     ready = _ready(given, queries, builder)
     if given.save is not None:
         ready.classifier.save(given.save)
@@ -87,7 +87,7 @@ def _check(given: Options) -> None:
     if given.support is None and given.classifier is None:
         raise ConfigError("give --support or --classifier", hint="--support DIR has one folder per class")
     if given.save is not None:
-        options.check_new(given.save, overwrite=given.overwrite)
+        check_new(given.save, overwrite=given.overwrite)
     if given.null and "-" not in given.query:
         raise ConfigError(
             "-0 is about paths on stdin", hint="add --query -, as in: find . -print0 | metadiff adapt -Q - -0"

@@ -60,10 +60,6 @@ def test_pixels_in_the_probabilities_of_adapt_out(classifier: Path, graph: tuple
 
 
 def test_the_file_says_what_it_is(classifier: Path, graph: tuple[Path, dict[str, Any]]) -> None:
-    shown = json.loads(invoke("inspect", graph[0], "--json").out)
-    assert shown["kind"] == "graph" and shown["classes"] == list(
-        load_classifier(classifier, torch.device("cpu")).classes
-    )
     path, document = graph
     saved = load_classifier(classifier, torch.device("cpu")).classifier
     runtime = pytest.importorskip("onnxruntime", reason=NEEDED)
