@@ -21,7 +21,7 @@ def export_classifier(file: Path, onnx: Path, screen: Screen, *, overwrite: bool
     if onnx.exists() and file.exists() and onnx.samefile(file):
         raise ConfigError(f"--onnx {onnx} would replace the classifier itself", hint="give another name")
     require_exporter()
-    classifier, _ = load_classifier(file, torch.device("cpu"))
+    classifier = load_classifier(file, torch.device("cpu")).classifier
     with screen.progress("exporting"):
         difference = export_onnx(classifier, onnx)
     if difference is None:
