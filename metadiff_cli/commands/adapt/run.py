@@ -53,7 +53,7 @@ class Options:
 def run(given: Options, screen: Screen) -> None:
     """Make the classifier and label the query images. Raises a MetaDiffError for what cannot be done."""
     _check(given)
-    config = model_config(given.config_file, given.set, given.settings)
+    config = model_config(given.config_file, given.set, given.settings, note=screen.note)
     if given.classifier is not None and given.checkpoint is not None:
         screen.warn("--checkpoint is not used: a saved classifier holds the model that it was adapted from")
     queries = _queries(given)

@@ -53,7 +53,10 @@ def show(screen: Screen, *, as_json: bool) -> None:
     if as_json:
         screen.json({"schema": "metadiff.cache/1", "folder": str(root), "kinds": rows})
         return
-    cells = [(r["kind"], r["what"], str(r["files"]), in_units(r["bytes"]), r["newest"] or "") for r in rows]
+    cells = [
+        (r["kind"], r["what"], str(r["files"]), in_units(r["bytes"]), (r["newest"] or "")[:16].replace("T", " "))
+        for r in rows
+    ]
     screen.table(f"Cache in {root}", ("kind", "what", "files", "size", "newest"), cells, left=2)
     screen.note("`metadiff cache clear [KIND ...]` removes it; METADIFF_CACHE_DIR moves it")
 
@@ -134,7 +137,7 @@ def _remove(entry: Entry) -> bool:
 def _agreed(question: str, screen: Screen) -> bool:
     """Whether the person answers yes; no answer counts as a no."""
     screen.ask(f"{question} [y/N]")
-    answer = sys.stdin.readline()
+    answer = sys.stdin.readline() if sys.stdin else ""  # None if the shell closed it
     if not answer.endswith("\n"):  # nobody pressed Enter
         screen.note("")
     return answer.strip().lower() in ("y", "yes")

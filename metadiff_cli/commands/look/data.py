@@ -22,8 +22,8 @@ def show_known(screen: Screen, *, as_json: bool) -> None:
     if as_json:
         screen.json({"schema": "metadiff.data-list/1", "data": rows})
         return
-    cells = [(r["name"], r["what"], r["licence"], r["home"], _how(r)) for r in rows]
-    screen.table("Data sets", ("name", "what", "licence", "from", "how to get it"), cells, left=5)
+    cells = [(r["name"], f"{r['what']}\nlicence: {r['licence']}\n{r['home']}", _how(r)) for r in rows]
+    screen.table("Data sets", ("name", "what, licence and source", "how to get it"), cells, left=3)
     screen.note("A folder of your own needs no name: give it with --data DIR. `metadiff data verify DIR` checks it.")
 
 
