@@ -69,7 +69,7 @@ def test_one_class_only(cli: CLI, tmp_path: Path, checkpoint: Path) -> None:
 
 def test_too_few_images_for_the_episodes(cli: CLI, checkpoint: Path) -> None:
     result = cli("evaluate", "-c", checkpoint, "--shot", "5", "--query", "15")
-    assert_refused(result, 3, "class 'glyph-", "has 12 images", "needs 20", "--query")
+    assert_refused(result, 3, "5-way 5-shot", "15 queries", "classes of 20 images", "0 of 8", "--query")
 
 
 def test_too_few_classes_for_the_way(cli: CLI, checkpoint: Path) -> None:

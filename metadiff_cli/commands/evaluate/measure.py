@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from typing import Any
 
+import numpy as np
 import torch
 
 from metadiff_cli.commands.completions import CONTROLS
@@ -31,9 +32,10 @@ from metadiff_cli.core.method.adapt import MetaDiff, Sampling
 from metadiff_cli.core.method.denoisers import build_denoiser, randomise
 from metadiff_cli.core.method.rejection import require_rejection
 from metadiff_cli.core.training.fit import fit_tuning
-from metadiff_cli.errors import ConfigError
+from metadiff_cli.errors import ConfigError, DataError
 from metadiff_cli.files import cache_dir
 
+NAMED = 10  # classes of one kind that are named
 POSTERIOR = Sampling(steps=100, samples=16, temperature=1.0)  # the probabilities of 16 sampled classifiers, averaged
 PICTURES = "pictures"  # key of what only the report page draws; it is taken out before JSON is printed
 AGAINST = ("prototype", "analytic", "inductive")  # the methods that all others are compared with, in pairs
@@ -50,6 +52,32 @@ def feature_bank(images: ImageEncoder, source: Source, split: str, config: Confi
             folder=cache_dir() / "features", key=decoded.key, batch=config.runtime.batch_size,
             store=config.features.store, progress=advance, note=screen.note,
         )  # fmt: skip
+
+
+def with_enough(bank: FeatureBank, protocol: Protocol, screen: Screen) -> tuple[FeatureBank, list[str]]:
+    """The bank without the classes that have too few images for an episode, and the names of these.
+
+    Rows keep their places, and those that are left out have the label -1. Raises DataError when fewer classes are left
+    than an episode has.
+    """
+    need = protocol.shot + (protocol.query if protocol.imbalance is None else 2 * protocol.query)
+    counts = [len(rows) for rows in bank.class_indices()]
+    kept = [c for c, count in enumerate(counts) if count >= need]
+    if len(kept) == len(counts):
+        return bank, []
+    if len(kept) < protocol.way:
+        raise DataError(
+            f"{protocol.way}-way {protocol.shot}-shot episodes with {need - protocol.shot} queries per class need "
+            f"{protocol.way} classes of {need} images or more; {len(kept)} of {len(counts)} have as many",
+            hint="lower --query, --shot or --way, or add images",
+        )
+    left_out = [f"{name} ({count})" for name, count in zip(bank.classes, counts, strict=True) if count < need]
+    more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+    screen.note(f"classes left out, with fewer than {need} images: {', '.join(left_out[:NAMED])}{more}")
+    labels = np.full(len(counts), -1)
+    labels[kept] = np.arange(len(kept))
+    fewer = replace(bank, labels=labels[bank.labels], classes=tuple(bank.classes[c] for c in kept))
+    return fewer, [bank.classes[c] for c, count in enumerate(counts) if count < need]
 
 
 def sampling_of(config: Config) -> Sampling:
@@ -117,6 +145,7 @@ def measure(
     rejection of images of unknown classes is measured too. With `drawn`, PICTURES is added, for a report page.
     """
     device = model.images.device
+    bank, left_out = with_enough(bank, protocol, screen)
     if open_set and not halves:
         require_rejection(model.metadiff)  # before the long part
     parts = _halves(model, bank, protocol) if halves else [Part(model, bank, protocol)]
@@ -131,6 +160,7 @@ def measure(
         document[PICTURES] = trace_weights(first.model.metadiff, first.bank, first.protocol, sampling, device).to_dict()
     return {
         **document,
+        "classes_left_out": left_out,
         "halves": halves,
         "sampling": asdict(sampling),
         "denoiser": model.header["denoiser"]["kind"],

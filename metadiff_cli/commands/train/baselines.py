@@ -57,7 +57,13 @@ def measure_method(
     more: "Mapping[str, Method] | None" = None,
 ) -> dict[str, Any]:
     """The `evaluate --json` document of a baseline; on images there is no model that controls could be made of."""
-    from metadiff_cli.commands.evaluate.measure import feature_bank, methods_of, result_document, sampling_of
+    from metadiff_cli.commands.evaluate.measure import (
+        feature_bank,
+        methods_of,
+        result_document,
+        sampling_of,
+        with_enough,
+    )
     from metadiff_cli.core.checkpoints.model import Model
     from metadiff_cli.core.evaluation.evaluate import evaluate, run_through
 
@@ -77,9 +83,11 @@ def measure_method(
                 f"{method.name}, give a MetaDiff checkpoint with --checkpoint and this one among --controls"
             )
     methods |= more or {}
+    bank, left_out = with_enough(bank, protocol, screen)
     document = result_document(
         lambda progress: run_through(evaluate(bank, methods, protocol, device), progress), bank, split, protocol, screen
     )
+    document["classes_left_out"] = left_out
     return mark(document, {method.name: _statistics(method)})
 
 

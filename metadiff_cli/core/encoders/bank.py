@@ -109,7 +109,7 @@ class FeatureBank:
     def class_indices(self) -> list[np.ndarray]:
         """For each class, the rows of its images."""
         order = np.argsort(self.labels, kind="stable")
-        return np.split(order, np.searchsorted(self.labels[order], np.arange(1, len(self.classes))))
+        return np.split(order, np.searchsorted(self.labels[order], np.arange(len(self.classes))))[1:]
 
     def take(self, rows: np.ndarray) -> Tensor:
         """Features (..., D) in float32 of rows (...); pixels stay uint8."""
@@ -127,7 +127,7 @@ class FeatureBank:
 
 def every_other(bank: FeatureBank, first: int) -> FeatureBank:
     """Every second class of a bank, from class `first` (0 or 1) on."""
-    chosen = np.flatnonzero(bank.labels % 2 == first)
+    chosen = np.flatnonzero((bank.labels >= 0) & (bank.labels % 2 == first))
     return FeatureBank(bank.features[chosen], bank.labels[chosen] // 2, bank.classes[first::2])
 
 
