@@ -39,7 +39,8 @@ def prepare(name: str, root: Path | None, archives: Sequence[Path], screen: Scre
     place = folder / name
     for archive in archives:
         if not archive.is_file():
-            raise DataError(f"archive {archive} does not exist", hint=f"expected {data.archives}")
+            reason = "is not a file" if archive.exists() else "does not exist"
+            raise DataError(f"archive {archive} {reason}", hint=f"give {data.archives}")
     if archives and place.is_dir() and any(place.iterdir()):
         raise ConfigError(
             f"{place} is there already, so --from-archive has no effect",
