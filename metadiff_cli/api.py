@@ -25,7 +25,8 @@ from metadiff_cli.commands.options import checkpoint_path
 from metadiff_cli.core.checkpoints.classifier import Origin, load_classifier, save_classifier
 from metadiff_cli.core.checkpoints.model import Model, SavedClassifier, load_model
 from metadiff_cli.core.device import pick_device
-from metadiff_cli.core.encoders.bank import Encoding, ImageEncoder
+from metadiff_cli.core.encoders.bank import Encoding
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.method.adapt import Sampling
 from metadiff_cli.core.method.support import FEWEST_CLASSES, SupportSet, digest_of
 from metadiff_cli.data.cache import decode_images

@@ -1,5 +1,6 @@
-"""Where things are on this computer, and how a file is written so that readers see the old one or the new one."""
+"""The folders that metadiff uses on this computer, and safe ways to write files in them."""
 
+import mmap
 import os
 import re
 import shutil
@@ -12,23 +13,23 @@ from pathlib import Path
 import platformdirs
 
 APP = "metadiff"
-LEFTOVER = re.compile(r"\..+\.tmp|\.tmp\w{6}")  # files that `atomic`, or safetensors inside of it, had begun
+LEFTOVER = re.compile(r"\..+\.tmp|\.tmp\w{6}")  # temporary files of `atomic`, and of safetensors inside it
 
 LONG = 200  # bytes of a file's name, of which most file systems take 255
 
 
 def cache_dir() -> Path:
-    """What can be made again: decoded images, features, encoders found by preset."""
+    """The folder of what can be made again: decoded images, features, encoders that were found by preset."""
     return Path(os.environ.get("METADIFF_CACHE_DIR") or platformdirs.user_cache_path(APP))
 
 
 def data_dir(name: str) -> Path:
-    """Where the data set `name` is looked for when no `--data` is given."""
+    """The folder where the data set `name` is looked for if no `--data` is given."""
     return Path(os.environ.get("METADIFF_DATA_DIR") or platformdirs.user_data_path(APP)) / name
 
 
 def writable(folder: Path) -> Path:
-    """`folder`, or where nothing can be written there, one of the same name among the person's temporary files."""
+    """Return `folder`, or if it cannot be written to, one of the same name among the user's temporary files."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -40,7 +41,7 @@ def writable(folder: Path) -> Path:
 
 
 def _own_temporary() -> Path:
-    """One folder per user, found again by later runs; a new one where its name is taken by somebody else."""
+    """One temporary folder per user, which later runs find again; a new one if somebody else owns its name."""
     user = os.getuid() if hasattr(os, "getuid") else None
     place = Path(tempfile.gettempdir()) / f"metadiff-{user}"
     try:
@@ -55,10 +56,10 @@ def _own_temporary() -> Path:
 
 @contextmanager
 def atomic(path: Path, *, new: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, on failure it is gone.
+    """Yield a temporary path beside `path`. On success it is synced and renamed to `path`; on failure it is removed.
 
-    Whatever happens, the power cut included, `path` is the old file or the whole new one. With `new`, raises
-    FileExistsError where there is one already. An OSError, as of a full disk, names `path` when it names no file.
+    At every moment `path` is the old file or the whole new one, even if the power is cut. With `new`, raises
+    FileExistsError if `path` exists. An OSError without a file name, such as that of a full disk, gets the name `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     short = path.name if len(os.fsencode(path.name)) < LONG else path.name[:40]  # of four bytes each at most
@@ -88,23 +89,39 @@ def write_text(path: Path, text: str) -> None:
 
 
 def copy_file(source: Path, path: Path, *, new: bool = False) -> None:
-    """Copy a file's content, times and permissions to `path`, see `atomic`."""
+    """Copy a file's content, times and permissions to `path`; see `atomic` for `new` and the errors."""
     with atomic(path, new=new) as temporary:
         shutil.copyfile(source, temporary)
         shutil.copystat(source, temporary)
 
 
 def reserve(path: Path) -> None:
-    """Take the room of a sparse file: a memory-mapped one that outgrows its disk ends the process with a bus error."""
+    """Allocate the whole size of a sparse file.
+
+    A memory-mapped file that outgrows its disk ends the process with a bus error; here a full disk is an OSError.
+    """
     if hasattr(os, "posix_fallocate"):
         with path.open("rb+") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
-def sweep(folder: Path, name: str | None = None) -> None:
-    """Remove what writers that were killed had begun, of the file `name` or of all.
+def release(array: object) -> None:
+    """Give back the memory of the file behind a memory-mapped NumPy array; pages that are read again are fetched again.
 
-    Only for whoever holds the lock of that file, or of the folder.
+    What was read of a mapped file counts as memory of this process until then. Nothing is lost: what was written stays
+    with the file. There is no effect on other arrays, nor on systems without madvise.
+    """
+    base = array
+    while base is not None and not isinstance(base, mmap.mmap):  # an array has a base, a memoryview in between an obj
+        base = getattr(base, "base", getattr(base, "obj", None))
+    if base is not None and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove the temporary files of writers that were killed: those of the file `name`, or all of them.
+
+    Call it only while holding the lock of that file, or of the folder.
     """
     wanted = LEFTOVER if name is None else re.compile(rf"\.{re.escape(name)}\.\w+\.tmp")
     for path in folder.iterdir():
@@ -112,9 +129,17 @@ def sweep(folder: Path, name: str | None = None) -> None:
             path.unlink(missing_ok=True)
 
 
+def usual_mode(bits: int = 0o666) -> int:
+    """The permissions of a new file under the user's umask; for a folder give `bits` 0o777."""
+    current = os.umask(0)
+    os.umask(current)
+    return bits & ~current
+
+
 def _rename_new(temporary: Path, path: Path) -> None:
+    """Rename `temporary` to `path`. Raises FileExistsError if `path` exists."""
     try:
-        os.link(temporary, path)  # fails where there is a file, unlike a renaming
+        os.link(temporary, path)  # fails if there is a file, unlike a renaming
     except FileExistsError:
         raise
     except OSError:  # a file system without links
@@ -123,17 +148,10 @@ def _rename_new(temporary: Path, path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a renaming last; not every system lets a folder be opened for that."""
+    """Make a renaming permanent; some systems do not let a folder be opened for that."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def usual_mode(bits: int = 0o666) -> int:
-    """Permissions of a new file, or of a folder with 0o777, as the person's umask has them."""
-    current = os.umask(0)
-    os.umask(current)
-    return bits & ~current

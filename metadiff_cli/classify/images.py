@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from metadiff_cli.core.checkpoints.model import Model, SavedClassifier
-from metadiff_cli.core.encoders.bank import Encoding, ImageEncoder
+from metadiff_cli.core.encoders.bank import Encoding
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.method.adapt import Sampling, adapt_tasks, seeds_of
 from metadiff_cli.core.method.rejection import Rejector, rejector_of
 from metadiff_cli.core.method.support import Example, Pool, SupportSet, digest_of, pool_of, require_classes, support_of

@@ -23,9 +23,8 @@ from PIL import Image
 
 from metadiff_cli.data.folders import Split
 from metadiff_cli.data.images import load_square, to_square
-from metadiff_cli.data.mapped import release
 from metadiff_cli.errors import DataError
-from metadiff_cli.files import atomic, reserve, sweep, writable, write_text
+from metadiff_cli.files import atomic, release, reserve, sweep, writable, write_text
 
 VERSION = 1  # of the decoding: part of every key
 RELEASE = 1024  # images after which the memory of those that are written is given back

@@ -17,7 +17,8 @@ from torch import nn
 from metadiff_cli.config.schema import Config, PretrainConfig
 from metadiff_cli.core.checkpoints.model import save_model
 from metadiff_cli.core.device import autocast, keep_freed_memory
-from metadiff_cli.core.encoders.bank import ImageEncoder, build_bank
+from metadiff_cli.core.encoders.bank import build_bank
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import build_encoder
 from metadiff_cli.core.method.adapt import MetaDiff, Tuning
 from metadiff_cli.core.method.denoisers import AnalyticDenoiser

@@ -20,7 +20,7 @@ from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.checkpoints.classifier import Origin, load_classifier
 from metadiff_cli.core.checkpoints.model import Model, SavedClassifier, load_model
-from metadiff_cli.core.encoders.bank import ImageEncoder
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.evaluation.support_check import SupportCheck, check_support
 from metadiff_cli.core.method.rejection import Rejector, require_rejection
 from metadiff_cli.core.method.support import Pool, SupportSet, require_classes

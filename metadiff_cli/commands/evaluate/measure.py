@@ -12,7 +12,8 @@ from metadiff_cli.commands.train.run_folder import Source
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.checkpoints.model import Model
-from metadiff_cli.core.encoders.bank import FeatureBank, ImageEncoder, build_bank, every_other
+from metadiff_cli.core.encoders.bank import Bank, FeatureBank, build_bank, every_other
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.evaluation.diagnostics import trace_weights
 from metadiff_cli.core.evaluation.evaluate import (
     Method,
@@ -55,7 +56,7 @@ def feature_bank(images: ImageEncoder, source: Source, split: str, config: Confi
         return build_bank(
             images, decoded.images, decoded.labels, decoded.classes,
             folder=cache_dir() / "features", key=decoded.key, batch=config.runtime.batch_size,
-            store=config.features.store, progress=advance, note=screen.note,
+            progress=advance, note=screen.note,
         )  # fmt: skip
 
 
@@ -149,7 +150,7 @@ def measure(
 
 
 def result_document(
-    run: Callable[[Callable[[int], None]], Mapping[str, Scores]], bank: FeatureBank, split: str, protocol: Protocol,
+    run: Callable[[Callable[[int], None]], Mapping[str, Scores]], bank: Bank, split: str, protocol: Protocol,
     screen: Screen,
 ) -> dict[str, Any]:  # fmt: skip
     """The part of the document that holds for any methods; `run` scores them and reports the episodes done."""

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
-from metadiff_cli.core.checkpoints.file import Checkpoint, load_checkpoint, save_checkpoint
-from metadiff_cli.core.checkpoints.headers import check_task
+from metadiff_cli.core.checkpoints.file import Checkpoint, Part, load_checkpoint, save_checkpoint
 from metadiff_cli.core.checkpoints.model import (
     Model,
+    Positive,
     SavedClassifier,
     checkpoint_errors,
     model_header,
@@ -27,6 +28,16 @@ from metadiff_cli.core.method.task_space import TaskSpace
 from metadiff_cli.data.listing import class_name
 
 DIGEST = 32  # bytes
+
+
+class ClassifierHeader(Part):
+    """What is read from the header of a classifier, besides that of its model."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    scale: Positive
+    guidance: Positive
+    support: list[str]
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ def load_classifier(path: Path, device: torch.device) -> tuple[SavedClassifier, 
     model = model_of(checkpoint, device)
     header = checkpoint.header
     with checkpoint_errors(path):
-        check_task(header)
+        ClassifierHeader.of(header)
         weights = checkpoint.tensors["weights"].to(device)
         if weights.shape[1:] != (1, len(header["classes"]), model.images.feature_size):
             raise ValueError(f"weights of shape {tuple(weights.shape)}")

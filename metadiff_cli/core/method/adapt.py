@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metadiff_cli.core.encoders.bank import Encoding, FeatureBank, ImageEncoder, extract
+from metadiff_cli.core.encoders.bank import Encoding, FeatureBank, extract
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.evaluation.episodes import episode_batches
 from metadiff_cli.core.method.denoisers import AnalyticDenoiser, SupportStats
 from metadiff_cli.core.method.diffusion import Denoises, Noise, SamplerStep, Schedule, ddim, ddpm, finish

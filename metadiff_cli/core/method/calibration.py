@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -16,6 +16,12 @@ class TaskTable:
     shots: tuple[int, ...]
     values: tuple[tuple[float, ...], ...]  # a row for each of `ways`
 
+    def __post_init__(self) -> None:
+        """Raises ValueError unless there is a row for each of the ways and in it a value for each of the shots."""
+        shaped = len(self.values) == len(self.ways) and all(len(row) == len(self.shots) for row in self.values)
+        if not (shaped and self.ways and self.shots and min(*self.ways, *self.shots) >= 1):
+            raise ValueError("the table does not have a value for each of its ways and shots from 1 on")
+
     def at(self, way: int, shot: float) -> float:
         """The value for N ways and K shots (the mean over the classes when they differ); constant beyond the grid."""
         along = [np.interp(math.log(max(shot, 1.0)), np.log(self.shots), row) for row in self.values]
@@ -26,12 +32,3 @@ class TaskTable:
         """From the value of every (way, shot) of a grid."""
         ways, shots = (tuple(sorted({pair[i] for pair in found})) for i in (0, 1))
         return cls(ways, shots, tuple(tuple(found[way, shot] for shot in shots) for way in ways))
-
-    @classmethod
-    def from_dict(cls, document: Mapping[str, Any], key: str = "values") -> Self:
-        """From a checkpoint's header, where it is a dictionary of lists. Raises ValueError for a wrong shape."""
-        rows = tuple(tuple(map(float, row)) for row in document[key])
-        table = cls(tuple(map(int, document["ways"])), tuple(map(int, document["shots"])), rows)
-        if len(rows) != len(table.ways) or any(len(row) != len(table.shots) for row in rows):
-            raise ValueError("a table in its tuning has a wrong shape")
-        return table

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ GUIDANCE_GRID = (1.0, 4.0, 16.0, 64.0, PROTOTYPE)
 LOO_GRID = (1.0, 4.0, 16.0, PROTOTYPE)  # 64 is too near the prototype to be worth its maps
 SHORTEST = 1e-12  # what a length counts for at least
 HALF_TRUST = 10.0  # the guidance scale at which the two metrics weigh the same; see task_logits
+LARGEST_LOG = 50.0  # of a logit scale
 
 
 def cosine_logits(z: Tensor, weights: Tensor, scale: float | Tensor = 1.0, centre: Tensor | None = None) -> Tensor:
@@ -85,15 +85,15 @@ class Calibration:
     shots: tuple[int, ...] = (1,)
     log_scales: tuple[tuple[float, ...], ...] = ((math.log(10.0),),)  # a row for each of `ways`
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a table of another shape, and for logarithms of scales that float32 cannot hold."""
+        TaskTable(self.ways, self.shots, self.log_scales)
+        if any(abs(log) > LARGEST_LOG for row in self.log_scales for log in row):
+            raise ValueError("a logit scale is out of all bounds")
+
     def scale(self, way: int, shot: float) -> float:
         """s for N ways and K shots (the mean over the classes when shots differ); constant beyond the fitted points."""
         return math.exp(TaskTable(self.ways, self.shots, self.log_scales).at(way, shot))
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Calibration":
-        """From a checkpoint's header."""
-        table = TaskTable.from_dict(values, "log_scales")
-        return cls(table.ways, table.shots, table.values)
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,6 @@ class Rejection:
 
     offsets: TaskTable
     rate: float
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Rejection":
-        """From a checkpoint's header."""
-        return cls(TaskTable.from_dict(values["offsets"]), float(values["rate"]))
 
 
 def best_scale(cosines: Tensor, labels: Tensor) -> float:
