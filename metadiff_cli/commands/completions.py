@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from metadiff_cli.config.load import preset_names, read_preset
 from metadiff_cli.config.schema import ENCODERS
-from metadiff_cli.data.known import KNOWN
 from metadiff_cli.errors import ConfigError
 
 SPLITS = ("train", "val", "test", "all")
@@ -29,6 +28,8 @@ def presets(incomplete: str) -> Iterator[tuple[str, str]]:
 
 def data(incomplete: str) -> Iterator[tuple[str, str]]:
     """Names of the known data sets with what they are."""
+    from metadiff_cli.data.benchmarks import KNOWN
+
     yield from ((name, known.what) for name, known in KNOWN.items() if name.startswith(incomplete))
 
 

@@ -1,4 +1,7 @@
-"""Folders of images -> splits of classes: which files belong to which class of which split. No pixels are read here."""
+"""From folders of images to splits of classes: which file belongs to which class of which split.
+
+No pixels are read here.
+"""
 
 import difflib
 from collections import Counter
@@ -10,17 +13,20 @@ from pathlib import Path
 import numpy as np
 
 from metadiff_cli.data.images import IMAGE_SUFFIXES
-from metadiff_cli.errors import ConfigError, DataError, suggest
+from metadiff_cli.errors import DataError
 
 SPLITS = ("train", "val", "test")
 IGNORED = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
-MAX_DEPTH, MAX_WAYS = 64, 64  # of folders in folders, and of links that lead to one of them
-FEWEST_TO_SPLIT = 6  # classes: two for each split
+MAX_DEPTH, MAX_WAYS = 64, 64  # levels of folders, and ways by which links lead to one of them
+FEWEST_TO_SPLIT = 6  # classes: two per split
 
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled images: `paths[i]` shows class `classes[labels[i]]`. `pixels` (n, H, W, 3) where they are no files."""
+    """Labelled images: `paths[i]` shows class `classes[labels[i]]`; `root` is the folder that was given.
+
+    Images that are not files have `pixels` (n, H, W, 3) uint8, and made-up paths.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -32,7 +38,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Splits by name, what a person should be told about them, and the number of files that are no images."""
+    """A data set: its splits by name, `notes` for the user about them, and the number of files that are not images."""
 
     name: str
     root: str
@@ -50,10 +56,11 @@ def no_progress(done: int, total: int | None) -> None:
 
 @dataclass
 class Scan:
-    """Of a walk through folders: files that are no images, and folders that cannot be listed (None: they raise).
+    """The options and the findings of one walk through folders.
 
-    `progress` is told the number of images found so far after every class. A class without images raises, unless
-    `keep_empty`.
+    `skipped` counts the files that are not images. `unreadable` collects the folders that cannot be listed, each with a
+    reason; None makes them an error. `keep_empty` allows classes without images. `progress` is told the number of
+    images found so far after every class.
     """
 
     skipped: int = 0
@@ -63,30 +70,9 @@ class Scan:
     found: int = 0
 
     def add(self, images: int) -> None:
-        """Count further images."""
+        """Count `images` further images, and report the progress."""
         self.found += images
         self.progress(self.found, None)
-
-
-def open_dataset(
-    root: Path, *, layout: str = "auto", seed: int = 0, keep_empty: bool = False, progress: Progress = no_progress
-) -> Dataset:
-    """Find the splits below `root`. Raises DataError with the next step when there is nothing to use.
-
-    `layout` is "auto", "folder" or a known benchmark (data/benchmarks.py). "auto" knows the benchmarks whose folders
-    could not be classes, and takes everything else as class folders. Class folders without images are an error, unless
-    `keep_empty`. `progress` is told the images found so far; how
-    many there will be is not known.
-    """
-    from metadiff_cli.data.benchmarks import LAYOUTS, open_detected  # they build on the functions below
-
-    openers: dict[str, Callable[[Path, int, Scan], Dataset]] = {"auto": open_detected, "folder": open_folder, **LAYOUTS}
-    if layout not in openers:
-        raise ConfigError(
-            f"unknown layout '{layout}'", hint=f"{suggest(layout, openers)}choose one of {', '.join(openers)}"
-        )
-    check_folder(root)
-    return openers[layout](root, seed, Scan(keep_empty=keep_empty, progress=progress))
 
 
 def check_folder(root: Path) -> None:
@@ -101,7 +87,7 @@ def check_folder(root: Path) -> None:
 
 
 def suggestion(path: Path) -> str:
-    """A question that names what lies beside `path` under a similar name, where something does."""
+    """The question "did you mean ...?" for what lies beside `path` under a similar name, or an empty text."""
     with suppress(OSError):
         close = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1)
         if close:
@@ -110,7 +96,7 @@ def suggestion(path: Path) -> str:
 
 
 def open_folder(root: Path, seed: int, scan: Scan) -> Dataset:
-    """root/{train,val,test}/<class>/* where the only children are such splits, else root/<class>/* split by class."""
+    """Read root/{train,val,test}/<class>/*, or else root/<class>/* split by class with `seed`. Raises DataError."""
     children, name = subfolders(root), root.resolve().name  # "." has no name of its own
     if children and all(child.name in SPLITS for child in children):
         splits = {child.name: scan_classes(child, name=child.name, scan=scan) for child in children}
@@ -120,17 +106,11 @@ def open_folder(root: Path, seed: int, scan: Scan) -> Dataset:
     return Dataset(name, str(root), splits, (note,), scan.skipped)
 
 
-def scan_images(root: Path) -> list[Path]:
-    """All images below a folder, in sorted order. Raises DataError when there is none."""
-    check_folder(root)
-    found = list(walk_images(root, Scan()))
-    if not found:
-        raise DataError(f"{root} has no images", hint=f"expected files such as {', '.join(sorted(IMAGE_SUFFIXES))}")
-    return found
-
-
 def scan_classes(root: Path, *, name: str = "support", scan: Scan | None = None) -> Split:
-    """One class per folder below `root`. Raises DataError for no classes, an empty class, images outside of classes."""
+    """A split with one class per folder below `root`.
+
+    Raises DataError if there are no class folders, and for a class without images unless `scan.keep_empty`.
+    """
     check_folder(root)
     scan = scan if scan is not None else Scan()
     folders = subfolders(root)
@@ -141,7 +121,7 @@ def scan_classes(root: Path, *, name: str = "support", scan: Scan | None = None)
 
 
 def from_folders(folders: dict[str, Path], *, name: str, root: Path, scan: Scan) -> Split:
-    """A split from class name -> folder, classes in sorted order."""
+    """A split from a folder per class name, classes in sorted order. Raises DataError as `scan_classes` does."""
     classes, paths, labels = tuple(sorted(folders)), [], []
     for label, cls in enumerate(classes):
         found = list(walk_images(folders[cls], scan))
@@ -154,7 +134,11 @@ def from_folders(folders: dict[str, Path], *, name: str, root: Path, scan: Scan)
 
 
 def walk_images(folder: Path, scan: Scan) -> Iterator[Path]:
-    """Images below a folder in sorted order; links are followed, but into no folder twice on one way down."""
+    """The images below a folder, in sorted order. Links are followed, but not into a folder that contains them.
+
+    Raises DataError for folders that cannot be listed unless `scan.unreadable` collects them, for more than MAX_DEPTH
+    levels, and for a folder that links reach in more than MAX_WAYS ways.
+    """
     yield from _walk(folder, scan, (), Counter())
 
 
@@ -184,12 +168,12 @@ def _walk(
 
 
 def subfolders(root: Path) -> list[Path]:
-    """Visible folders directly below `root`, sorted by name."""
+    """The visible folders directly below `root`, sorted by name. Raises DataError if it cannot be listed."""
     return [path for path in _entries(root) if _is_dir(path)]
 
 
 def _check_walk(folder: Path, depth: int, ways: Counter[tuple[int, int]], identity: tuple[int, int]) -> None:
-    """Links between folders multiply the ways through them: a few dozen would keep a walk busy for ever."""
+    """Raise DataError for endless walks: links between a few dozen folders multiply the ways through them."""
     ways[identity] += 1
     if ways[identity] > MAX_WAYS:
         raise DataError(f"{folder} is reached in more than {MAX_WAYS} ways", hint="remove the links that lead there")
@@ -203,13 +187,14 @@ def _is_dir(path: Path) -> bool:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What is visible directly in a folder, sorted by name."""
+    """The visible files and folders directly in a folder, sorted by name."""
     with _readable(folder):
         return sorted((p for p in folder.iterdir() if not _ignored(p.name)), key=lambda p: p.name)
 
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
+    """Turn an OSError within into a DataError that names the folder."""
     try:
         yield
     except OSError as error:
@@ -221,13 +206,16 @@ def _has_loose_images(root: Path) -> bool:
 
 
 def _is_special(path: Path) -> bool:
-    """A pipe, socket or device: reading one could wait for ever. A dangling link is none: it is reported as broken."""
+    """Whether it is a pipe, socket or device, whose reading could wait for ever.
+
+    A dangling link is none of them: it is reported as broken later.
+    """
     with _readable(path):
         return path.exists() and not path.is_file()
 
 
 def is_image(path: Path) -> bool:
-    """Whether the file's extension is one of images."""
+    """Whether the extension of the file is that of an image."""
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
@@ -236,7 +224,10 @@ def _ignored(name: str) -> bool:
 
 
 def split_by_class(whole: Split, seed: int) -> tuple[dict[str, Split], str]:
-    """64 : 16 : 20 % of the classes, drawn with the seed; few classes are all kept for testing."""
+    """Splits of 64, 16 and 20 % of the classes, drawn with the seed, and a note that says so.
+
+    Fewer than FEWEST_TO_SPLIT classes are all test classes.
+    """
     count = len(whole.classes)
     if count < FEWEST_TO_SPLIT:
         what = "1 class is" if count == 1 else f"{count} classes are"
@@ -251,7 +242,7 @@ def split_by_class(whole: Split, seed: int) -> tuple[dict[str, Split], str]:
 
 
 def take(whole: Split, name: str, chosen: Sequence[int]) -> Split:
-    """The classes `chosen` of a split, as a split of its own."""
+    """A split called `name` of some classes of another one; `chosen` are their positions."""
     position = {c: i for i, c in enumerate(chosen)}
     rows = [i for i, label in enumerate(whole.labels) if label in position]
     return Split(
@@ -281,7 +272,7 @@ def all_classes(dataset: Dataset) -> Split:
 
 
 def require_split(dataset: Dataset, name: str) -> Split:
-    """The split `name`, or "all". Raises DataError that names those that exist."""
+    """The split `name`, or all classes for "all". Raises DataError that names the splits that exist."""
     if name == "all":
         return all_classes(dataset)
     if name not in dataset.splits:

@@ -1,4 +1,4 @@
-"""One image file -> the right RGB: every common mode and format, orientation applied, hostile files refused."""
+"""From an image file to RGB pixels: every common mode and format, upright, hostile files refused."""
 
 import importlib
 import threading
@@ -20,9 +20,9 @@ IMAGE_SUFFIXES = frozenset(
 # no others: EPS would start a program
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "HEIF")
 HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})  # ISO 23008-12
-MAX_PIXELS = 178_000_000  # RGB of that takes 534 MB; more is a decompression bomb, and Pillow refuses 179 million
+MAX_PIXELS = 178_000_000  # 534 MB as RGB; more is a decompression bomb, and Pillow refuses 179 million
 
-MAX_DEEP = 64_000_000  # of images with more than 8 bits, which pass through 8 bytes a pixel
+MAX_DEEP = 64_000_000  # pixels of images with more than 8 bits, which are converted in 8 bytes per pixel
 
 
 def load_rgb(source: Path | BinaryIO, size: int | None = None) -> Image.Image:
@@ -59,8 +59,8 @@ def load_square(path: Path, size: int) -> np.ndarray:
 class _QuietPillow:
     """Ignores Pillow's warnings (odd metadata, large pictures) while any thread decodes.
 
-    Warning filters belong to the whole process: the first thread in sets them, the last one out restores them. With one
-    `catch_warnings` per thread, one thread would restore what another had set and the filters would stay changed.
+    Warning filters belong to the whole process: the first thread sets them, the last one restores them. With one
+    `catch_warnings` per thread, a thread would restore what another one had set, and the filters would stay changed.
     """
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ def _formats() -> list[str]:
 
 
 def _missing_decoder(source: Path | BinaryIO, error: Exception) -> str | None:
-    """What to install for a photo of a phone that nothing here can decode; told by its first bytes, not its name."""
+    """What to install for a photo that no decoder here can read, told by its first bytes; None for other errors."""
     if not isinstance(error, UnidentifiedImageError):
         return None
     brand = _brand(source)
@@ -115,7 +115,7 @@ def _missing_decoder(source: Path | BinaryIO, error: Exception) -> str | None:
 
 
 def _brand(source: Path | BinaryIO) -> bytes:
-    """The brand of an ISO media file, or nothing."""
+    """The brand of an ISO media file, or nothing for other files."""
     if isinstance(source, Path):
         with source.open("rb") as file:
             start = file.read(12)
@@ -126,6 +126,7 @@ def _brand(source: Path | BinaryIO) -> bytes:
 
 
 def _reason(error: Exception) -> str:
+    """What is wrong with an image, in one line."""
     if isinstance(error, FileNotFoundError):
         return "does not exist"
     if isinstance(error, OSError) and error.strerror:

@@ -1,4 +1,4 @@
-"""A close look at a data set: counts, images that cannot be read, the same picture twice, odd sizes.
+"""A close look at a data set: counts, images that cannot be read, repeated pictures, odd sizes.
 
 Two files show the same picture when their decoded pixels are equal, whatever their format or metadata.
 """
@@ -7,6 +7,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,15 @@ from metadiff_cli.data.folders import Dataset, Split
 from metadiff_cli.data.images import load_rgb
 from metadiff_cli.errors import DataError
 
-TINY = 16  # pixels of the shorter side, the smallest size that an encoder takes
-LONG = 4.0  # longer to shorter side: the central square shows less than a quarter of the image
+TINY = 16  # pixels of the shorter side: the smallest size that an encoder takes
+LONG = 4.0  # ratio of the sides above which the central square shows less than a quarter of the image
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Look:
-    """What one image file is: digest of its pixels and its size, or the reason why it cannot be read."""
+    """One image: the digest of its pixels, its size, whether it has a single colour; or the reason why it is broken."""
 
     split: str
     cls: str
@@ -38,7 +39,10 @@ class Look:
 
 @dataclass
 class Report:
-    """`counts` of readable images by split and class; groups of paths that show one picture; odd and corrupt images."""
+    """The findings: `counts` of readable images by split and class, groups of paths that show one picture, odd images.
+
+    `corrupt` and `odd` have pairs of path and reason.
+    """
 
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     corrupt: list[tuple[str, str]] = field(default_factory=list)
@@ -59,7 +63,7 @@ class Report:
 
 
 def verify(dataset: Dataset, *, workers: int | None = None, progress: Progress = lambda done, total: None) -> Report:
-    """Decode every image of every split once, at full size."""
+    """Decode every image of every split once, at full size, and report what is odd or broken."""
     total = sum(len(split.labels) for split in dataset.splits.values())
     report = Report({name: dict.fromkeys(split.classes, 0) for name, split in dataset.splits.items()})
     groups: dict[bytes, list[Look]] = defaultdict(list)
@@ -80,7 +84,7 @@ def _looks(dataset: Dataset, workers: int | None) -> Iterator[Look]:
     for split in dataset.splits.values():
         if split.pixels is None:
             rows = range(len(split.paths))
-            yield from in_order(rows, lambda i, split=split: _look(split, i), workers)  # type: ignore[misc]
+            yield from in_order(rows, partial(_look, split), workers)
         else:
             yield from (_described(split, i, np.asarray(pixels)) for i, pixels in enumerate(split.pixels))
 
@@ -112,7 +116,7 @@ def _oddities(look: Look) -> Iterator[str]:
 
 
 def _file_duplicates(report: Report, group: list[Look]) -> None:
-    """A group counts once, by the worst that it does: leak between splits, contradict labels, or just repeat."""
+    """File a group of equal pictures once, under the worst of: in several splits, in several classes, repeated."""
     if len(group) < 2:
         return
     paths = [look.path for look in group]

@@ -24,8 +24,9 @@ from metadiff_cli.core.method.adapt import MetaDiff, Tuning
 from metadiff_cli.core.method.denoisers import AnalyticDenoiser
 from metadiff_cli.core.method.task_space import fit_task_space
 from metadiff_cli.core.training.pretrain import Pretrainer
+from metadiff_cli.data.benchmarks import open_dataset
 from metadiff_cli.data.cache import decode_images, decode_split
-from metadiff_cli.data.folders import open_dataset, require_split
+from metadiff_cli.data.folders import require_split
 from tests.benchmarks.common import CPU, Ratio, Report, Sizes, rates, write_images
 
 SUPPORT, QUERY, SUPPORT_CLASSES = 25, 100, 5

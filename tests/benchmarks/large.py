@@ -100,8 +100,9 @@ def _to_features(place: Path, sizes: Sizes) -> dict[str, float]:
     """In the fresh process: seconds of each stage."""
     from metadiff_cli.core.device import keep_freed_memory
     from metadiff_cli.core.encoders.bank import build_bank
+    from metadiff_cli.data.benchmarks import open_dataset
     from metadiff_cli.data.cache import decode_split
-    from metadiff_cli.data.folders import open_dataset, require_split
+    from metadiff_cli.data.folders import require_split
     from tests.benchmarks.images import BATCH, frozen_encoder
 
     keep_freed_memory()

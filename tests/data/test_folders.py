@@ -8,15 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metadiff_cli.data.benchmarks import open_dataset
 from metadiff_cli.data.folders import (
     Dataset,
     Scan,
     Split,
     all_classes,
-    open_dataset,
     require_split,
     scan_classes,
-    scan_images,
     split_by_class,
     walk_images,
 )
@@ -137,7 +136,7 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     (tmp_path / "data/a/up").symlink_to(tmp_path / "data", target_is_directory=True)
     (tmp_path / "data/a/self").symlink_to("self")
     (tmp_path / "data/a/more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    names = [Path(path).name for path in scan_images(tmp_path / "data")]
+    names = [Path(path).name for path in walk_images(tmp_path / "data", Scan())]
     assert names.count("2.png") >= 1 and len(names) < 10
 
 
@@ -146,14 +145,6 @@ def test_a_pipe_is_no_image(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.png")
     os.mkfifo(tmp_path / "a/2.png")
     assert len(scan_classes(tmp_path).paths) == 1
-
-
-def test_scan_images_is_recursive(tmp_path: Path) -> None:
-    touch(tmp_path, "q/2.jpg", "q/sub/1.png", "q/x.txt")
-    assert [path.name for path in scan_images(tmp_path / "q")] == ["2.jpg", "1.png"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty has no images"):
-        scan_images(tmp_path / "empty")
 
 
 def test_errors_name_the_folder_and_the_next_step(tmp_path: Path) -> None:

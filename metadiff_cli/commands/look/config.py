@@ -1,11 +1,11 @@
 """`metadiff config`: the settings that a command would run with, and where each comes from."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from metadiff_cli.commands import options
-from metadiff_cli.config.load import check, layers, merge_layers, origins, to_yaml
+from metadiff_cli.config.load import check, flat, layers, merge_layers, origins, to_yaml
 from metadiff_cli.console import Screen
 
 app = typer.Typer(
@@ -56,14 +56,6 @@ def show(
         screen.table("Configuration", ("key", "value", "from"), rows, left=3)
     else:
         screen.text(to_yaml(resolved).rstrip("\n"))
-
-
-def flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested values by dotted key, in their order."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
-    return found
 
 
 def _plain(value: object) -> str:

@@ -7,7 +7,6 @@ import typer
 
 from metadiff_cli.commands import completions, options
 from metadiff_cli.console import Screen, counted
-from metadiff_cli.data.known import KNOWN, known
 from metadiff_cli.errors import DataError
 from metadiff_cli.files import data_dir
 
@@ -45,6 +44,8 @@ def list_data(as_json: options.AsJson = False) -> None:
 
       metadiff data list --json
     """
+    from metadiff_cli.data.benchmarks import KNOWN
+
     screen = Screen()
     rows = [{**vars(data), "folder": str(data_dir(data.name)), "here": _is_here(data.name)} for data in KNOWN.values()]
     if as_json:
@@ -92,6 +93,8 @@ def prepare(
 
       metadiff data prepare cub --root ~/data --from-archive CUB_200_2011.tgz
     """
+    from metadiff_cli.data.benchmarks import known
+
     screen, data = Screen(quiet=quiet), known(name)
     if name == "glyphs":
         screen.note("glyphs are drawn when they are needed: nothing to prepare")
@@ -133,7 +136,7 @@ def verify(
 
       metadiff data verify ./mini-imagenet --layout mini-imagenet --json
     """
-    from metadiff_cli.data.folders import open_dataset
+    from metadiff_cli.data.benchmarks import open_dataset
     from metadiff_cli.data.verify import verify as verify_data
 
     screen = Screen(quiet=quiet)
