@@ -165,11 +165,10 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path} cannot be read ({reason})", hint="check its permissions") from error
 
 
-def check_size(path: Path) -> None:
-    """Raise CheckpointError unless `path` is a file with content, within MAX_FILE."""
+def check_size(path: Path, hint: str = "give the .safetensors file of a run") -> None:
+    """Raise CheckpointError unless `path` is a file with content, within MAX_FILE; `hint` says what to give instead."""
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"checkpoint {path} {what}", hint="give the .safetensors file of a run")
+        raise CheckpointError(f"{path} is a folder" if path.is_dir() else f"{path} does not exist", hint=hint)
     size = path.stat().st_size
     if size == 0:
         raise CheckpointError(f"{path} is empty", hint="copy it again, or make it again")

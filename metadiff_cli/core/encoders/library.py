@@ -232,7 +232,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises CheckpointError for any other file.
     """
-    check_size(path)
+    check_size(path, hint="give a .safetensors or .pth file")
     if path.suffix == ".safetensors":
         with open_tensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
