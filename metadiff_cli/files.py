@@ -1,31 +1,71 @@
 """The folders that metadiff uses on this computer, and safe ways to write files in them."""
 
+import errno
 import mmap
 import os
 import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
 
+from metadiff_cli.errors import ConfigError
+
 APP = "metadiff"
-LEFTOVER = re.compile(r"\..+\.tmp|\.tmp\w{6}")  # temporary files of `atomic`, and of safetensors inside it
+# temporary files of `atomic`, and of safetensors inside it; a user's own `.notes.tmp` is none
+LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp|\.tmp[A-Za-z0-9]{6}")
+
+LFS_POINTER = b"version https://git-lfs"  # a pointer to a large file that git did not fetch begins so
 
 LONG = 200  # bytes of a file's name, of which most file systems take 255
 
 
 def cache_dir() -> Path:
-    """The folder of what can be made again: decoded images, features, encoders that were found by preset."""
-    return Path(os.environ.get("METADIFF_CACHE_DIR") or platformdirs.user_cache_path(APP))
+    """The folder of what can be made again: decoded images, features, encoders that were found by preset.
+
+    Raises ConfigError if METADIFF_CACHE_DIR is empty or leads to a file.
+    """
+    return _own_folder("METADIFF_CACHE_DIR", platformdirs.user_cache_path, "cache")
 
 
 def data_dir(name: str) -> Path:
-    """The folder where the data set `name` is looked for if no `--data` is given."""
-    return Path(os.environ.get("METADIFF_DATA_DIR") or platformdirs.user_data_path(APP)) / name
+    """The folder where the data set `name` is looked for if no `--data` is given.
+
+    Raises ConfigError if METADIFF_DATA_DIR is empty or leads to a file.
+    """
+    return _own_folder("METADIFF_DATA_DIR", platformdirs.user_data_path, "data") / name
+
+
+def without_home() -> str | None:
+    """What to tell a user without a home folder, as in some containers; None if there is one."""
+    try:
+        platformdirs.user_cache_path(APP)
+    except RuntimeError:
+        return (
+            f"there is no home folder (set HOME), so the cache is in {_own_temporary()} until that is removed; "
+            "METADIFF_CACHE_DIR moves it"
+        )
+    return None
+
+
+def _own_folder(variable: str, usual: Callable[[str], Path], name: str) -> Path:
+    """The folder in an environment variable, or the platform's `usual` one, or without a home a temporary one."""
+    given = os.environ.get(variable)
+    if given is None:
+        try:
+            return usual(APP)
+        except RuntimeError:
+            return _own_temporary() / name
+    if not given.strip():
+        raise ConfigError(f"{variable} is empty", hint=f"give it a folder, or `unset {variable}`")
+    folder = Path(os.path.expanduser(given))
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise ConfigError(f"{variable} is {given}, which is not a folder", hint="give it a folder")
+    return folder
 
 
 def writable(folder: Path) -> Path:
@@ -58,24 +98,37 @@ def _own_temporary() -> Path:
 def atomic(path: Path, *, new: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`. On success it is synced and renamed to `path`; on failure it is removed.
 
-    At every moment `path` is the old file or the whole new one, even if the power is cut. With `new`, raises
-    FileExistsError if `path` exists. An OSError without a file name, such as that of a full disk, gets the name `path`.
+    At every moment `path` is the old file or the whole new one, even if the power is cut. A file that is replaced
+    keeps its permissions; a link stays, and what it leads to is replaced; a device or pipe is written to. With `new`,
+    raises FileExistsError if `path` exists. An OSError without a file name, such as that of a full disk, gets the name
+    `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    given, path = path, Path(os.path.realpath(path)) if path.is_symlink() else path
+    special = path.exists() and not path.is_file()
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(given))
+    if new and os.path.lexists(given):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(given))
+    folder = Path(tempfile.gettempdir()) if special else path.parent
+    folder.mkdir(parents=True, exist_ok=True)
     short = path.name if len(os.fsencode(path.name)) < LONG else path.name[:40]  # of four bytes each at most
-    handle, name = tempfile.mkstemp(prefix=f".{short}.", suffix=".tmp", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{short}.", suffix=".tmp", dir=folder)
     os.close(handle)
     temporary = Path(name)
     try:
-        temporary.chmod(usual_mode())  # mkstemp's 0600 would hide results from a group that shares the folder
         yield temporary
+        if special:
+            path.write_bytes(temporary.read_bytes())
+            return
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        # mkstemp's 0600 would hide results from a group that shares the folder
+        temporary.chmod(stat.S_IMODE(path.stat().st_mode) if path.is_file() else usual_mode())
         (_rename_new if new else os.replace)(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
         if error.filename is None:
-            error.filename = str(path)
+            error.filename = str(given)
         raise
     finally:
         with suppress(FileNotFoundError):
@@ -83,16 +136,20 @@ def atomic(path: Path, *, new: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically, as UTF-8."""
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
+    r"""Write `text` to `path` atomically, as UTF-8.
+
+    Bytes of file names that are no text become escapes such as \udce9, which JSON reads back.
+    """
+    with atomic(path) as temporary:  # the newline: the same bytes on every system
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def copy_file(source: Path, path: Path, *, new: bool = False) -> None:
-    """Copy a file's content, times and permissions to `path`; see `atomic` for `new` and the errors."""
+    """Copy a file to `path`, with its times and permissions if possible; see `atomic` for `new` and the errors."""
     with atomic(path, new=new) as temporary:
         shutil.copyfile(source, temporary)
-        shutil.copystat(source, temporary)
+    with suppress(OSError):  # some file systems have no permissions to set
+        shutil.copystat(source, path)
 
 
 def reserve(path: Path) -> None:
@@ -123,7 +180,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
     Call it only while holding the lock of that file, or of the folder.
     """
-    wanted = LEFTOVER if name is None else re.compile(rf"\.{re.escape(name)}\.\w+\.tmp")
+    wanted = LEFTOVER if name is None else re.compile(rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}\.tmp")
     for path in folder.iterdir():
         if wanted.fullmatch(path.name) and not path.is_dir():
             path.unlink(missing_ok=True)

@@ -25,13 +25,12 @@ from torch import Tensor
 
 from metadiff_cli._version import __version__
 from metadiff_cli.errors import CheckpointError
-from metadiff_cli.files import atomic, usual_mode
+from metadiff_cli.files import LFS_POINTER, atomic
 
 FORMAT = 1
 KEY = "metadiff"
 MAX_FILE = 16 * 1024**3  # bytes; the largest encoders in use have 5 GB
 MAX_HEADER = 16 * 1024**2  # bytes; ours have some kilobytes
-LFS = b"version https://git-lfs"  # a pointer to a large file that git did not fetch begins so
 
 KINDS = {
     "encoder": "an encoder (from `metadiff pretrain`)",
@@ -93,7 +92,6 @@ def save_checkpoint(path: Path, kind: str, tensors: dict[str, Tensor], header: d
             save_file(plain, temporary, metadata={KEY: text})
         except SafetensorError as error:
             raise _system_error(error) from error
-        temporary.chmod(usual_mode())  # safetensors replaces the temporary file by one of its own
 
 
 def _system_error(error: SafetensorError) -> OSError:
@@ -184,8 +182,8 @@ def _check_start(path: Path) -> None:
     Such a file begins with the length of its header in 8 bytes, and a brace. Nothing is unpickled here.
     """
     with path.open("rb") as file:
-        start = file.read(len(LFS))
-    if start == LFS:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
         raise CheckpointError(f"{path} is a git-lfs pointer, not the file itself", hint="fetch it with `git lfs pull`")
     # the length of a header may well be 0x80 modulo 256, so the brace is looked at as well
     if start[8:9] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
@@ -205,10 +203,12 @@ def damaged(path: Path | str, reason: str) -> CheckpointError:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of an error, or the first problem that pydantic found; printable and short."""
+    """What an error says first, or the first problem that pydantic found; printable and short."""
     if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_input=False)[0]
-        text = ": ".join([*filter(None, [".".join(map(str, first["loc"]))]), first["msg"]])
+        problem = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, problem["loc"]))
+        text = f"{place}: {problem['msg']}" if place else problem["msg"]
     else:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first, *more = (str(error).strip() or type(error).__name__).splitlines()
+        text = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
     return "".join(c if c.isprintable() else "?" for c in text[:200])

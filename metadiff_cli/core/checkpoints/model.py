@@ -20,7 +20,6 @@ from metadiff_cli.core.checkpoints.file import (
     KINDS,
     Checkpoint,
     Part,
-    damaged,
     load_checkpoint,
     reason_of,
     save_checkpoint,
@@ -294,4 +293,7 @@ class checkpoint_errors:
             return
         if isinstance(error, RuntimeError) and any(sign in str(error) for sign in MACHINE):
             raise MetaDiffError(reason_of(error), hint="try --device cpu, or a machine with more memory") from error
-        raise damaged(self.path, reason_of(error)) from error
+        raise CheckpointError(
+            f"{self.path} does not hold what its header says ({reason_of(error)})",
+            hint="copy it again, or make it again",
+        ) from error
