@@ -4,6 +4,7 @@ Later layers win: defaults < preset < `--config FILE` < METADIFF_* variables < `
 """
 
 import os
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +13,16 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from metadiff_cli.config.schema import Config
+from metadiff_cli.config.schema import ENCODERS, Config, is_pretrained
 from metadiff_cli.errors import ConfigError, suggest
 
+PREFIX = "METADIFF_"
 NO_CONFIG_KEYS = {"METADIFF_DATA_DIR", "METADIFF_CACHE_DIR", "METADIFF_DEBUG"}
+# what Kubernetes sets in every container beside a service called metadiff, or metadiff-something
+SERVICE = re.compile(
+    r"METADIFF_(?!.*__)(\w+_)?"
+    r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
 MAX_FILE = 64 * 1024  # bytes of a configuration file; ours have about one kilobyte
 MAX_DEPTH, MAX_ALIASES = 16, 16  # of YAML: aliases of aliases grow exponentially when they are expanded
 MAX_SHOWN = 80  # characters of a wrong value in a message
@@ -98,7 +105,7 @@ def resolve(
     """
     given = layers(preset, file, settings, environ)
     given += [("flag", _dotted(key, value)) for key, value in (flags or {}).items() if value is not None]
-    return check(merge_layers(given))
+    return check(merge_layers(given), given)
 
 
 def layers(
@@ -138,22 +145,40 @@ def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
-def check(values: dict[str, Any]) -> Config:
-    """The configuration that `values` make. Raises one ConfigError that lists every problem."""
+def check(values: dict[str, Any], given: Sequence[Layer] = ()) -> Config:
+    """The configuration that `values` make. Raises one ConfigError that lists every problem.
+
+    `given` are the layers that the values come from, which the error names.
+    """
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [_explain(problem, given) for problem in error.errors()]
         raise ConfigError("; ".join(lines), hint="`metadiff config show` prints every key") from error
 
 
 def environment_layers(environ: Mapping[str, str]) -> list[Layer]:
-    """The layers of METADIFF_* variables: METADIFF_PRETRAIN__EPOCHS=3 sets pretrain.epochs, METADIFF_SEED=3 seed."""
+    """The layers of METADIFF_* variables: METADIFF_PRETRAIN__EPOCHS=3 sets pretrain.epochs, METADIFF_SEED=3 seed.
+
+    Variables that are empty, or that Kubernetes sets for a service called metadiff, count as not set.
+    """
     return [
-        (f"${name}", _dotted(name.removeprefix("METADIFF_").lower().replace("__", "."), _parse(text)))
+        (f"${name}", _dotted(name.removeprefix(PREFIX).lower().replace("__", "."), _parse(text)))
         for name, text in sorted(environ.items())
-        if name.startswith("METADIFF_") and name not in NO_CONFIG_KEYS
+        if name.startswith(PREFIX) and name not in NO_CONFIG_KEYS and text.strip() and not SERVICE.fullmatch(name)
     ]
+
+
+def encoder_file(encoder: str | None) -> Path | None:
+    """The file that `--encoder` gives, or None if it names an encoder.
+
+    A name always wins over a file or folder of that name: `./conv4` is a path, `conv4` is not.
+    """
+    if not encoder or encoder in ENCODERS or is_pretrained(encoder):
+        return None
+    path = Path(encoder)
+    is_path = "/" in encoder or os.sep in encoder or path.suffix == ".safetensors"
+    return path if is_path or path.exists() else None
 
 
 def to_yaml(config: Config) -> str:
@@ -197,15 +222,26 @@ def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
             into[key] = dict(value) if isinstance(value, dict) else value
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, given: Sequence[Layer]) -> str:
     """One problem that pydantic found, as a sentence; an unknown key gets a suggestion."""
     place = [str(part) for part in problem["loc"]]
-    key = ".".join(place)
+    key, source = ".".join(place), _source(place, given)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key '{key}'" + suggest(
-            key, [".".join([*place[:-1], other]) for other in _keys_beside(place)], before=", ", after=""
-        )
-    return f"{key or 'configuration'}: {problem['msg'].removeprefix('Value error, ')} (got {_shown(problem['input'])})"
+        known = [".".join([*place[:-1], other]) for other in _keys_beside(place)]
+        return f"unknown key '{key}'{suggest(key, known, before=', ', after='')}{f' (from {source})' if source else ''}"
+    what, value = problem["msg"].removeprefix("Value error, "), _shown(problem["input"])
+    return f"{key or 'configuration'}: {what} (got {value}{f' from {source}' if source else ''})"
+
+
+def _source(place: Sequence[str], given: Sequence[Layer]) -> str | None:
+    """The name of the last layer that has a value at `place`."""
+    for name, layer in reversed(given if place else ()):
+        value: Any = layer
+        for part in place:
+            value = value.get(part) if isinstance(value, dict) else value
+        if value is not None:
+            return name
+    return None
 
 
 def _shown(value: object) -> str:

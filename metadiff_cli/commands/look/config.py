@@ -46,7 +46,7 @@ def show(
       metadiff config show --preset glyphs-5w1s --set pretrain.epochs=3
     """
     screen, given = Screen(), layers(preset, config, settings or ())
-    resolved = check(merge_layers(given))
+    resolved = check(merge_layers(given), given)
     if as_json:
         document = {"schema": "metadiff.config/1", "config": resolved.model_dump(mode="json"), "origin": origins(given)}
         screen.json(document)

@@ -10,7 +10,7 @@ import typer
 from metadiff_cli.commands import completions, options
 from metadiff_cli.commands.train import baselines as methods
 from metadiff_cli.commands.train.pretrained import check_encoder, pretrained_file
-from metadiff_cli.config.load import resolve
+from metadiff_cli.config.load import encoder_file, resolve
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.training.world import world
@@ -82,7 +82,7 @@ def metatrain(
     screen = Screen(quiet=quiet, verbose=verbose)
     if method not in METHODS:
         raise ConfigError(f"unknown method '{method}'", hint=f"choose one of {', '.join(METHODS)}")
-    file = Path(encoder) if encoder and (encoder.endswith(".safetensors") or Path(encoder).exists()) else None
+    file = encoder_file(encoder)
     flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
     resolved = resolve(preset, config, settings or (), {**flags, "encoder": None if file else encoder})
     check_encoder(resolved, method, file, encoder_weights)
