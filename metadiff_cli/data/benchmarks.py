@@ -10,7 +10,7 @@ import json
 import pickle
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,14 @@ import numpy as np
 from metadiff_cli.data.folders import (
     SPLITS,
     Dataset,
-    Progress,
-    Scan,
     Split,
-    check_folder,
+    dataset_of,
     from_folders,
-    is_image,
-    no_progress,
     open_folder,
     scan_classes,
-    subfolders,
+    split_folders,
 )
+from metadiff_cli.data.scan import Progress, Scan, check_folder, is_image, no_progress, reason_of, subfolders
 from metadiff_cli.errors import ConfigError, DataError, suggest
 
 MAX_BATCH = 500_000_000  # bytes; the larger part of CIFAR-100 has 156 million
@@ -110,7 +107,11 @@ def open_dataset(
             f"unknown layout '{layout}'", hint=f"{suggest(layout, openers)}choose one of {', '.join(openers)}"
         )
     check_folder(root)
-    return openers[layout](root, seed, Scan(keep_empty=keep_empty, progress=progress))
+    try:
+        return openers[layout](root, seed, Scan(keep_empty=keep_empty, progress=progress))
+    except OSError as error:
+        where = error.filename or root
+        raise DataError(f"{where} cannot be read ({reason_of(error)})", hint="check its permissions") from error
 
 
 def split_lists(name: str) -> dict[str, Any]:
@@ -128,14 +129,14 @@ def open_detected(root: Path, seed: int, scan: Scan) -> Dataset:
         found = "cub"
     if found is None:
         return open_folder(root, seed, scan)
-    dataset = LAYOUTS[found](root, seed, scan)
-    return replace(dataset, notes=(f"{root} is read as {found}", *dataset.notes))
+    scan.notes.append(f"{root} is read as {found}")
+    return LAYOUTS[found](root, seed, scan)
 
 
 def open_mini_imagenet(root: Path, seed: int, scan: Scan) -> Dataset:
     """Read images/ with train.csv, val.csv, test.csv (Ravi & Larochelle 2017), or class folders by WordNet id."""
     if any((root / f"{name}.csv").is_file() for name in SPLITS):
-        return _from_csv(root)
+        return _from_csv(root, scan)
     return _from_lists(root, "mini-imagenet", scan)
 
 
@@ -195,23 +196,23 @@ LAYOUTS: dict[str, Opener] = {
 
 
 def _from_lists(root: Path, name: str, scan: Scan) -> Dataset:
-    """Class folders of the published lists, in split folders or together.
+    """Class folders of the published lists, in split folders or together (other folders may lie beside).
 
     Split folders that hold none of the published classes are read with the classes that they have.
     """
     lists: dict[str, list[str]] = split_lists(name)
-    inside = [split for split in SPLITS if (root / split).is_dir()]
-    parents = {split: root / split for split in inside} or dict.fromkeys(SPLITS, root)
+    inside = split_folders(root, among_others=True)
+    parents = inside or dict.fromkeys(SPLITS, root)
     places = {split: {cls: parent / cls for cls in lists[split]} for split, parent in parents.items()}
     if inside and not any(folder.is_dir() for found in places.values() for folder in found.values()):
-        splits = {split: scan_classes(root / split, name=split, scan=scan) for split in inside}
-        note = f"the classes of {root} do not have the names of {name}: its own train, val, test folders are used"
-        return Dataset(name, str(root), splits, (note,), scan.skipped)
-    dataset = _known_folders(root, name, places, scan)
+        splits = {split: scan_classes(folder, name=split, scan=scan) for split, folder in inside.items()}
+        scan.notes.append(f"the classes of {root} do not have the names of {name}: its own split folders are used")
+        return dataset_of(name, root, splits, scan)
     used = {folder for found in places.values() for folder in found.values()}
     unused = sum(folder not in used for parent in dict.fromkeys(parents.values()) for folder in subfolders(parent))
-    note = f"{unused} folders are not among the classes of {name} here and are left out"
-    return replace(dataset, notes=(*dataset.notes, note)) if unused else dataset
+    if unused:
+        scan.notes.append(f"{unused} folders are not among the classes of {name} here and are left out")
+    return _known_folders(root, name, places, scan)
 
 
 def _known_folders(root: Path, name: str, places: Mapping[str, Mapping[str, Path]], scan: Scan) -> Dataset:
@@ -222,17 +223,19 @@ def _known_folders(root: Path, name: str, places: Mapping[str, Mapping[str, Path
         raise DataError(
             f"{root} has none of the classes of {name}", hint="give its folder, or --set data.layout=folder"
         )
-    splits = {s: from_folders(found, name=s, root=root, scan=scan) for s, found in folders.items() if found}
-    notes = (f"{wanted - there} of the {wanted} classes of {name} are missing",) if there < wanted else ()
-    return Dataset(name, str(root), splits, notes, scan.skipped)
+    if there < wanted:
+        scan.notes.append(f"{wanted - there} of the {wanted} classes of {name} are missing")
+    splits = {s: from_folders(found.items(), name=s, root=root, scan=scan) for s, found in folders.items() if found}
+    return dataset_of(name, root, splits, scan)
 
 
-def _from_csv(root: Path) -> Dataset:
+def _from_csv(root: Path, scan: Scan) -> Dataset:
     """images/ and lists of `filename,label`."""
     files = {name: root / f"{name}.csv" for name in SPLITS}
     splits = {name: _csv_split(root, path, name) for name, path in files.items() if path.is_file()}
-    missing = [name for name in SPLITS if name not in splits]
-    return Dataset("mini-imagenet", str(root), splits, (f"no {', '.join(missing)}.csv",) if missing else ())
+    if missing := [name for name in SPLITS if name not in splits]:
+        scan.notes.append(f"no {', '.join(missing)}.csv")
+    return dataset_of("mini-imagenet", root, splits, scan)
 
 
 def _csv_split(root: Path, path: Path, name: str) -> Split:

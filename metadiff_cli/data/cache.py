@@ -26,7 +26,7 @@ from metadiff_cli.data.images import load_square, to_square
 from metadiff_cli.errors import DataError
 from metadiff_cli.files import atomic, release, reserve, sweep, writable, write_text
 
-VERSION = 1  # of the decoding: part of every key
+VERSION = 2  # of the decoding, as part of every key: 2 decodes large JPEG files in full
 RELEASE = 1024  # images after which the memory of the written ones is given back
 WINDOW = 8  # images in progress per worker: bounds the memory, keeps the order
 

@@ -21,7 +21,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from metadiff_cli.data.benchmarks import Known, open_dataset
-from metadiff_cli.data.folders import Dataset, subfolders
+from metadiff_cli.data.folders import Dataset
+from metadiff_cli.data.scan import subfolders
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
 from metadiff_cli.files import usual_mode
 

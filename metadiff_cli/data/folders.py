@@ -1,24 +1,23 @@
-"""From folders of images to splits of classes: which file belongs to which class of which split.
+"""From folders of images to splits of classes: which file belongs to which class of which split."""
 
-No pixels are read here.
-"""
-
-import difflib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
-from metadiff_cli.data.images import IMAGE_SUFFIXES
+from metadiff_cli.data.scan import Scan, check_folder, class_name, is_image, left_out, subfolders, walk_images
 from metadiff_cli.errors import DataError
 
 SPLITS = ("train", "val", "test")
-IGNORED = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
-MAX_DEPTH, MAX_WAYS = 64, 64  # levels of folders, and ways by which links lead to one of them
+SPLIT_NAMES = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+    "testing": "test",
+}  # fmt: skip
 FEWEST_TO_SPLIT = 6  # classes: two per split
+SHOWN = 5  # names of one kind in a message
 
 
 @dataclass(frozen=True)
@@ -38,193 +37,137 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set: its splits by name, `notes` for the user about them, and the number of files that are not images."""
+    """A data set: its splits by name, and `notes` for the user about them.
+
+    `skipped` counts the files that are left out, as they are not images, by extension. `unreadable` has path and reason
+    of files and folders that cannot be looked at.
+    """
 
     name: str
     root: str
     splits: dict[str, Split]
     notes: tuple[str, ...] = ()
-    skipped: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    unreadable: tuple[tuple[str, str], ...] = ()
 
 
-Progress = Callable[[int, int | None], None]
-
-
-def no_progress(done: int, total: int | None) -> None:
-    """Report nothing."""
-
-
-@dataclass
-class Scan:
-    """The options and the findings of one walk through folders.
-
-    `skipped` counts the files that are not images. `unreadable` collects the folders that cannot be listed, each with a
-    reason; None makes them an error. `keep_empty` allows classes without images. `progress` is told the number of
-    images found so far after every class.
-    """
-
-    skipped: int = 0
-    keep_empty: bool = False
-    unreadable: list[tuple[Path, str]] | None = None
-    progress: Progress = field(default=no_progress, repr=False)
-    found: int = 0
-
-    def add(self, images: int) -> None:
-        """Count `images` further images, and report the progress."""
-        self.found += images
-        self.progress(self.found, None)
-
-
-def check_folder(root: Path) -> None:
-    """Raise DataError unless `root` is a folder."""
-    if not root.exists():
-        raise DataError(
-            f"folder {root} does not exist",
-            hint=f"{suggestion(root)}give a folder that holds one folder of images per class",
-        )
-    if not root.is_dir():
-        raise DataError(f"{root} is a file, not a folder", hint="give the folder that holds the class folders")
-
-
-def suggestion(path: Path) -> str:
-    """The question "did you mean ...?" for what lies beside `path` under a similar name, or an empty text."""
-    with suppress(OSError):
-        close = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1)
-        if close:
-            return f"did you mean {path.parent / close[0]}? "
-    return ""
+def dataset_of(name: str, root: Path, splits: dict[str, Split], scan: Scan) -> Dataset:
+    """A data set with the findings of a walk; what cannot be looked at is a note as well."""
+    notes = [*scan.notes]
+    if scan.unreadable:
+        lines = [f"{path} ({reason})" for path, reason in scan.unreadable]
+        notes.append(f"left out, as they cannot be read: {shortened(lines)}")
+    unreadable = tuple((str(path), reason) for path, reason in scan.unreadable)
+    return Dataset(name, str(root), splits, tuple(notes), dict(scan.skipped), unreadable)
 
 
 def open_folder(root: Path, seed: int, scan: Scan) -> Dataset:
-    """Read root/{train,val,test}/<class>/*, or else root/<class>/* split by class with `seed`. Raises DataError."""
-    children, name = subfolders(root), root.resolve().name  # "." has no name of its own
-    if children and all(child.name in SPLITS for child in children):
-        splits = {child.name: scan_classes(child, name=child.name, scan=scan) for child in children}
-        return Dataset(name, str(root), _ordered(splits), skipped=scan.skipped)
-    whole = scan_classes(root, name="all", scan=scan)
-    splits, note = split_by_class(whole, seed)
-    return Dataset(name, str(root), splits, (note,), scan.skipped)
+    """Read the class folders in the split folders of `root`, or class folders that are split by class with `seed`.
+
+    Split folders that hold the same classes split images, as those of ordinary classification do. Few-shot learning
+    needs splits of classes: they are read together and split by class. Raises DataError.
+    """
+    name, folders = root.resolve().name, split_folders(root)  # "." has no name of its own
+    if not folders:
+        whole, why = scan_classes(root, name="all", scan=scan), f"no {', '.join(SPLITS)} folders"
+        return _split_anew(name, root, whole, seed, scan, why)
+    splits = {split: scan_classes(folder, name=split, scan=scan) for split, folder in folders.items()}
+    if any(folder.name != split for split, folder in folders.items()):
+        scan.notes.append(f"split folders: {', '.join(f'{f.name} is {split}' for split, f in folders.items())}")
+    shared = _shared_classes(splits, root)
+    if not shared:
+        return dataset_of(name, root, splits, scan)
+    same = f"{_listed(folders)} hold the same classes, so they split images; all images are taken"
+    return _split_anew(name, root, all_classes(Dataset(name, str(root), splits)), seed, scan, same)
+
+
+def split_folders(root: Path, *, among_others: bool = False) -> dict[str, Path]:
+    """The folders of splits in `root`, by split; none if it holds other folders as well, unless `among_others`.
+
+    Names count in any case, with the usual synonyms (SPLIT_NAMES). Raises DataError for two folders of one split, and
+    if `root` cannot be listed.
+    """
+    children = subfolders(root)
+    named = [child for child in children if child.name.lower() in SPLIT_NAMES]
+    if len(named) < len(children) and not among_others:
+        return {}
+    found: dict[str, Path] = {}
+    for child in named:
+        split = SPLIT_NAMES[child.name.lower()]
+        if split in found:
+            raise DataError(
+                f"{root} has two folders of {split} classes: {found[split].name} and {child.name}",
+                hint="put their classes into one folder",
+            )
+        found[split] = child
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def scan_support(root: Path, scan: Scan) -> Split:
+    """One class per folder below `root`. Of a data set with split folders, the classes of its train folder are taken.
+
+    `scan.notes` says which folder was taken. Raises DataError as `scan_classes` does.
+    """
+    folders = split_folders(root)
+    if not folders:
+        return scan_classes(root, scan=scan)
+    taken = folders.get("train") or next(iter(folders.values()))
+    scan.notes.append(f"{root} is a data set with {_listed(folders)}: the classes of {taken.name} are taken")
+    return scan_classes(taken, scan=scan)
 
 
 def scan_classes(root: Path, *, name: str = "support", scan: Scan | None = None) -> Split:
-    """A split with one class per folder below `root`.
+    """A split with one class per folder below `root`. Folders whose names differ in spelling alone are one class.
 
     Raises DataError if there are no class folders, and for a class without images unless `scan.keep_empty`.
     """
     check_folder(root)
     scan = scan if scan is not None else Scan()
-    folders = subfolders(root)
+    folders = subfolders(root, scan)
     if not folders:
-        what = "has images but no class folders" if _has_loose_images(root) else "has no class folders"
+        loose = any(is_image(path) for path in root.iterdir())
+        what = "has images but no class folders" if loose else "has no class folders"
         raise DataError(f"{root} {what}", hint="make one folder per class: DIR/cat/1.jpg, DIR/dog/1.jpg")
-    return from_folders({folder.name: folder for folder in folders}, name=name, root=root, scan=scan)
+    return from_folders([(class_name(folder.name), folder) for folder in folders], name=name, root=root, scan=scan)
 
 
-def from_folders(folders: dict[str, Path], *, name: str, root: Path, scan: Scan) -> Split:
-    """A split from a folder per class name, classes in sorted order. Raises DataError as `scan_classes` does."""
-    classes, paths, labels = tuple(sorted(folders)), [], []
-    for label, cls in enumerate(classes):
-        found = list(walk_images(folders[cls], scan))
-        if not found and not scan.keep_empty:
-            raise DataError(f"class '{cls}' in {root} has no images", hint="add images to its folder, or remove it")
+def from_folders(folders: Iterable[tuple[str, Path]], *, name: str, root: Path, scan: Scan) -> Split:
+    """A split from pairs of class name and folder, classes in sorted order. Raises DataError as `scan_classes` does.
+
+    A class whose folders cannot be looked at, and hold no other images, is left out.
+    """
+    images: dict[str, list[Path]] = {}
+    others: Counter[str] = Counter()  # files of classes without images, which are not images
+    for cls, folder in folders:
+        unreadable, skipped = len(scan.unreadable), scan.skipped.copy()
+        found = list(walk_images(folder, scan))
         scan.add(len(found))
-        paths += [str(path) for path in found]
-        labels += [label] * len(found)
-    return Split(name, classes, tuple(paths), tuple(labels), str(root))
+        if found or len(scan.unreadable) == unreadable:
+            images.setdefault(cls, []).extend(found)
+            others += scan.skipped - skipped if not found else Counter()
+    classes = tuple(sorted(images))
+    empty = [cls for cls in classes if not images[cls]]
+    if empty and not scan.keep_empty:
+        raise DataError(
+            f"class '{empty[0]}' in {root} has no images{f' ({left_out(others)})' if others else ''}",
+            hint="add images to its folder, or remove it",
+        )
+    if not classes:
+        path, reason = scan.unreadable[0]
+        raise DataError(f"no class folder of {root} can be read: {path} ({reason})", hint="check the permissions")
+    paths = tuple(str(path) for cls in classes for path in images[cls])
+    labels = tuple(label for label, cls in enumerate(classes) for _ in images[cls])
+    return Split(name, classes, paths, labels, str(root))
 
 
-def walk_images(folder: Path, scan: Scan) -> Iterator[Path]:
-    """The images below a folder, in sorted order. Links are followed, but not into a folder that contains them.
-
-    Raises DataError for folders that cannot be listed unless `scan.unreadable` collects them, for more than MAX_DEPTH
-    levels, and for a folder that links reach in more than MAX_WAYS ways.
-    """
-    yield from _walk(folder, scan, (), Counter())
-
-
-def _walk(
-    folder: Path, scan: Scan, above: tuple[tuple[int, int], ...], ways: Counter[tuple[int, int]]
-) -> Iterator[Path]:
-    try:
-        with _readable(folder):
-            status = folder.stat()
-        entries = _entries(folder)
-    except DataError as error:
-        if scan.unreadable is None:
-            raise
-        scan.unreadable.append((folder, error.message.removeprefix(f"{folder} ")))
-        return
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        return  # a symbolic link that leads back up
-    _check_walk(folder, len(above), ways, identity)
-    for path in entries:
-        if _is_dir(path):
-            yield from _walk(path, scan, (*above, identity), ways)
-        elif is_image(path) and not _is_special(path):
-            yield path
-        else:
-            scan.skipped += 1
-
-
-def subfolders(root: Path) -> list[Path]:
-    """The visible folders directly below `root`, sorted by name. Raises DataError if it cannot be listed."""
-    return [path for path in _entries(root) if _is_dir(path)]
-
-
-def _check_walk(folder: Path, depth: int, ways: Counter[tuple[int, int]], identity: tuple[int, int]) -> None:
-    """Raise DataError for endless walks: links between a few dozen folders multiply the ways through them."""
-    ways[identity] += 1
-    if ways[identity] > MAX_WAYS:
-        raise DataError(f"{folder} is reached in more than {MAX_WAYS} ways", hint="remove the links that lead there")
-    if depth >= MAX_DEPTH:
-        raise DataError(f"{folder} is more than {MAX_DEPTH} folders deep", hint="move the images further up")
-
-
-def _is_dir(path: Path) -> bool:
-    with _readable(path):
-        return path.is_dir()
-
-
-def _entries(folder: Path) -> list[Path]:
-    """The visible files and folders directly in a folder, sorted by name."""
-    with _readable(folder):
-        return sorted((p for p in folder.iterdir() if not _ignored(p.name)), key=lambda p: p.name)
-
-
-@contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Turn an OSError within into a DataError that names the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror})", hint="check its permissions") from error
-
-
-def _has_loose_images(root: Path) -> bool:
-    return any(is_image(path) for path in _entries(root))
-
-
-def _is_special(path: Path) -> bool:
-    """Whether it is a pipe, socket or device, whose reading could wait for ever.
-
-    A dangling link is none of them: it is reported as broken later.
-    """
-    with _readable(path):
-        return path.exists() and not path.is_file()
-
-
-def is_image(path: Path) -> bool:
-    """Whether the extension of the file is that of an image."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
-
-
-def _ignored(name: str) -> bool:
-    return name.startswith(".") or name in IGNORED
+def shortened(lines: Sequence[str]) -> str:
+    """The first SHOWN of some lines, and how many more there are."""
+    more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    return "; ".join(lines[:SHOWN]) + more
 
 
 def split_by_class(whole: Split, seed: int) -> tuple[dict[str, Split], str]:
-    """Splits of 64, 16 and 20 % of the classes, drawn with the seed, and a note that says so.
+    """Splits of 64, 16 and 20 % of the classes, drawn with the seed, and what to say of it.
 
     Fewer than FEWEST_TO_SPLIT classes are all test classes.
     """
@@ -238,7 +181,7 @@ def split_by_class(whole: Split, seed: int) -> tuple[dict[str, Split], str]:
     parts["test"] = order[count - test :]
     splits = {name: take(whole, name, [int(c) for c in sorted(chosen)]) for name, chosen in parts.items()}
     sizes = " / ".join(str(len(split.classes)) for split in splits.values())
-    return splits, f"no train, val, test folders: {count} classes are split by class with seed {seed} into {sizes}"
+    return splits, f"{count} classes are split by class with seed {seed} into {sizes}"
 
 
 def take(whole: Split, name: str, chosen: Sequence[int]) -> Split:
@@ -285,5 +228,25 @@ def require_split(dataset: Dataset, name: str) -> Split:
     return dataset.splits[name]
 
 
-def _ordered(splits: dict[str, Split]) -> dict[str, Split]:
-    return {name: splits[name] for name in SPLITS if name in splits}
+def _split_anew(name: str, root: Path, whole: Split, seed: int, scan: Scan, why: str) -> Dataset:
+    splits, what = split_by_class(whole, seed)
+    scan.notes.append(f"{why}: {what}")
+    return dataset_of(name, root, splits, scan)
+
+
+def _shared_classes(splits: dict[str, Split], root: Path) -> bool:
+    """Whether the splits share their classes. Raises DataError if they share some, and each has others of its own."""
+    shared = False
+    for first, second in combinations(splits.values(), 2):
+        both = sorted({*first.classes} & {*second.classes})
+        if both and len(both) < min(len(first.classes), len(second.classes)):
+            raise DataError(
+                f"{root} has {len(both)} classes in {first.name} and in {second.name} as well, such as '{both[0]}'",
+                hint="keep each class in one of them, as training on test classes makes every result too good",
+            )
+        shared = shared or bool(both)
+    return shared
+
+
+def _listed(folders: dict[str, Path]) -> str:
+    return f"the folders {', '.join(folder.name for folder in folders.values())}"

@@ -3,11 +3,11 @@
 import csv
 import io
 import os
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from metadiff_cli.data.folders import Split, scan_classes, suggestion
+from metadiff_cli.data.folders import Split, scan_support
+from metadiff_cli.data.scan import Scan, check_folder, class_name
 from metadiff_cli.errors import DataError
 
 LISTINGS = frozenset({".csv", ".tsv"})
@@ -26,15 +26,17 @@ class Row:
 
 def is_listing(path: Path) -> bool:
     """Whether a path is a file that lists images."""
-    return path.suffix.lower() in LISTINGS and path.is_file()
+    return path.suffix.lower() in LISTINGS and os.path.isfile(path)  # no error for a path that cannot be looked at
 
 
-def open_labelled(source: Path) -> Split:
-    """The classes of a folder of class folders, or of a listing in which every line has a label. Raises DataError."""
-    if not source.exists():
-        raise DataError(f"support {source} does not exist", hint=f"{suggestion(source)}{SUPPORT}")
+def open_labelled(source: Path, scan: Scan | None = None) -> Split:
+    """The classes of a folder of class folders, or of a listing in which every line has a label.
+
+    `scan` takes the findings of the walk through the folder: files that were left out, and notes. Raises DataError.
+    """
     if not is_listing(source):
-        return normalised(scan_classes(source))
+        check_folder(source, hint=SUPPORT)
+        return scan_support(source, scan if scan is not None else Scan())
     rows = read_listing(source)
     for row in rows:
         if row.label is None:
@@ -74,16 +76,3 @@ def read_listing(file: str | Path) -> list[Row]:
 def _row(folder: str, header: list[str], cells: list[str], line: int) -> Row:
     values = dict(zip(header, cells, strict=False))
     return Row(os.path.join(folder, values.get("path", "")), class_name(values.get("label", "").strip()) or None, line)
-
-
-def class_name(text: str) -> str:
-    """The name in one valid spelling: macOS writes accents as separate characters, other systems do not."""
-    return unicodedata.normalize("NFC", os.fsencode(text).decode("utf-8", "replace"))
-
-
-def normalised(split: Split) -> Split:
-    """The split with class names in one spelling; classes whose names become equal are merged."""
-    names = [class_name(cls) for cls in split.classes]
-    classes = tuple(sorted(set(names)))
-    labels = tuple(classes.index(names[label]) for label in split.labels)
-    return Split(split.name, classes, split.paths, labels, split.root, split.pixels)

@@ -14,7 +14,7 @@ import numpy as np
 
 from metadiff_cli.data.cache import in_order
 from metadiff_cli.data.folders import Dataset, Split
-from metadiff_cli.data.images import load_rgb
+from metadiff_cli.data.images import BITS, DEPTHS, load_rgb
 from metadiff_cli.errors import DataError
 
 TINY = 16  # pixels of the shorter side: the smallest size that an encoder takes
@@ -25,7 +25,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Look:
-    """One image: the digest of its pixels, its size, whether it has a single colour; or the reason why it is broken."""
+    """One image: the digest of its pixels, its size and kind, or the reason why it cannot be read.
+
+    `plain` says that it has a single colour; `bits` how many bits of a file with more than 8 are in use.
+    """
 
     split: str
     cls: str
@@ -34,6 +37,7 @@ class Look:
     width: int = 0
     height: int = 0
     plain: bool = False
+    bits: int | None = None
     reason: str = ""
 
 
@@ -65,7 +69,8 @@ class Report:
 def verify(dataset: Dataset, *, workers: int | None = None, progress: Progress = lambda done, total: None) -> Report:
     """Decode every image of every split once, at full size, and report what is odd or broken."""
     total = sum(len(split.labels) for split in dataset.splits.values())
-    report = Report({name: dict.fromkeys(split.classes, 0) for name, split in dataset.splits.items()})
+    counts = {name: dict.fromkeys(split.classes, 0) for name, split in dataset.splits.items()}
+    report = Report(counts, list(dataset.unreadable))
     groups: dict[bytes, list[Look]] = defaultdict(list)
     for done, look in enumerate(_looks(dataset, workers), start=1):
         progress(done, total)
@@ -95,14 +100,14 @@ def _look(split: Split, i: int) -> Look:
         image = load_rgb(Path(path))
     except DataError as error:
         return Look(split.name, split.classes[split.labels[i]], path, reason=error.message.removeprefix(f"{path}: "))
-    return _described(split, i, np.asarray(image))
+    return _described(split, i, np.asarray(image), image.info.get(BITS))
 
 
-def _described(split: Split, i: int, pixels: np.ndarray) -> Look:
+def _described(split: Split, i: int, pixels: np.ndarray, bits: int | None = None) -> Look:
     height, width = pixels.shape[:2]
     digest = hashlib.sha256(f"{width}x{height}".encode() + pixels.tobytes()).digest()
     plain = bool((pixels == pixels[0, 0]).all())
-    return Look(split.name, split.classes[split.labels[i]], split.paths[i], digest, width, height, plain)
+    return Look(split.name, split.classes[split.labels[i]], split.paths[i], digest, width, height, plain, bits)
 
 
 def _oddities(look: Look) -> Iterator[str]:
@@ -111,6 +116,8 @@ def _oddities(look: Look) -> Iterator[str]:
         yield f"tiny: {look.width} x {look.height} pixels"
     if long > LONG * short:
         yield f"long: {look.width} x {look.height} pixels, only the central square is seen"
+    if look.bits is not None and look.bits < max(DEPTHS):
+        yield f"greyscale of more than 8 bits, of which {look.bits} are in use: white is {2**look.bits - 1}"
     if look.plain and long > 1:
         yield "one colour all over"
 

@@ -76,7 +76,7 @@ def test_dataset_has_disjoint_splits() -> None:
     names = [cls for split in dataset.splits.values() for cls in split.classes]
     assert list(dataset.splits) == ["train", "val", "test"]
     assert names == [f"glyph-{c:04d}" for c in range(9)] and seen == [(c, 9) for c in range(1, 10)]
-    assert dataset.root == "glyphs" and dataset.skipped == 0
+    assert dataset.root == "glyphs" and dataset.skipped == {}
 
 
 def test_dataset_shows_the_glyphs_its_names_say() -> None:

@@ -24,7 +24,7 @@ from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.evaluation.support_check import SupportCheck, check_support
 from metadiff_cli.core.method.rejection import Rejector, require_rejection
 from metadiff_cli.core.method.support import Pool, SupportSet, require_classes
-from metadiff_cli.data.folders import check_folder
+from metadiff_cli.data.scan import check_folder
 from metadiff_cli.errors import DataError
 
 NAMED = 5  # cases of one kind that are told one by one

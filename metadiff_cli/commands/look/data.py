@@ -181,7 +181,8 @@ def _document(folder: Path, dataset: "Dataset", report: "Report") -> dict[str, A
         "folder": str(folder),
         "layout": dataset.name,
         "notes": list(dataset.notes),
-        "skipped_files": dataset.skipped,
+        "skipped_files": sum(dataset.skipped.values()),
+        "skipped_extensions": dataset.skipped,
         "splits": report.counts,
         "corrupt": [{"path": path, "reason": reason} for path, reason in report.corrupt],
         "empty_classes": report.empty,
@@ -213,7 +214,9 @@ def _show(screen: Screen, dataset: "Dataset", report: "Report") -> None:
     _list(screen, "pictures more than once in a class", _groups(report.within_class))
     _list(screen, "odd images", [f"{path}: {what}" for path, what in report.odd])
     if dataset.skipped:
-        screen.text(f"left out, as they are no images: {counted(dataset.skipped, 'file')}")
+        from metadiff_cli.data.scan import left_out
+
+        screen.text(left_out(dataset.skipped))
 
 
 def _groups(groups: list[list[str]]) -> list[str]:

@@ -25,7 +25,7 @@ from metadiff_cli.core.checkpoints.model import (
 from metadiff_cli.core.method.adapt import TaskClassifier
 from metadiff_cli.core.method.support import Pool, SupportSet
 from metadiff_cli.core.method.task_space import TaskSpace
-from metadiff_cli.data.listing import class_name
+from metadiff_cli.data.scan import class_name
 
 DIGEST = 32  # bytes
 
