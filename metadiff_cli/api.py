@@ -10,8 +10,10 @@ array(['dog', 'cat'], dtype='<U3')
 import importlib
 import inspect
 import os
+import warnings
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -20,33 +22,30 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metadiff_cli.classify.images import adapt_classifier, classifier_rejector
-from metadiff_cli.commands.options import checkpoint_path
-from metadiff_cli.core.checkpoints.classifier import Origin, load_classifier, save_classifier
-from metadiff_cli.core.checkpoints.model import Model, SavedClassifier, load_model
+from metadiff_cli.classify.classifier import Classifier, adapt
+from metadiff_cli.classify.images import Encoded, ImageLike, encode_images
+from metadiff_cli.classify.support_set import FEWEST_CLASSES, support_of
+from metadiff_cli.core.checkpoints.model import Model, load_model
 from metadiff_cli.core.device import pick_device
-from metadiff_cli.core.encoders.bank import Encoding
-from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.method.adapt import Sampling
-from metadiff_cli.core.method.support import FEWEST_CLASSES, SupportSet, digest_of
-from metadiff_cli.data.cache import decode_images
-from metadiff_cli.data.images import to_square, upright_rgb
+from metadiff_cli.data.scan import class_name
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
+from metadiff_cli.files import checkpoint_path
 
-ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
-Images: TypeAlias = "np.ndarray | Sequence[ImageLike]"
+Images: TypeAlias = np.ndarray | Sequence[ImageLike]
+Labels: TypeAlias = np.ndarray | Sequence[Any]
 
 
 class NotFittedError(MetaDiffError, ValueError, AttributeError):
-    """Prediction before `fit` or `load`; the same bases as scikit-learn's error of this name."""
+    """A prediction was asked for before `fit` or `load`. The bases are those of scikit-learn's error of this name."""
 
 
 class InputError(DataError, ValueError):
-    """Images or labels that cannot be used; scikit-learn's conventions want a ValueError."""
+    """Images or labels cannot be used. It is a ValueError, as scikit-learn expects."""
 
 
 class ParameterError(ConfigError, ValueError):
-    """A parameter of the class that is unknown or cannot be used."""
+    """A parameter of the class is unknown or cannot be used. It is a ValueError, as scikit-learn expects."""
 
 
 class FewShotClassifier:
@@ -59,7 +58,7 @@ class FewShotClassifier:
     steps : denoising steps S.
     samples : classifiers M whose probabilities are averaged.
     temperature : noise temperature, 0 for the posterior mean.
-    random_state : seed of the noise, an int; without effect at temperature 0.
+    random_state : seed of the noise, an int; it has no effect at temperature 0.
     device : "auto", "cpu", "cuda" or "mps".
     batch_size : images of one forward pass of the encoder.
 
@@ -97,31 +96,33 @@ class FewShotClassifier:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str] | None = None, **parameters: Any) -> Self:
-        """An unfitted classifier whose checkpoint is loaded now. Raises CheckpointError when there is none at `path`.
+        """A classifier that is not fitted, with its checkpoint loaded. `parameters` are those of the class.
 
-        `parameters` are those of the class.
+        Raises CheckpointError when the file cannot be used.
         """
         classifier = cls(path, **parameters)
         classifier._model()
         return classifier
 
-    def fit(self, X: Images, y: Sequence[Any] | np.ndarray) -> Self:
-        """Adapt to n labelled images X with labels y (n,). Labels may be text, whole numbers or booleans.
+    def fit(self, X: Images, y: Labels) -> Self:
+        """Adapt to n labelled images X with labels y (n,). Labels are text, whole numbers or booleans.
 
-        Raises InputError for fewer than two classes, labels that do not fit the images, and images that cannot be read.
+        The same picture given twice counts once, with a warning. Raises InputError for fewer than two classes, for
+        labels that do not fit the images, for images that cannot be read, and for a picture with two labels.
         """
         sampling = self._sampling()
-        classes, labels = _classes_of(y)
-        items = _items(X)
+        labels, items = _labels(y), _items(X)
         if len(items) != len(labels):
             raise InputError(f"{len(items)} images but {len(labels)} labels", hint="give one label per image")
+        classes = np.unique(labels)
+        if len(classes) < FEWEST_CLASSES:
+            raise InputError(f"the labels hold {len(classes)} class", hint="give images of two classes or more")
         model = self._model()
-        features, digests = _encode(items, model.images, self.batch_size)
-        names = tuple(str(label) for label in classes)
-        paths = tuple(os.fspath(x) if isinstance(x, str | os.PathLike) else str(i) for i, x in enumerate(items))
-        support = SupportSet(names, features, labels, digests, paths)
-        self._origin = Origin(model, support)
-        self.classifier_ = adapt_classifier(model, support, sampling, seed=self.random_state)
+        with _input_errors():
+            support = support_of(zip(map(_name, labels), self._encoded(items, model), strict=True))
+        for path, twin in support.repeated:
+            warnings.warn(f"image {path} is the same picture as {twin} and counts once", stacklevel=2)
+        self.classifier_ = adapt(model, support, sampling, seed=self.random_state)
         self.classes_ = classes
         return self
 
@@ -130,47 +131,46 @@ class FewShotClassifier:
 
         Raises InputError for an image that cannot be read, NotFittedError before `fit`.
         """
-        ready = self._fitted()
-        items = _items(X)
-        if not items:
+        classifier = self._fitted()
+        z = self._features(X, classifier)
+        if not len(z):
             return np.empty((0, len(self.classes_)))
-        z, _ = _encode(items, ready.images, self.batch_size)
-        p: np.ndarray = ready.probabilities(z).cpu().numpy().astype(np.float64)
-        rows: np.ndarray = p / p.sum(axis=1, keepdims=True)  # to the precision of float64
+        p: np.ndarray = classifier.probabilities(z).cpu().numpy().astype(np.float64)
+        columns = [classifier.classes.index(_name(label)) for label in self.classes_]  # numbers sort unlike their names
+        rows: np.ndarray = p[:, columns] / p.sum(axis=1, keepdims=True)  # float32 probabilities add up to 1 + 1e-7
         return rows
 
     def known_margin(self, X: Images) -> np.ndarray:
-        """How far (n,) the known score of n images is above the threshold of rejection, in nats; below 0: of no class.
+        """How far the known score of each image (n,) is above the threshold of rejection, in nats.
 
-        The threshold rejects 5 % of images of known classes, on the classes that it was fitted on. Raises as
-        `predict_proba` does, and CheckpointError when the checkpoint has no fitted threshold.
+        An image below 0 shows none of the classes. The threshold was fitted to reject 5 % of images of known classes,
+        on validation classes. Raises as `predict_proba` does, and CheckpointError when the checkpoint has no threshold.
         """
-        ready = self._fitted()
-        rejector = classifier_rejector(self._origin.model, self._origin.support, ready)
-        items = _items(X)
-        if not items:
+        classifier = self._fitted()
+        rejector = classifier.rejector()
+        z = self._features(X, classifier)
+        if not len(z):
             return np.empty(0)
-        z, _ = _encode(items, ready.images, self.batch_size)
         margins: np.ndarray = rejector.margins(z.unsqueeze(0))[0].cpu().numpy().astype(np.float64)
         return margins
 
     def is_known(self, X: Images) -> np.ndarray:
-        """Whether (n,) each image looks like one of the classes, by `known_margin`; for others `predict` guesses."""
+        """Whether each image (n,) shows one of the classes, by `known_margin`. For the others `predict` guesses."""
         known: np.ndarray = self.known_margin(X) >= 0
         return known
 
     def predict(self, X: Images) -> np.ndarray:
-        """The most probable label (n,) of each image; raises as `predict_proba` does."""
+        """The most probable label of each image (n,). Raises as `predict_proba` does."""
         best: np.ndarray = self.predict_proba(X).argmax(axis=1)
         labels: np.ndarray = self.classes_[best]
         return labels
 
     def score(self, X: Images, y: Sequence[Any] | np.ndarray) -> float:
-        """Share of the images X whose predicted label is the one in y (n,)."""
-        predicted, wanted = self.predict(X), np.asarray(y)
+        """The share of the images X whose predicted label equals that in y (n,). Raises InputError for other labels."""
+        predicted, wanted = self.predict(X), _text(np.asarray(y))
         if predicted.shape != wanted.shape:
             raise InputError(f"{len(predicted)} images but labels of shape {wanted.shape}", hint="give one per image")
-        if (predicted.dtype.kind == "U") != (wanted.dtype.kind in "UO"):
+        if (predicted.dtype.kind == "U") != (wanted.dtype.kind == "U"):
             raise InputError(
                 f"labels of type {wanted.dtype} for classes of type {predicted.dtype}",
                 hint="after load the classes are text: give str labels",
@@ -178,17 +178,17 @@ class FewShotClassifier:
         return float(np.mean(predicted == wanted))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the adapted classifier, for `load` and for `metadiff adapt --classifier`."""
-        save_classifier(Path(path), self._fitted(), self._origin)
+        """Write the classifier, for `load` and for `metadiff adapt --classifier`. Raises NotFittedError and OSError."""
+        self._fitted().save(Path(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **parameters: Any) -> Self:
-        """A fitted classifier from a file of `save` or of `metadiff adapt --save`; its classes are text.
+        """A fitted classifier from a file of `save` or of `metadiff adapt --save`. Its classes are text.
 
-        Raises CheckpointError for any other file. `fit` would start anew, from the checkpoint of the parameters.
+        `fit` starts again from the checkpoint of the parameters. Raises CheckpointError for any other file.
         """
         classifier = cls(**parameters)
-        classifier.classifier_, classifier._origin = load_classifier(Path(path), pick_device(classifier.device))
+        classifier.classifier_ = Classifier.load(Path(path), pick_device(classifier.device))
         classifier.classes_ = np.array(classifier.classifier_.classes)
         return classifier
 
@@ -197,7 +197,7 @@ class FewShotClassifier:
         return {name: getattr(self, name) for name in self._parameter_names()}
 
     def set_params(self, **parameters: Any) -> Self:
-        """Change parameters; takes effect at the next `fit`. Raises ParameterError for an unknown one."""
+        """Change parameters, from the next `fit` on. Raises ParameterError for an unknown one."""
         known = self._parameter_names()
         for name in parameters:
             if name not in known:
@@ -213,7 +213,7 @@ class FewShotClassifier:
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the checkpoint, which is loaded again where it is needed."""
+        """Everything but the checkpoint, which is loaded again when it is needed."""
         return {name: value for name, value in vars(self).items() if name != "_loaded"}
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -221,7 +221,7 @@ class FewShotClassifier:
         return hasattr(self, "classifier_")
 
     def __sklearn_tags__(self) -> Any:
-        """What scikit-learn, which alone calls this, wants to know: a classifier of images, not of feature tables."""
+        """Tell scikit-learn, which alone calls this, that the class is a classifier, and of images, not of tables."""
         tags = importlib.import_module("sklearn.utils")
         return tags.Tags(
             estimator_type="classifier",
@@ -256,77 +256,78 @@ class FewShotClassifier:
             loaded = self._loaded = (key, load_model(checkpoint_path(given), pick_device(self.device)))
         return loaded[1]
 
-    def _fitted(self) -> SavedClassifier:
+    def _fitted(self) -> Classifier:
         if not self.__sklearn_is_fitted__():
             raise NotFittedError(f"this {type(self).__name__} is not fitted yet", hint="call fit(images, labels) first")
         return self.classifier_
 
+    def _features(self, X: Images, classifier: Classifier) -> Tensor:
+        """Features (n, D) of n images. Raises InputError for an image that cannot be read."""
+        z = [image.features for image in self._encoded(_items(X), classifier.model) if image.features is not None]
+        return torch.stack(z) if z else torch.empty(0)
 
-def _classes_of(y: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted classes (N,), and of each label (n,) its number among them."""
-    given = np.asarray(y)
+    def _encoded(self, items: Sequence[ImageLike], model: Model) -> Iterator[Encoded]:
+        """The images one by one. Raises InputError for an image that cannot be read."""
+        batches = encode_images(items, model.images, self.batch_size)
+        for number, image in enumerate(chain.from_iterable(batches)):
+            if image.features is None:
+                path = f", {image.path}" if isinstance(items[number], str | os.PathLike) else ""
+                raise InputError(f"image {number}{path}: {image.reason}", hint="replace it or leave it out")
+            yield image
+
+
+@contextmanager
+def _input_errors() -> Iterator[None]:
+    """Raise an InputError for any DataError, which is no ValueError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except DataError as error:
+        raise InputError(error.message, hint=error.hint) from error
+
+
+def _labels(y: Labels) -> np.ndarray:
+    """The labels (n,), text in one spelling. Raises InputError for labels of another type or shape."""
+    given = _text(np.asarray(y))
     if given.ndim != 1:
         raise InputError(f"labels of shape {given.shape}", hint="give one label per image, shape (n,)")
-    if given.dtype.kind == "O" and all(isinstance(label, str) for label in given):
-        given = given.astype(np.str_)
     whole = given.dtype.kind == "f" and bool(np.all(given % 1 == 0))
     if given.dtype.kind not in "Uiub" and not whole:
         raise InputError(f"labels of type {given.dtype}", hint="give text, whole numbers or booleans")
-    classes, labels = np.unique(given, return_inverse=True)
-    if len(classes) < FEWEST_CLASSES:
-        raise InputError(f"the labels hold {len(classes)} class", hint="give images of two classes or more")
-    return classes, labels
+    return given
+
+
+def _text(labels: np.ndarray) -> np.ndarray:
+    """Labels (n,) that are text, as a text array in the spelling that folder names have; other labels as they are."""
+    if labels.ndim == 1 and labels.dtype.kind in "UO" and all(isinstance(label, str) for label in labels):
+        return np.array([class_name(label) for label in labels], dtype=np.str_)
+    return labels
+
+
+def _name(label: Any) -> str:
+    """The class name of a label, as a folder would be called."""
+    return str(int(label)) if isinstance(label, np.floating) else str(label)
 
 
 def _items(X: Images) -> list[ImageLike]:
-    """The single images. Raises InputError for one path or image where a sequence is meant."""
+    """The single images. Raises InputError for one image where a sequence is meant, and for what is no image."""
     if isinstance(X, str | os.PathLike | Image.Image) or not hasattr(X, "__len__"):
         raise InputError(f"a single {type(X).__name__} instead of a sequence", hint="put it into a list: [image]")
     if isinstance(X, np.ndarray) and X.ndim not in (1, 4):
         raise InputError(f"an array of shape {X.shape}", hint="give images as uint8 of shape (n, height, width, 3)")
-    return list(X)
-
-
-def _encode(items: Sequence[ImageLike], images: ImageEncoder, batch: int) -> tuple[Tensor, tuple[bytes, ...]]:
-    """Features (n, D) and digests, a batch of pixels in memory at a time."""
-    encode, parts, digests = Encoding(images, batch), [], []
-    for pixels in batched(_pixels(items, images.size), batch):
-        parts.append(encode(np.stack(pixels)))
-        digests += [digest_of(single) for single in pixels]
-    return torch.cat(parts), tuple(digests)
-
-
-def batched(items: Iterator[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
-    """Lists of `size` items, the last one perhaps shorter (itertools.batched is of Python 3.12)."""
-    while part := list(islice(items, size)):
-        yield part
-
-
-def _pixels(items: Sequence[ImageLike], size: int) -> Iterator[np.ndarray]:
-    """Pixels (size, size, 3) uint8 of each image in order; files are decoded by several threads."""
-    files = decode_images([Path(item) for item in items if isinstance(item, str | os.PathLike)], size)
+    items = list(X)
     for i, item in enumerate(items):
-        if isinstance(item, str | os.PathLike):
-            path, decoded = next(files)
-            if isinstance(decoded, str):
-                raise InputError(f"image {i}, {path}: {decoded}", hint="replace it or leave it out")
-            yield decoded
-        else:
-            yield to_square(_opened(item, i), size)
+        _check_item(item, i)
+    return items
 
 
-def _opened(item: Any, number: int) -> Image.Image:
-    """RGB of a Pillow image or of an array."""
+def _check_item(item: Any, number: int) -> None:
     if isinstance(item, np.ndarray):
         if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3 or 0 in item.shape:
             raise InputError(
                 f"image {number} is an array {item.dtype} of shape {item.shape}",
                 hint="give uint8 of shape (height, width, 3)",
             )
-        return Image.fromarray(np.ascontiguousarray(item))
-    if not isinstance(item, Image.Image):
+    elif not isinstance(item, str | os.PathLike | Image.Image):
         raise InputError(f"image {number} is a {type(item).__name__}", hint="give a path, a Pillow image or an array")
-    try:
-        return upright_rgb(item)
-    except OSError as error:  # a file that Pillow opened but cannot decode
-        raise InputError(f"image {number}: {error}", hint="replace it or leave it out") from error

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import platformdirs
 
-from metadiff_cli.errors import ConfigError
+from metadiff_cli.errors import CheckpointError, ConfigError
 
 APP = "metadiff"
+PACKAGED = Path(__file__).parent / "checkpoints" / "default.safetensors"
 # temporary files of `atomic`, and of safetensors inside it; a user's own `.notes.tmp` is none
 LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp|\.tmp[A-Za-z0-9]{6}")
 
@@ -38,6 +39,18 @@ def data_dir(name: str) -> Path:
     Raises ConfigError if METADIFF_DATA_DIR is empty or leads to a file.
     """
     return _own_folder("METADIFF_DATA_DIR", platformdirs.user_data_path, "data") / name
+
+
+def checkpoint_path(given: Path | None) -> Path:
+    """`given`, or the checkpoint that comes with the package. Raises CheckpointError if that one is missing."""
+    if given is not None:
+        return given
+    if not PACKAGED.is_file():
+        raise CheckpointError(
+            f"the checkpoint that comes with the package is missing ({PACKAGED})",
+            hint="install metadiff again, or give a checkpoint of `metadiff metatrain` with --checkpoint",
+        )
+    return PACKAGED
 
 
 def without_home() -> str | None:

@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from metadiff_cli.app import run
-from metadiff_cli.commands.adapt.report import AdaptReport, QueryImage
+from metadiff_cli.commands.adapt.output import Outcome
+from metadiff_cli.commands.adapt.report import AdaptReport
 from metadiff_cli.core.checkpoints.model import save_model
 from metadiff_cli.core.encoders.bank import FeatureBank
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
@@ -128,15 +129,21 @@ class Page(HTMLParser):
         return [a for t, a in self.tags if t == tag and (not kind or kind in (a.get("class") or "").split())]
 
 
+def outcome(path: str, names: Sequence[str], probabilities: Sequence[float], **more: Any) -> Outcome:
+    """A prediction with these probabilities of the classes."""
+    ranking = sorted(zip(names, probabilities, strict=True), key=lambda pair: -pair[1])
+    return Outcome(path, tuple(ranking), **more)
+
+
 def report(photos: Path, names: Sequence[str] = tuple(COLOURS), **changes: object) -> AdaptReport:
-    """The four colours with unequal support, a query image of each, and two without a prediction."""
+    """The four colours with unequal support, a query image of each, and one that cannot be read."""
     support = {n: sorted(map(str, (photos / "support" / c).iterdir())) for n, c in zip(names, COLOURS, strict=True)}
-    queries = [
-        QueryImage(str(photos / "query" / f"{c}.png"), [0.7 if i == j else 0.1 for j in range(4)])
+    outcomes = [
+        outcome(str(photos / "query" / f"{c}.png"), names, [0.7 if i == j else 0.1 for j in range(4)])
         for i, c in enumerate(COLOURS)
     ]
-    queries.insert(1, QueryImage(str(photos / "broken.png"), None, "not an image, or damaged"))
-    fields: dict[str, object] = {"classes": names, "support": support, "queries": queries, **changes}
+    outcomes.insert(1, Outcome(str(photos / "broken.png"), reason="not an image, or damaged"))
+    fields: dict[str, object] = {"classes": names, "support": support, "outcomes": outcomes, **changes}
     return AdaptReport(**fields)  # type: ignore[arg-type]
 
 

@@ -1,1 +1,1 @@
-"""From image files to a classifier and predictions; shared by `adapt` and the Python class."""
+"""From images to a classifier, shared by `metadiff adapt` and the Python class, so that both give the same results."""

@@ -1,4 +1,4 @@
-"""Images into one folder per class. No file is ever overwritten: a free name is found, and identical content stays."""
+"""Sort images into one folder per class. No file is overwritten: an image takes a free name, a copy is not repeated."""
 
 import filecmp
 import os
@@ -10,28 +10,28 @@ from pathlib import Path
 from metadiff_cli.files import copy_file
 
 REJECTED = "_rejected"
-LONGEST = 120  # bytes of a folder's name: file systems take 255, encrypted ones less
-FORBIDDEN = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')  # by some file system or shell that people use
+LONGEST = 120  # bytes of a folder's name: most file systems allow 255, encrypted ones fewer
+FORBIDDEN = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')  # in names, by some common file system or shell
 RESERVED = frozenset({"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))})
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Where an image lies now; `new` is False when its content was there already, and nothing was done."""
+    """The path of a sorted image. `new` is False when a file of the same content was there, and nothing was done."""
 
     path: Path
     new: bool
 
 
 class Sorter:
-    """Copies or moves images below `root` into folders named after classes; None stands for rejected images."""
+    """Copies or moves images into the folder of their class below `root`. The class None is that of rejected images."""
 
     def __init__(self, root: Path, classes: Sequence[str], *, move: bool = False) -> None:
         self.root, self.move = root, move
         self.folders = folder_names(classes)
 
     def place(self, image: Path, label: str | None) -> Placed:
-        """Bring one image to its class's folder. Raises OSError."""
+        """Copy or move one image into the folder of its class. Raises OSError."""
         folder = self.root / self.folders[label]
         folder.mkdir(parents=True, exist_ok=True)
         for target in _candidates(folder, image.name):
@@ -48,7 +48,7 @@ class Sorter:
 
 
 def folder_names(classes: Sequence[str]) -> dict[str | None, str]:
-    """A folder name for each class that every usual file system takes, no two alike even where case does not count."""
+    """A folder name for each class, valid on all common file systems, and unique where case does not count."""
     names: dict[str | None, str] = {}
     taken: set[str] = set()
     for cls in (None, *classes):
@@ -79,7 +79,7 @@ def _candidates(folder: Path, name: str) -> Iterator[Path]:
 
 
 def _bring(image: Path, target: Path, move: bool) -> None:
-    """Raises FileExistsError when `target` exists; leaves nothing half done."""
+    """Copy or move `image` to `target`, wholly or not at all. Raises FileExistsError when `target` exists."""
     if not (move and _linked(image, target)):
         copy_file(image, target, new=True)
     if move:
@@ -87,7 +87,10 @@ def _bring(image: Path, target: Path, move: bool) -> None:
 
 
 def _linked(image: Path, target: Path) -> bool:
-    """Whether the image now has the second name: not across file systems, on some not at all, and no link of a link."""
+    """Give the image a second name, and say whether that was possible: some file systems have no hard links.
+
+    A symbolic link gets none, because the link would then point to nowhere.
+    """
     if image.is_symlink():
         return False
     try:

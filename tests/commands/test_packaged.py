@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from metadiff_cli import FewShotClassifier
-from metadiff_cli.commands.options import PACKAGED
 from metadiff_cli.core.checkpoints.file import read_header
+from metadiff_cli.files import PACKAGED
 from tests.worlds import COLOURS, Result
 
 CLI = Callable[..., Result]

@@ -25,8 +25,9 @@ from metadiff_cli.core.baselines.train import InnerTrainer
 from metadiff_cli.core.encoders.bank import FeatureBank, PixelBank
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import build_encoder
-from metadiff_cli.core.method.denoisers import build_denoiser, support_stats
+from metadiff_cli.core.method.denoisers import build_denoiser
 from metadiff_cli.core.method.diffusion import Noise, Schedule, ddim, ddpm, finish
+from metadiff_cli.core.method.support import support_stats
 from metadiff_cli.core.method.task_space import fit_task_space
 from metadiff_cli.core.training.metatrain import MetaTrainer
 from metadiff_cli.core.training.pixels import Pixels

@@ -13,6 +13,7 @@ from metadiff_cli.config.schema import DenoiserConfig, MetatrainConfig
 from metadiff_cli.core.encoders.bank import Encoding, FeatureBank, extract
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import build_encoder
+from metadiff_cli.core.evaluation import controls
 from metadiff_cli.core.evaluation import evaluate as evaluation
 from metadiff_cli.core.evaluation.controls import logreg_method, ridge_method
 from metadiff_cli.core.evaluation.evaluate import Method, Protocol, Scores, evaluate, run_through
@@ -54,9 +55,9 @@ def every_method(protocol: Protocol, size: int = SIZE) -> dict[str, Method]:
     for name, metadiff in learners(size).items():
         found[name] = evaluation.method_of(metadiff, DRAWS, protocol)
         found[f"{name} with a pool"] = evaluation.method_of(metadiff, Sampling(), replace(protocol, transductive=True))
-    found["prototype"] = evaluation.prototype_method(metadiff)
-    found["soft k-means"] = evaluation.soft_kmeans_method(metadiff)
-    found["label propagation"] = evaluation.label_propagation_method(metadiff)
+    found["prototype"] = controls.prototype_method(metadiff)
+    found["soft k-means"] = controls.soft_kmeans_method(metadiff)
+    found["label propagation"] = controls.label_propagation_method(metadiff)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Query images from folders, files, globs, listings and standard input, each with the path that the output shows."""
+"""Find query images in folders, files, globs, listings and standard input, with the paths that the output shows."""
 
 import glob
 import os
@@ -14,7 +14,7 @@ from metadiff_cli.errors import DataError
 
 @dataclass(frozen=True)
 class Query:
-    """One image: `path` is shown as it was given, joined with the relative path; `label` where it is known."""
+    """A query image: its path as given (joined with the path inside a folder), and its class where it is known."""
 
     path: str
     label: str | None = None
@@ -22,9 +22,10 @@ class Query:
 
 @dataclass(frozen=True)
 class Queries:
-    """What is to be predicted, in the order of the output; `skipped` counts files that are no images.
+    """The query images in the order of the output.
 
-    What does not exist stays in its place and is found missing when it is read; `unreadable` are folders.
+    A path that does not exist is in its place, and becomes an error when it is read. `unreadable` lists folders that
+    cannot be read, with the reason. `skipped` is the number of files that are no images.
     """
 
     items: tuple[Query, ...]
@@ -32,20 +33,21 @@ class Queries:
     skipped: int
 
     def paths(self) -> list[Path]:
-        """As the file system takes them."""
+        """The path of each image."""
         return [Path(item.path) for item in self.items]
 
 
 def find_queries(given: Iterable[str], *, null: bool = False, outside: Path | None = None) -> Queries:
-    """Expand folders (nested, sorted), globs, listings and `-` (a path a line on stdin, or NUL-separated with `null`).
+    """Expand folders (nested ones too, sorted), globs, listings, and `-` for paths on stdin.
 
-    The label is the first folder's name below a folder that was given, or the listing's. Images below the folder
-    `outside` are left out: an earlier run sorted them there. Raises DataError for nothing.
+    Paths on stdin end with a line break, or with NUL where `null` is set. The label of an image is the name of the
+    first folder below the folder that was given, or that of the listing. Images below the folder `outside` are left
+    out, because an earlier run sorted them there. Raises DataError when there is no image.
     """
     unreadable: list[tuple[Path, str]] = []
     scan = Scan(unreadable=unreadable)
     found = [item for text in given for path in _expand(text, null) for item in _items(path, scan)]
-    unique = {Path(item.path): item for item in reversed(found)}  # of two mentions the first one stays
+    unique = {Path(item.path): item for item in reversed(found)}  # the first mention of an image stays
     items = tuple(item for item in found if unique[Path(item.path)] is item and not _below(item.path, outside))
     if not items and not unreadable:
         raise DataError(
@@ -75,7 +77,7 @@ def _items(text: str, scan: Scan) -> Iterator[Query]:
 
 
 def _expand(text: str, null: bool) -> list[str]:
-    """The path itself where it exists, else what it matches as a glob, else itself (it will be reported missing)."""
+    """The path itself where it exists, else what it matches as a glob, else itself, to be reported as missing."""
     if text == "-":
         return _stdin_paths(null)
     if os.path.exists(text) or not glob.has_magic(text):
@@ -86,7 +88,7 @@ def _expand(text: str, null: bool) -> list[str]:
 
 
 def _loops(folder: str, known: dict[str, bool]) -> bool:
-    """Whether the way to a folder passes one folder twice, as ** does through a link that leads back up."""
+    """Whether the path to a folder passes a folder twice, as ** does through a link that leads back to a parent."""
     if folder not in known:
         plain = Path(os.path.normpath(folder))
         above = [plain, *plain.parents]
@@ -95,7 +97,7 @@ def _loops(folder: str, known: dict[str, bool]) -> bool:
 
 
 def _stdin_paths(null: bool) -> list[str]:
-    """Names of files need not be valid text, so bytes are read where there are any."""
+    """Paths on stdin, read as bytes where possible, because a file name need not be valid text."""
     raw = getattr(sys.stdin, "buffer", None)
     text = os.fsdecode(raw.read()) if raw is not None else sys.stdin.read()
     if null:

@@ -10,11 +10,11 @@ from metadiff_cli.console import Screen
 
 REJECTED = "(rejected)"
 WIDEST = 20  # classes of a matrix that is shown whole
-PAIRS = 15  # confusions named where it is not
+PAIRS = 15  # confusions that are named where it is not
 
 
 class Score:
-    """Counts of (true class, label), None being rejected; images of classes that the support lacks stand apart."""
+    """Counts of true class and label, None for a rejected image. Classes that the support lacks are counted apart."""
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = tuple(classes)
@@ -22,14 +22,17 @@ class Score:
         self.unlabelled = 0
 
     def add(self, outcome: Outcome) -> None:
-        """Take in an outcome that has a label."""
+        """Count the outcome of an image that can be read."""
         if outcome.truth is None:
             self.unlabelled += 1
         else:
             self.pairs[outcome.truth, outcome.label] += 1
 
     def document(self) -> dict[str, Any]:
-        """JSON: accuracy in percent, with its interval, over images of known classes; a rejected one is not right."""
+        """The score as JSON: the accuracy in percent of images whose class the support has, with its 95 % interval.
+
+        A rejected image counts as wrong.
+        """
         known = {pair: n for pair, n in self.pairs.items() if pair[0] in self.classes}
         foreign = {pair: n for pair, n in self.pairs.items() if pair[0] not in self.classes}
         images, correct = sum(known.values()), sum(n for (truth, label), n in known.items() if truth == label)
@@ -54,7 +57,7 @@ class Score:
         }
 
     def counts(self) -> list[list[int]]:
-        """Images of each class of the support (rows) by label (columns), rejected ones and other classes left out."""
+        """Images by class (rows) and label (columns), both of the support; rejected images are left out."""
         return [[self.pairs[truth, label] for label in self.classes] for truth in self.classes]
 
     def _rows(self) -> list[str]:
@@ -66,9 +69,9 @@ class Score:
         return [*self.classes, *([None] if rejected else [])]
 
     def show(self, screen: Screen, *, matrix: bool) -> None:
-        """The summary on stderr, and on stdout the matrix, of many classes only the most frequent confusions.
+        """Show the summary on stderr, and the matrix on stdout; of many classes the most frequent confusions alone.
 
-        Without `matrix`, where stdout has rows for a program, those are on stderr.
+        Without `matrix`, because stdout holds rows for a program, the confusions are shown on stderr.
         """
         document = self.document()
         for line in _summary(document):
@@ -88,7 +91,8 @@ class Score:
             (number.get(row, ""), row, *(str(n) if n else "" for n in counts))
             for row, counts in zip(confusion["rows"], confusion["matrix"], strict=True)
         ]
-        screen.table("confusion matrix: a row is a true class, a column a label", ("", "class", *columns), rows, left=2)
+        title = "confusion matrix: a row is a true class, a column a label"
+        screen.table(title, ("", "class", *columns), rows, left=2)
         if others := [f"{number[cls]} {cls}" for cls in self.classes if cls not in confusion["rows"]]:
             screen.text(f"columns of classes without images here: {', '.join(others)}")
 
@@ -97,7 +101,7 @@ class Score:
         screen.table("most frequent confusions", ("class", "taken for", "images"), rows, left=2)
 
     def _wrong(self) -> list[tuple[int, str, str]]:
-        """Number, class and label of confusions, the most frequent first."""
+        """Number, class and label of each confusion, the most frequent first."""
         found = [(n, truth, label or REJECTED) for (truth, label), n in self.pairs.items() if truth != label]
         return sorted(found, key=lambda item: (-item[0], *item[1:]))
 
@@ -107,7 +111,7 @@ def _rejected(pairs: Mapping[tuple[str, str | None], int]) -> int:
 
 
 def wilson(correct: int, images: int) -> list[float]:
-    """95 % interval of an accuracy, in percent (Wilson 1927): sound for few images and near 0 and 100 %."""
+    """The 95 % interval of an accuracy, in percent (Wilson 1927), which holds for few images and near 0 and 100 %."""
     z, p = 1.96, correct / images
     centre = (p + z * z / (2 * images)) / (1 + z * z / images)
     half = z * math.sqrt(p * (1 - p) / images + z * z / (4 * images**2)) / (1 + z * z / images)

@@ -3,95 +3,81 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from metadiff_cli.console import Screen, counted
 
-if TYPE_CHECKING:
-    from metadiff_cli.classify.images import Prediction
-
-SHOWN = 20  # errors named one by one on stderr
+SHOWN = 20  # errors that stderr names one by one
+DIGITS = 6  # of a confidence or a margin in JSON and CSV
 Document = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a query image: label and confidences in 0..1, or the reason why there are none.
+    """What `adapt` says of one query image, or the reason why it cannot say anything.
 
-    `top` has classes and confidences, best first. `twin` is a support image alike, `truth` the class that the image was
-    given in, `placed` where it was sorted to, `margin` the known score above the threshold of --reject auto.
+    `ranking` holds the most probable classes with their probabilities in 0..1, best first; it is empty for an image
+    that cannot be read. `twin` is a support image that shows the same picture, `truth` the class that the image was
+    given in, `sorted_to` the path of the sorted image, and `margin` the known score above the threshold of
+    `--reject auto`.
     """
 
     path: str
-    label: str | None = None
-    confidence: float = 0.0
-    rejected: bool = False
-    top: tuple[tuple[str, float], ...] = ()
+    ranking: tuple[tuple[str, float], ...] = ()
     reason: str = ""
+    rejected: bool = False
     twin: str | None = None
     truth: str | None = None
-    placed: str | None = None
+    sorted_to: str | None = None
     margin: float | None = None
 
     @property
-    def good(self) -> bool:
+    def readable(self) -> bool:
         """Whether there is a prediction."""
-        return bool(self.top)
+        return bool(self.ranking)
 
-    def document(self) -> Document:
-        """Its JSON; optional keys only where there is something to say."""
-        optional = {"truth": self.truth, "twin": self.twin, "sorted_to": self.placed, "margin": self.margin}
+    @property
+    def label(self) -> str | None:
+        """The predicted class; None for an image that is rejected or cannot be read."""
+        return None if self.rejected or not self.ranking else self.ranking[0][0]
+
+    @property
+    def confidence(self) -> float:
+        """The probability of the most probable class."""
+        return self.ranking[0][1] if self.ranking else 0.0
+
+    def document(self, top_k: int) -> Document:
+        """The prediction as JSON; an optional key is there where it has a value."""
+        optional = {"truth": self.truth, "twin": self.twin, "sorted_to": self.sorted_to, "margin": self.margin}
         return {
             "path": self.path,
             "label": self.label,
-            "confidence": self.confidence,
+            "confidence": round(self.confidence, DIGITS),
             "rejected": self.rejected,
-            "top": [{"label": label, "confidence": confidence} for label, confidence in self.top],
+            "top": [{"label": label, "confidence": round(p, DIGITS)} for label, p in self.ranking[:top_k]],
             **{key: value for key, value in optional.items() if value is not None},
         }
 
 
-def decide(
-    prediction: "Prediction", classes: Sequence[str], top_k: int, reject_below: float | None, truth: str | None = None
-) -> Outcome:
-    """The outcome of a prediction; equal confidences stand in the order of the classes."""
-    p = prediction.probabilities
-    if p is None:
-        return Outcome(prediction.path, reason=prediction.reason, truth=truth)
-    order = sorted(range(len(classes)), key=lambda i: (-p[i], i))
-    margin = None if prediction.margin is None else round(prediction.margin, 6)
-    rejected = (reject_below is not None and p[order[0]] < reject_below) or (margin is not None and margin < 0)
-    return Outcome(
-        prediction.path,
-        None if rejected else classes[order[0]],
-        round(p[order[0]], 6),
-        rejected,
-        tuple((classes[i], round(p[i], 6)) for i in order[:top_k]),
-        twin=prediction.twin,
-        truth=truth,
-        margin=margin,
-    )
-
-
 @dataclass
 class Errors:
-    """Images that could not be used, with the reason, in the order they were met; the first `told` are known."""
+    """Images that cannot be used, as path and reason; the user was told of the first `told` of them already."""
 
-    found: list[tuple[str, str]] = field(default_factory=list)
+    found: list[tuple[str, str]]
     told: int = 0
 
     def add(self, path: str, reason: str) -> None:
-        """Take one in."""
+        """Add an image."""
         self.found.append((path, reason))
 
     def document(self) -> list[Document]:
-        """Its JSON."""
+        """The errors as JSON."""
         return [{"path": path, "reason": reason} for path, reason in self.found]
 
     def show(self, screen: Screen) -> None:
-        """Name them, at the end, where they are seen."""
+        """Name the errors on stderr."""
         new = self.found[self.told :]
         for path, reason in new[:SHOWN]:
             screen.warn(f"{path}: {reason}")
@@ -99,56 +85,66 @@ class Errors:
             screen.warn(f"{len(new) - SHOWN} more images have errors")
 
 
-Tail = Callable[[], Document]
-Writer = Callable[[Screen, Document, Iterator[Outcome], Tail], int]
+@dataclass(frozen=True)
+class Writing:
+    """Where a writer writes, and what it writes beside the outcomes.
+
+    `head` begins the JSON document; `tail` gives its end, once all outcomes are known.
+    """
+
+    screen: Screen
+    top_k: int
+    head: Document
+    tail: Callable[[], Document]
 
 
-def _write_json(screen: Screen, head: Document, outcomes: Iterator[Outcome], tail: Tail) -> int:
-    entries = [outcome.document() for outcome in outcomes if outcome.good]
-    screen.json({**head, "predictions": entries, **tail()})
+def _write_json(to: Writing, outcomes: Iterator[Outcome]) -> int:
+    entries = [outcome.document(to.top_k) for outcome in outcomes if outcome.readable]
+    to.screen.json({**to.head, "predictions": entries, **to.tail()})
     return len(entries)
 
 
-def _write_jsonl(screen: Screen, head: Document, outcomes: Iterator[Outcome], tail: Tail) -> int:
+def _write_jsonl(to: Writing, outcomes: Iterator[Outcome]) -> int:
     count = 0
     for outcome in outcomes:
-        line = outcome.document() if outcome.good else {"path": outcome.path, "error": outcome.reason}
-        screen.text(json.dumps(line, ensure_ascii=False))
-        count += outcome.good
+        failed = {"path": outcome.path, "error": outcome.reason}
+        line = outcome.document(to.top_k) if outcome.readable else failed
+        to.screen.text(json.dumps(line, ensure_ascii=False))
+        count += outcome.readable
     return count
 
 
-def _write_csv(screen: Screen, head: Document, outcomes: Iterator[Outcome], tail: Tail) -> int:
-    screen.text("path,label,confidence,rejected,error")
+def _write_csv(to: Writing, outcomes: Iterator[Outcome]) -> int:
+    to.screen.text("path,label,confidence,rejected,error")
     count = 0
     for outcome in outcomes:
-        row: list[object] = [outcome.path, "", "", "", outcome.reason]
-        if outcome.good:
-            row = [outcome.path, outcome.label or "", f"{outcome.confidence:.6f}", str(outcome.rejected).lower(), ""]
-            count += 1
+        row = [outcome.path, "", "", "", outcome.reason]
+        if outcome.readable:
+            confidence = f"{outcome.confidence:.{DIGITS}f}"
+            row = [outcome.path, outcome.label or "", confidence, str(outcome.rejected).lower(), ""]
         line = io.StringIO()
         csv.writer(line, lineterminator="").writerow(row)
-        screen.text(line.getvalue())
+        to.screen.text(line.getvalue())
+        count += outcome.readable
     return count
 
 
-def _write_table(screen: Screen, head: Document, outcomes: Iterator[Outcome], tail: Tail) -> int:
-    rows = [
-        (
-            outcome.path,
-            outcome.label if outcome.label is not None else "(rejected)",
-            f"{outcome.confidence:.1%}",
-            ", ".join(f"{label} {confidence:.0%}" for label, confidence in outcome.top[0 if outcome.rejected else 1 :]),
-        )
-        for outcome in outcomes
-        if outcome.good
-    ]
+def _write_table(to: Writing, outcomes: Iterator[Outcome]) -> int:
+    rows = []
+    for outcome in outcomes:
+        if outcome.readable:
+            label = "(rejected)" if outcome.label is None else outcome.label
+            others = outcome.ranking[0 if outcome.rejected else 1 : to.top_k]
+            runners_up = ", ".join(f"{name} {p:.0%}" for name, p in others)
+            rows.append((outcome.path, label, f"{outcome.confidence:.1%}", runners_up))
     if rows:
-        title = f"{counted(len(rows), 'image')}, {len(head['classes'])} classes"
-        if head["protocol"] == "transductive":
+        title = f"{counted(len(rows), 'image')}, {len(to.head['classes'])} classes"
+        if to.head["protocol"] == "transductive":
             title += "; transductive: predictions depend on one another"
-        screen.table(title, ("image", "label", "confidence", "runners-up"), rows, left=2)
+        to.screen.table(title, ("image", "label", "confidence", "runners-up"), rows, left=2)
     return len(rows)
 
 
+Writer = Callable[[Writing, Iterator[Outcome]], int]
+# Each writes all outcomes and returns the number of predictions.
 WRITERS: dict[str, Writer] = {"json": _write_json, "jsonl": _write_jsonl, "csv": _write_csv, "table": _write_table}

@@ -1,120 +1,112 @@
-"""From query images to outcomes, one after the other, and what is learned on the way: errors, twins, the score."""
+"""From query images to outcomes, one after the other: predicted, rejected, sorted into folders, and counted."""
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from metadiff_cli.classify.images import Prediction, predict_images
-from metadiff_cli.commands.adapt.build import NAMED, Ready, check_sentences, encode_queries, rejection_document
-from metadiff_cli.commands.adapt.inputs import Queries
+import torch
+
+from metadiff_cli.classify.images import Encoded
+from metadiff_cli.commands.adapt.build import NAMED, Ready
+from metadiff_cli.commands.adapt.inputs import Queries, Query
 from metadiff_cli.commands.adapt.labelled import Score
-from metadiff_cli.commands.adapt.output import Errors, Outcome, decide
-from metadiff_cli.config.schema import Config
+from metadiff_cli.commands.adapt.output import DIGITS, Errors, Outcome
 from metadiff_cli.console import Screen, counted
 from metadiff_cli.data.sort import Sorter
 
-if TYPE_CHECKING:
-    from metadiff_cli.commands.adapt.report import QueryImage
+RANKED = 3  # classes per image that are kept even where --top-k is lower: the report shows two runners-up
+
+Scores = tuple[list[float], float | None]  # probabilities (N,) and margin of one image
 
 
-class Stream:
-    """The stream from images to outcomes, and what is learned on the way: errors, twins, the score."""
+class Predictions:
+    """The stream of outcomes, and what is learned on the way: errors, twins, rejections, the score."""
 
     def __init__(
-        self, config: Config, ready: Ready, queries: Queries, screen: Screen, top_k: int,
-        reject_below: float | None, labelled: bool, bar: bool, keep: bool = False,
-    ) -> None:  # fmt: skip
-        """`keep` holds on to every prediction, as a report needs; otherwise memory does not grow with the queries."""
-        self.kept: list[QueryImage] | None = [] if keep else None
-        self.config, self.ready, self.queries, self.screen = config, ready, queries, screen
-        self.top_k, self.reject_below, self.bar = top_k, reject_below, bar
+        self,
+        ready: Ready,
+        queries: Queries,
+        screen: Screen,
+        *,
+        top_k: int,
+        reject_below: float | None,
+        labelled: bool,
+        sorter: Sorter | None,
+        keep: bool,
+    ) -> None:
+        """`keep` holds on to all outcomes, for a report; otherwise memory does not grow with the number of images."""
+        self.ready, self.queries, self.screen = ready, queries, screen
+        self.ranked, self.reject_below, self.sorter = max(top_k, RANKED), reject_below, sorter
         self.classes = ready.classifier.classes
         self.score = Score(self.classes) if labelled else None
-        broken = ready.origin.support.broken  # they were named when the support was read
+        broken = ready.classifier.support.broken  # they were named when the support was read
         self.errors = Errors([*broken, *queries.unreadable], told=len(broken))
-        self.twins = self.rejected = 0
-        self.sorted_new = self.sorted_old = 0
-        self.sorting: str | None = None
+        self.twin_of = ready.classifier.support.path_of()
+        self.twins = self.rejected = self.sorted_new = self.sorted_before = 0
+        self.kept: list[Outcome] | None = [] if keep else None
 
-    def outcomes(self) -> Iterator[Outcome]:
-        """In the order of the queries."""
-        for item, prediction in zip(self.queries.items, self._predictions(), strict=True):
-            truth = item.label if self.score is not None else None
-            outcome = decide(prediction, self.classes, self.top_k, self.reject_below, truth)
-            self._note(outcome)
-            if self.kept is not None:
-                self.kept.append(_kept(prediction, outcome))
+    def outcomes(self, encoded: Iterator[list[Encoded]]) -> Iterator[Outcome]:
+        """The outcome of each query image, in the order of the queries, from their features a batch at a time."""
+        images = chain.from_iterable(self._scored(batch) for batch in encoded)
+        for query, (image, scores) in zip(self.queries.items, images, strict=True):
+            outcome = self._decided(query, image, scores)
+            if self.sorter is not None and outcome.readable:
+                outcome = self._sorted(outcome, self.sorter)
+            self._count(outcome)
             yield outcome
 
-    def _predictions(self) -> Iterator[Prediction]:
-        classifier, encoded = self.ready.classifier, self.ready.encoded
-        stream = encoded or encode_queries(
-            self.config, classifier.images, self.queries, "predicting", self.screen, shown=self.bar
-        )
-        return predict_images(classifier, stream, self.ready.origin.support.known(), self.ready.rejector)
+    def _scored(self, batch: list[Encoded]) -> Iterator[tuple[Encoded, Scores | None]]:
+        """Each image of a batch with its scores, where it can be read."""
+        readable = [image.features for image in batch if image.features is not None]
+        scores = iter(self._scores(torch.stack(readable)) if readable else ())
+        return ((image, None if image.features is None else next(scores)) for image in batch)
 
-    def _note(self, outcome: Outcome) -> None:
-        if not outcome.good:
+    def _scores(self, z: torch.Tensor) -> list[Scores]:
+        probabilities = self.ready.classifier.probabilities(z).tolist()
+        rejector = self.ready.rejector
+        margins = [None] * len(z) if rejector is None else rejector.margins(z.unsqueeze(0))[0].tolist()
+        return list(zip(probabilities, margins, strict=True))
+
+    def _decided(self, query: Query, image: Encoded, scores: Scores | None) -> Outcome:
+        """The outcome of an image. Classes that are equally probable stand in their order."""
+        truth = query.label if self.score is not None else None
+        if scores is None:
+            return Outcome(query.path, reason=image.reason, truth=truth)
+        p, margin = scores
+        order = sorted(range(len(p)), key=lambda c: (-p[c], c))[: self.ranked]
+        margin = None if margin is None else round(margin, DIGITS)
+        rejected = (self.reject_below is not None and p[order[0]] < self.reject_below) or (
+            margin is not None and margin < 0
+        )
+        ranking = tuple((self.classes[c], p[c]) for c in order)
+        twin = self.twin_of.get(image.digest)
+        return Outcome(query.path, ranking, rejected=rejected, twin=twin, truth=truth, margin=margin)
+
+    def _sorted(self, outcome: Outcome, sorter: Sorter) -> Outcome:
+        """The outcome of an image that was sorted into its folder; an image that cannot be sorted is an error."""
+        try:
+            placed = sorter.place(Path(outcome.path), outcome.label)
+        except OSError as error:
+            self.errors.add(outcome.path, f"cannot be sorted into {sorter.root} ({error.strerror})")
+            return outcome
+        self.sorted_new += placed.new
+        self.sorted_before += not placed.new
+        return replace(outcome, sorted_to=str(placed.path))
+
+    def _count(self, outcome: Outcome) -> None:
+        if not outcome.readable:
             self.errors.add(outcome.path, outcome.reason)
         elif self.score is not None:
             self.score.add(outcome)
-        self.twins += outcome.twin is not None
         self.rejected += outcome.rejected
+        self.twins += outcome.twin is not None
         if outcome.twin is not None and self.twins <= NAMED:
             self.screen.warn(f"query {outcome.path} is also in the support ({outcome.twin})")
-
-    def sorted(self, outcomes: Iterator[Outcome], root: Path, move: bool) -> Iterator[Outcome]:
-        """The same outcomes, each image brought to its class's folder. What cannot be brought there is an error."""
-        sorter = Sorter(root, self.classes, move=move)
-        self.sorting = f"{'moved' if move else 'copied'} into {root}"
-        for outcome in outcomes:
-            if outcome.good:
-                try:
-                    placed = sorter.place(Path(outcome.path), outcome.label)
-                except OSError as error:
-                    self.errors.add(outcome.path, f"cannot be sorted into {root} ({error.strerror})")
-                else:
-                    self.sorted_new += placed.new
-                    self.sorted_old += not placed.new
-                    outcome = replace(outcome, placed=str(placed.path))
-                    if move and placed.new and self.kept is not None:  # the report draws the picture where it is now
-                        self.kept[-1] = replace(self.kept[-1], path=str(placed.path))
-            yield outcome
-
-    def write_report(self, path: Path, checkpoint: str) -> None:
-        """The page of everything that was predicted."""
-        from metadiff_cli.commands.adapt.report import AdaptReport, Confusion, write_report
-
-        assert self.kept is not None
-        support = self.ready.origin.support
-        by_class: dict[str, list[str]] = {cls: [] for cls in self.classes}
-        for label, image in zip(support.labels, support.paths, strict=True):
-            by_class[self.classes[label]].append(image)
-        readable = {cls: [image for image in images if Path(image).is_file()] for cls, images in by_class.items()}
-        score = self.score
-        report = AdaptReport(
-            classes=self.classes,
-            support=readable if any(readable.values()) else {},
-            queries=self.kept,
-            facts={"checkpoint": Path(checkpoint).name, "seed": self.config.seed, **self._rejection_facts()},
-            notes=[self.ready.dependence] if self.ready.dependence else [],
-            support_check=check_sentences(self.ready.check),
-            broken_support=support.broken,
-            confusion=None if score is None else Confusion(score.counts(), "the labelled query images"),
-        )
-        with self.screen.progress("drawing the report", shown=self.bar) as advance:
-            write_report(path, report, workers=self.config.runtime.num_workers, progress=advance)
-        self.screen.note(f"report written: {path}")
-
-    def _rejection_facts(self) -> dict[str, object]:
-        """How images were rejected, for the page."""
-        below, auto = self.reject_below, rejection_document(self.ready)
-        facts: dict[str, object] = {} if below is None else {"rejected below confidence": f"{below:g}"}
-        if auto is not None:
-            rate = 100 * auto["false_rejection_rate"]
-            facts["rejected as none of the classes"] = f"by a threshold that {rate:g} % of validation images fall below"
-        return facts
+        if self.kept is not None:
+            moved = self.sorter is not None and self.sorter.move and outcome.sorted_to is not None
+            self.kept.append(replace(outcome, path=str(outcome.sorted_to)) if moved else outcome)
 
     def tail(self) -> dict[str, Any]:
         """What the JSON document says after the predictions."""
@@ -122,7 +114,7 @@ class Stream:
         return {**scored, "errors": self.errors.document()}
 
     def finish(self, *, matrix: bool) -> None:
-        """Say on stderr what happened, and show the score."""
+        """Say on stderr what happened, and show the score; its confusion matrix on stdout where `matrix` is set."""
         screen = self.screen
         if self.score is not None:
             self.score.show(screen, matrix=matrix)
@@ -131,20 +123,12 @@ class Stream:
         if self.twins > NAMED:
             screen.warn(f"{self.twins} query images are also in the support")
         if self.queries.skipped:
-            screen.note(f"left out, as they are no images: {counted(self.queries.skipped, 'query file')}")
-        if self.sorting is not None:
-            screen.note(f"{counted(self.sorted_new, 'image')} {self.sorting}")
-            if self.sorted_old:
-                screen.note(f"there already, and left where they are: {counted(self.sorted_old, 'image')}")
+            screen.note(f"left out, because they are no images: {counted(self.queries.skipped, 'query file')}")
+        if self.sorter is not None:
+            done = "moved" if self.sorter.move else "copied"
+            screen.note(f"{counted(self.sorted_new, 'image')} {done} into {self.sorter.root}")
+            if self.sorted_before:
+                screen.note(f"left in place, because a copy was there already: {counted(self.sorted_before, 'image')}")
         if self.ready.dependence:
             screen.note(self.ready.dependence)
         self.errors.show(screen)
-
-
-def _kept(prediction: Prediction, outcome: Outcome) -> "QueryImage":
-    """A prediction as the report shows it."""
-    from metadiff_cli.commands.adapt.report import QueryImage
-
-    return QueryImage(
-        prediction.path, prediction.probabilities, prediction.reason, outcome.rejected, prediction.twin, outcome.truth
-    )

@@ -1,71 +1,47 @@
-"""`adapt --report`: one self-contained page with support, predictions and confusion, to be looked at in a browser.
+"""`adapt --report`: one self-contained page with the support, the predictions and the confusions, for a browser.
 
-The page is made from the templates in `pages/`. Names of classes and files are hostile text: Jinja escapes them, the
-script compares numbers and sets `textContent`, and a Content-Security-Policy forbids every load. The page is written
-as it is rendered, so thousands of thumbnails are never in memory together. Nothing in it depends on the time.
+The page is made from the templates in `pages/`. Names of classes and files may be hostile: Jinja escapes them, the
+script compares numbers and sets `textContent`, and a Content-Security-Policy forbids the page to load anything. It is
+written while it is rendered, so its thumbnails are never in memory together. The same results give the same bytes.
 """
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from metadiff_cli import __version__
+from metadiff_cli.commands.adapt.output import Outcome
+from metadiff_cli.commands.pages.page import write_page
 from metadiff_cli.data.cache import decode_images, no_progress
-from metadiff_cli.errors import MetaDiffError
-from metadiff_cli.files import atomic
 
-THUMBNAIL = 128  # pixels a side: the central square, which is what the classifier sees
+THUMBNAIL = 128  # pixels per side, of the central square that the classifier sees
 QUALITY = 60
 RUNNERS_UP = 2
-REJECTED = -1
-
-
-@dataclass(frozen=True)
-class QueryImage:
-    """A query image and what became of it: probabilities (N,), or the reason why there are none.
-
-    `twin` is a support image with the same content; `truth` the class that the image is known to show.
-    """
-
-    path: str
-    probabilities: Sequence[float] | None
-    reason: str = ""
-    rejected: bool = False
-    twin: str | None = None
-    truth: str | None = None
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """`counts[i][j]` images of class i were labelled j; `source` is a sentence on which images these are."""
-
-    counts: Sequence[Sequence[int]]
-    source: str
+REJECTED = -1  # stands for the class of a rejected image
 
 
 @dataclass(frozen=True)
 class AdaptReport:
-    """Everything the page shows. `support` has the image paths of each class; it is empty for a saved classifier.
+    """Everything that the page shows. `support` holds the image paths of each class; a saved classifier has none.
 
-    `facts` are shown as name and value; `notes` are sentences a reader must not miss; `support_check` says how well
-    the classes can be told apart; `broken_support` has path and reason.
+    `facts` are shown as name and value. `notes` are sentences that a reader must not miss. `support_check` says how
+    well the classes can be told apart. `broken_support` lists path and reason. `confusion[i][j]` is the number of
+    labelled images of class i that were predicted as class j.
     """
 
     classes: Sequence[str]
     support: Mapping[str, Sequence[str]]
-    queries: Sequence[QueryImage]
+    outcomes: Sequence[Outcome]
     facts: Mapping[str, object] = field(default_factory=dict)
     notes: Sequence[str] = ()
     support_check: Sequence[str] = ()
     broken_support: Sequence[tuple[str, str]] = ()
-    confusion: Confusion | None = None
+    confusion: Sequence[Sequence[int]] | None = None
 
 
 def write_report(
@@ -78,62 +54,49 @@ def write_report(
 ) -> None:
     """Write the page atomically. Raises MetaDiffError when the file cannot be written.
 
-    `progress` is called with the number of images whose thumbnail is made, and how many there will be.
+    `progress` is called with the number of thumbnails made, and of all thumbnails.
     """
-    readable = [query for query in report.queries if query.probabilities is not None]
+    readable = [outcome for outcome in report.outcomes if outcome.readable]
     total = len(readable) + sum(len(images) for images in report.support.values())
     thumbnails = _Thumbnails(workers, progress, total)
-    labels = [_label(query) for query in readable]
+    labelled = Counter(outcome.label for outcome in readable)
     write_page(
         path, "adapt.html", title=title, report=report, thumb=THUMBNAIL,
-        tiles_facts=_tiles(report, readable), rejected=labels.count(REJECTED),
-        labelled=[labels.count(i) for i in range(len(report.classes))],
-        labelled_truth=any(query.truth is not None for query in readable),
-        rows=lambda: _class_rows(report, readable, labels, thumbnails),
+        tiles_facts=_tiles(report, readable),
+        rejected=labelled[None],
+        labelled=[labelled[name] for name in report.classes],
+        labelled_truth=any(outcome.truth is not None for outcome in readable),
+        rows=lambda: _class_rows(report, readable, thumbnails),
         cards=lambda: _cards(report, readable, thumbnails),
         confusion=_confusion_rows(report),
-        broken=[*report.broken_support, *((q.path, q.reason) for q in report.queries if q.probabilities is None)],
+        broken=[*report.broken_support, *((o.path, o.reason) for o in report.outcomes if not o.readable)],
     )  # fmt: skip
-
-
-def write_page(path: Path, template: str, **context: Any) -> None:
-    """Render a template of `pages/` to a file, atomically and piece by piece."""
-    pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parents[1] / "pages"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    pieces = pages.get_template(template).generate(version=__version__, **context)
-    try:
-        # a name that is not UTF-8 on disk has lone surrogates: shown as escapes rather than failing
-        with (
-            atomic(path) as temporary,
-            temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
-        ):
-            file.writelines(pieces)
-    except OSError as error:
-        raise MetaDiffError(
-            f"report {path} cannot be written ({error.strerror})", hint="give another --report"
-        ) from error
 
 
 @dataclass(frozen=True)
 class _Card:
-    """One query image as the template shows it; `label` is a class number or REJECTED."""
+    """A query image as the template shows it. `number` is the position of its label in the classes, or REJECTED."""
 
-    query: QueryImage
+    outcome: Outcome
     thumbnail: str
-    label: int
-    title: str
-    confidence: float
-    runners: list[tuple[str, float]]
+    number: int
 
     @property
     def name(self) -> str:
-        return Path(self.query.path).name
+        return Path(self.outcome.path).name
+
+    @property
+    def title(self) -> str:
+        return "rejected" if self.outcome.label is None else self.outcome.label
+
+    @property
+    def runners(self) -> Sequence[tuple[str, float]]:
+        """The runners-up; of a rejected image, the most probable class comes first."""
+        return self.outcome.ranking[0 if self.outcome.rejected else 1 : 1 + RUNNERS_UP]
 
     @property
     def wrong(self) -> bool:
-        return self.query.truth is not None and not self.query.rejected and self.title != self.query.truth
+        return self.outcome.truth not in (None, self.outcome.label) and not self.outcome.rejected
 
     @staticmethod
     def percent(share: float) -> str:
@@ -144,7 +107,7 @@ class _Card:
 
 @dataclass(frozen=True)
 class _ClassRow:
-    """One class of the support sheet: its images as (path, data URI), and what was given its label."""
+    """A class of the support: its images as (path, data URI), the number and mean confidence of images labelled so."""
 
     name: str
     images: list[tuple[str, str]]
@@ -154,7 +117,7 @@ class _ClassRow:
 
 @dataclass(frozen=True)
 class _ConfusionRow:
-    """One true class: the count and its share of the row for each predicted class."""
+    """A true class: for each predicted class the number of images, and their share of the row."""
 
     index: int
     name: str
@@ -171,7 +134,7 @@ class _Thumbnails:
     done: int = 0
 
     def of(self, paths: Sequence[str]) -> Iterator[str]:
-        """In order; empty for a file that cannot be read any more."""
+        """The data URI of each file in order; empty for a file that can no longer be read."""
         for _, pixels in decode_images([Path(path) for path in paths], THUMBNAIL, workers=self.workers):
             self.done += 1
             self.progress(self.done, self.total)
@@ -180,40 +143,24 @@ class _Thumbnails:
 
 def _data_uri(pixels: np.ndarray) -> str:
     Image.init()
-    kind = "WEBP" if "WEBP" in Image.SAVE else "JPEG"  # half the size, but Pillow may be built without it
+    kind = "WEBP" if "WEBP" in Image.SAVE else "JPEG"  # WebP takes half the size, but a Pillow may be built without it
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind, quality=QUALITY)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def _label(query: QueryImage) -> int:
-    assert query.probabilities is not None
-    return REJECTED if query.rejected else _ranked(query.probabilities)[0]
+def _cards(report: AdaptReport, readable: Sequence[Outcome], thumbnails: _Thumbnails) -> Iterator[_Card]:
+    number = {name: i for i, name in enumerate(report.classes)}
+    uris = thumbnails.of([outcome.path for outcome in readable])
+    for outcome, uri in zip(readable, uris, strict=True):
+        yield _Card(outcome, uri, REJECTED if outcome.label is None else number[outcome.label])
 
 
-def _ranked(probabilities: Sequence[float]) -> list[int]:
-    """Class numbers from the most to the least probable, equal ones in their order."""
-    return sorted(range(len(probabilities)), key=lambda i: (-probabilities[i], i))
-
-
-def _cards(report: AdaptReport, readable: Sequence[QueryImage], thumbnails: _Thumbnails) -> Iterator[_Card]:
-    uris = thumbnails.of([query.path for query in readable])
-    for query, uri in zip(readable, uris, strict=True):
-        assert query.probabilities is not None
-        ranked = [(report.classes[i], query.probabilities[i]) for i in _ranked(query.probabilities)]
-        title, runners = ranked[0][0], ranked[1 : 1 + RUNNERS_UP]
-        if query.rejected:
-            title, runners = "rejected", ranked[: 1 + RUNNERS_UP]
-        yield _Card(query, uri, _label(query), title, ranked[0][1], runners)
-
-
-def _class_rows(
-    report: AdaptReport, readable: Sequence[QueryImage], labels: Sequence[int], thumbnails: _Thumbnails
-) -> Iterator[_ClassRow]:
-    for i, name in enumerate(report.classes):
+def _class_rows(report: AdaptReport, readable: Sequence[Outcome], thumbnails: _Thumbnails) -> Iterator[_ClassRow]:
+    for name in report.classes:
         paths = report.support.get(name, ())
-        sure = [max(q.probabilities or ()) for q, label in zip(readable, labels, strict=True) if label == i]
         images = list(zip(paths, thumbnails.of(paths), strict=True))
+        sure = [outcome.confidence for outcome in readable if outcome.label == name]
         yield _ClassRow(name, images, len(sure), sum(sure) / max(1, len(sure)))
 
 
@@ -221,26 +168,26 @@ def _confusion_rows(report: AdaptReport) -> list[_ConfusionRow]:
     if report.confusion is None:
         return []
     rows = []
-    for i, (name, counts) in enumerate(zip(report.classes, report.confusion.counts, strict=True)):
+    for i, (name, counts) in enumerate(zip(report.classes, report.confusion, strict=True)):
         total = max(1, sum(counts))
         rows.append(_ConfusionRow(i, name, [(count, count / total) for count in counts]))
     return rows
 
 
-def _tiles(report: AdaptReport, readable: Sequence[QueryImage]) -> list[tuple[str, str]]:
+def _tiles(report: AdaptReport, readable: Sequence[Outcome]) -> list[tuple[str, str]]:
     """The numbers at the head of the page."""
-    rejected = sum(query.rejected for query in readable)
-    broken = len(report.queries) - len(readable) + len(report.broken_support)
+    rejected = sum(outcome.rejected for outcome in readable)
+    broken = len(report.outcomes) - len(readable) + len(report.broken_support)
     tiles = [("Classes", f"{len(report.classes)}")]
     if report.support:
         tiles.append(("Support", f"{sum(len(images) for images in report.support.values()):,}"))
     tiles.append(("Labelled", f"{len(readable) - rejected:,}"))
     if readable:
-        median = float(np.median([max(q.probabilities or ()) for q in readable]))
+        median = float(np.median([outcome.confidence for outcome in readable]))
         tiles.append(("Median confidence", f"{100 * median:.0f} %"))
-    known = [query for query in readable if query.truth is not None and not query.rejected]
+    known = [outcome for outcome in readable if outcome.truth is not None and not outcome.rejected]
     if known:
-        right = sum(report.classes[_label(q)] == q.truth for q in known)
-        tiles.append(("Accuracy", f"{100 * right / len(known):.1f} %"))
+        correct = sum(outcome.label == outcome.truth for outcome in known)
+        tiles.append(("Accuracy", f"{100 * correct / len(known):.1f} %"))
     tiles += [(name, f"{count:,}") for name, count in (("Rejected", rejected), ("Unreadable", broken)) if count]
     return tiles

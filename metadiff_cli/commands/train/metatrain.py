@@ -92,7 +92,8 @@ def metatrain(
         from metadiff_cli.commands.train.plan import show_plan
 
         return show_plan("metatrain", resolved, data, screen, as_json=as_json, encoder=file)
-    from metadiff_cli.commands.evaluate.measure import PICTURES, show_result
+    from metadiff_cli.commands.evaluate.measure import PICTURES
+    from metadiff_cli.commands.evaluate.table import show_result
     from metadiff_cli.commands.train.run_folder import CHECKPOINT, find_data, open_run, open_source
     from metadiff_cli.commands.train.starting import Start
     from metadiff_cli.core.training.distributed import on_main
@@ -238,7 +239,7 @@ def _learn(
     """Task space, denoiser and tuning; what became of the learned part; the kind of denoiser that is kept."""
     from metadiff_cli.core.method.adapt import MetaDiff, Tuning
     from metadiff_cli.core.method.denoisers import AnalyticDenoiser
-    from metadiff_cli.core.method.domain import shared_of
+    from metadiff_cli.core.method.guidance import shared_of
     from metadiff_cli.core.training.fit import fit_tuning
 
     kind = config.denoiser.kind

@@ -1,7 +1,7 @@
-"""Classifiers on disk: all that prediction needs, and all that it takes to make the classifier again with more images.
+"""Adapted classifiers on disk: all that prediction needs, and all that it takes to adapt again with further images.
 
-Beside the weights a file holds the model (encoder, task space, denoiser, tuning), features and digests of the support,
-and of the pool that guided it. No pixels are kept, and of paths only class and file name.
+Beside the classifier's weights a file holds the whole model (encoder, task space, denoiser, tuning), and the features
+and digests of the support images and of the unlabelled pool. It holds no pixels and no folders of the images.
 """
 
 from dataclasses import dataclass
@@ -23,9 +23,7 @@ from metadiff_cli.core.checkpoints.model import (
     model_tensors,
 )
 from metadiff_cli.core.method.adapt import TaskClassifier
-from metadiff_cli.core.method.support import Pool, SupportSet
 from metadiff_cli.core.method.task_space import TaskSpace
-from metadiff_cli.data.scan import class_name
 
 DIGEST = 32  # bytes
 
@@ -41,88 +39,99 @@ class ClassifierHeader(Part):
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What a classifier was made of."""
+class StoredImages:
+    """Features (n, D) of n images, and the digest (32 bytes) of each image's pixels."""
+
+    features: Tensor
+    digests: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class StoredClassifier:
+    """What a classifier file holds. `model` is what the classifier was adapted from.
+
+    `labels` (n,) are the classes of the n support images, as positions in `classes`; `names` are shown in messages.
+    `pool` holds the unlabelled images that guided the adaptation, where there were any.
+    """
 
     model: Model
-    support: SupportSet
-    pool: Pool | None = None
+    task: TaskClassifier
+    classes: tuple[str, ...]
+    support: StoredImages
+    labels: np.ndarray
+    names: tuple[str, ...]
+    pool: StoredImages | None = None
+
+    @property
+    def classifier(self) -> SavedClassifier:
+        """The part that predicts."""
+        return SavedClassifier(self.model.images, self.task, self.classes)
 
 
-def save_classifier(path: Path, classifier: SavedClassifier, origin: Origin) -> None:
-    """Write an adapted classifier with what it was made of."""
-    support, pool, metadiff = origin.support, origin.pool, origin.model.metadiff
-    tensors = model_tensors(classifier.images, metadiff)
-    tensors |= {
-        "weights": classifier.task.weights,
-        "mean": classifier.task.space.mean.reshape(1, 1, -1),
-        "support.features": support.features,
-        "support.labels": torch.from_numpy(support.labels),
-        "support.digests": _bytes_tensor(support.digests),
+def save_classifier(path: Path, stored: StoredClassifier) -> None:
+    """Write a classifier; the same classifier gives the same bytes. Raises OSError."""
+    model, task = stored.model, stored.task
+    tensors = model_tensors(model.images, model.metadiff) | {
+        "weights": task.weights,
+        "mean": task.space.mean.reshape(1, 1, -1),
+        "support.labels": torch.from_numpy(stored.labels),
+        **_image_tensors("support", stored.support),
     }
-    if pool is not None:
-        tensors |= {"pool.features": pool.features, "pool.digests": _bytes_tensor(pool.digests)}
+    if stored.pool is not None:
+        tensors |= _image_tensors("pool", stored.pool)
     header = {
-        "classes": list(classifier.classes),
-        "scale": classifier.task.scale,
-        "guidance": classifier.task.single_guidance(),
-        "denoiser": origin.model.header["denoiser"],
-        "support": [
-            f"{classifier.classes[c]}/{class_name(Path(p).name)}"
-            for c, p in zip(support.labels, support.paths, strict=True)
-        ],
-        **model_header(classifier.images, metadiff),
+        "classes": list(stored.classes),
+        "scale": task.scale,
+        "guidance": task.single_guidance(),
+        "denoiser": model.header["denoiser"],
+        "support": list(stored.names),
+        **model_header(model.images, model.metadiff),
     }
     save_checkpoint(path, "classifier", tensors, header)
 
 
-def load_classifier(path: Path, device: torch.device) -> tuple[SavedClassifier, Origin]:
-    """Read an adapted classifier and what it was made of. Raises CheckpointError for anything else."""
+def load_classifier(path: Path, device: torch.device) -> StoredClassifier:
+    """Read a classifier. Raises CheckpointError for any other file, and for a damaged one."""
     checkpoint = load_checkpoint(path, "classifier")
     model = model_of(checkpoint, device)
-    header = checkpoint.header
     with checkpoint_errors(path):
-        ClassifierHeader.of(header)
-        weights = checkpoint.tensors["weights"].to(device)
-        if weights.shape[1:] != (1, len(header["classes"]), model.images.feature_size):
-            raise ValueError(f"weights of shape {tuple(weights.shape)}")
-        task = TaskClassifier(_space(checkpoint, model), weights, float(header["guidance"]), float(header["scale"]))
-        classifier = SavedClassifier(model.images, task, tuple(header["classes"]))
-        return classifier, Origin(model, _support(checkpoint, device), _pool(checkpoint, device))
+        ClassifierHeader.of(checkpoint.header)
+        classes, names = tuple(checkpoint.header["classes"]), tuple(checkpoint.header["support"])
+        task = _task(checkpoint, model, len(classes))
+        size = model.images.feature_size
+        support, labels = _images(checkpoint, "support", size, device), checkpoint.tensors["support.labels"].numpy()
+        if not len(labels) == len(names) == len(support.features):
+            raise ValueError("the parts of its support differ in length")
+        if not np.array_equal(np.unique(labels), np.arange(len(classes))):
+            raise ValueError("the labels of its support are not its classes")
+        pool = _images(checkpoint, "pool", size, device) if checkpoint.part("pool") else None
+        return StoredClassifier(model, task, classes, support, labels, names, pool)
+
+
+def _task(checkpoint: Checkpoint, model: Model, ways: int) -> TaskClassifier:
+    weights, header = checkpoint.tensors["weights"].to(model.images.device), checkpoint.header
+    if weights.shape[1:] != (1, ways, model.images.feature_size):
+        raise ValueError(f"weights of shape {tuple(weights.shape)}")
+    return TaskClassifier(_space(checkpoint, model), weights, float(header["guidance"]), float(header["scale"]))
 
 
 def _space(checkpoint: Checkpoint, model: Model) -> TaskSpace:
-    """The task's own; files from before there was one have that of the base classes."""
-    mean = checkpoint.tensors.get("mean")
-    if mean is None:
-        return model.metadiff.space
+    """The task space of the base classes, around the mean of this task."""
+    mean = checkpoint.tensors["mean"]
     if mean.shape != (1, 1, model.images.feature_size):
         raise ValueError(f"a mean of shape {tuple(mean.shape)}")
     return model.metadiff.space.around(mean.to(model.images.device))
 
 
-def _support(checkpoint: Checkpoint, device: torch.device) -> SupportSet:
-    part = checkpoint.part("support")
-    labels = part["labels"].numpy()
-    classes, paths, digests = tuple(checkpoint.header["classes"]), checkpoint.header["support"], _digests(part)
-    if not len(labels) == len(paths) == len(digests) == len(part["features"]):
-        raise ValueError("the support's parts differ in length")
-    if part["features"].shape[1:] != checkpoint.tensors["weights"].shape[-1:]:
-        raise ValueError("the support's features are of another encoder")
-    if not np.array_equal(np.unique(labels), np.arange(len(classes))):
-        raise ValueError("the support's labels are not those of its classes")
-    return SupportSet(classes, part["features"].to(device), labels, digests, tuple(paths))
+def _image_tensors(prefix: str, images: StoredImages) -> dict[str, Tensor]:
+    digests = np.frombuffer(b"".join(images.digests), dtype=np.uint8).reshape(-1, DIGEST)  # (n, 32)
+    return {f"{prefix}.features": images.features, f"{prefix}.digests": torch.from_numpy(digests.copy())}
 
 
-def _pool(checkpoint: Checkpoint, device: torch.device) -> Pool | None:
-    part = checkpoint.part("pool")
-    return Pool(part["features"].to(device), _digests(part)) if part else None
-
-
-def _bytes_tensor(digests: tuple[bytes, ...]) -> Tensor:
-    """(n, 32) uint8."""
-    return torch.from_numpy(np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, DIGEST).copy())
-
-
-def _digests(part: dict[str, Tensor]) -> tuple[bytes, ...]:
-    return tuple(row.tobytes() for row in part["digests"].numpy())
+def _images(checkpoint: Checkpoint, prefix: str, size: int, device: torch.device) -> StoredImages:
+    features, digests = checkpoint.tensors[f"{prefix}.features"], checkpoint.tensors[f"{prefix}.digests"]
+    if features.shape != (len(digests), size):
+        raise ValueError(f"{prefix} features of shape {tuple(features.shape)}, not ({len(digests)}, {size})")
+    if digests.shape != (len(digests), DIGEST) or digests.dtype != torch.uint8:
+        raise ValueError(f"{prefix} digests of shape {tuple(digests.shape)} and type {digests.dtype}")
+    return StoredImages(features.to(device), tuple(row.tobytes() for row in digests.numpy()))

@@ -15,7 +15,7 @@ import torch
 from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from metadiff_cli.config.schema import DenoiserConfig, is_pretrained
+from metadiff_cli.config.schema import ENCODERS, DenoiserConfig, is_pretrained
 from metadiff_cli.core.checkpoints.file import (
     KINDS,
     Checkpoint,
@@ -26,12 +26,11 @@ from metadiff_cli.core.checkpoints.file import (
 )
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.library import build_pretrained
-from metadiff_cli.core.encoders.networks import ENCODERS, Encoder, build_encoder
+from metadiff_cli.core.encoders.networks import Encoder, build_encoder
 from metadiff_cli.core.method.adapt import MetaDiff, TaskClassifier, Tuning
+from metadiff_cli.core.method.calibration import Calibration, Rejection
 from metadiff_cli.core.method.denoisers import build_denoiser
-from metadiff_cli.core.method.domain import Usual
-from metadiff_cli.core.method.guidance import PoolGuidance
-from metadiff_cli.core.method.metric import Calibration, Rejection
+from metadiff_cli.core.method.guidance import PoolGuidance, Usual
 from metadiff_cli.core.method.task_space import TaskSpace
 from metadiff_cli.errors import CheckpointError, ConfigError, MetaDiffError
 

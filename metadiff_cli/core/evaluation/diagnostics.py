@@ -1,15 +1,20 @@
-"""Weights on their way from noise to their targets, seen in two dimensions."""
+"""Two views of generated weights: are they copies of training weights, and how do they travel from noise to targets?
 
-from dataclasses import dataclass, replace
+A denoiser that recites its training weights gives angles near zero. Angles are taken in task space, where the training
+weights look like N(0, I). They do not see the length of a weight: shrinkage alone makes nothing look new.
+"""
+
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metadiff_cli.core.encoders.bank import FeatureBank
-from metadiff_cli.core.evaluation.episodes import sample_episode
+from metadiff_cli.core.evaluation.episodes import episode_batches, sample_episode
 from metadiff_cli.core.evaluation.evaluate import Protocol
-from metadiff_cli.core.method.adapt import MetaDiff, Sampling, ranks_of, seeds_of, trace_tasks
+from metadiff_cli.core.method.adapt import MetaDiff, Sampling, adapt_tasks, ranks_of, seeds_of, trace_tasks
 from metadiff_cli.core.method.support import TaskSupport
 
 DRAWS = 4  # of starting noise
@@ -70,3 +75,46 @@ def principal_plane(points: Tensor) -> tuple[Tensor, tuple[float, float]]:
     plane = plane * plane.gather(0, plane.abs().argmax(dim=0, keepdim=True)).sign()
     variance = values.square() / values.square().sum().clamp_min(1e-12)
     return plane, (float(variance[0]), float(variance[1]))
+
+
+EPISODES = 100  # of the protocol's own that are looked at
+
+
+@dataclass(frozen=True)
+class Novelty:
+    """Mean angles in degrees: a generated weight to the nearest training weight, a training weight to the next one."""
+
+    generated_to_training: float
+    training_to_training: float
+    nearer: float  # share (percent) of generated weights nearer to a training weight than the closest two of those are
+    weights: int
+
+    def to_dict(self) -> dict[str, float]:
+        """For a result document."""
+        return asdict(self)
+
+
+def measure_novelty(
+    metadiff: MetaDiff, targets: Tensor, bank: FeatureBank, protocol: Protocol, sampling: Sampling
+) -> Novelty:
+    """Novelty of the weights of the first episodes; `targets` (C, D) are the training weights in task space."""
+    nearest = []
+    for part in episode_batches(
+        bank.class_indices(), protocol.way, protocol.shot, protocol.query,
+        count=min(EPISODES, protocol.episodes), batch=25, seed=protocol.seed, imbalance=protocol.imbalance,
+    ):  # fmt: skip
+        support = bank.take(part.support).to(targets.device)
+        seeds = seeds_of(protocol.seed, 0, len(support))
+        classifier = adapt_tasks(metadiff, support, sampling, ranks=ranks_of(part.classes), seeds=seeds)
+        nearest.append(_nearest(metadiff.space.to_task(classifier.weights).flatten(0, -2), targets))
+    generated, between = torch.cat(nearest), _nearest(targets, targets, itself=True)
+    nearer = 100 * float((generated < between.min()).float().mean())
+    return Novelty(float(generated.mean()), float(between.mean()), nearer, len(generated))
+
+
+def _nearest(points: Tensor, targets: Tensor, *, itself: bool = False) -> Tensor:
+    """Angle in degrees (n,) of each point (n, D) to the nearest target (C, D); with `itself`, to the nearest other."""
+    cosines = F.normalize(points, dim=1) @ F.normalize(targets, dim=1).T
+    if itself:
+        cosines.fill_diagonal_(-1.0)
+    return torch.rad2deg(cosines.max(dim=1).values.clamp(-1, 1).acos())

@@ -11,14 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metadiff_cli.core.device import sent
-from metadiff_cli.core.encoders.bank import Bank, FeatureBank
+from metadiff_cli.core.encoders.bank import Bank, Encoding, FeatureBank, extract
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.evaluation.episodes import Episodes, check_episodes, episode_batches
 from metadiff_cli.core.method.adapt import MetaDiff, Sampling, adapt_tasks, ranks_of, seeds_of
-from metadiff_cli.core.method.guidance import PoolGuidance, label_propagation, soft_kmeans
-from metadiff_cli.core.method.metric import calibration_error, cosine_logits, reliability
+from metadiff_cli.core.method.calibration import calibration_error, reliability
+from metadiff_cli.core.method.guidance import PoolGuidance
+from metadiff_cli.core.method.metric import cosine_logits
 from metadiff_cli.core.method.task_space import TaskSpace
 from metadiff_cli.core.training.distributed import gather_in_order, mine
 from metadiff_cli.core.training.world import world
@@ -113,45 +116,6 @@ def method_of(
     return run
 
 
-def prototype_method(metadiff: MetaDiff) -> Method:
-    """The cosine to the class mean of the same features, raw or centred as validation classes preferred."""
-
-    def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
-        return cosine_logits(query, support.mean(dim=2), *prototype_form(metadiff, support)).softmax(dim=-1)
-
-    return run
-
-
-def prototype_form(metadiff: MetaDiff, support: Tensor) -> tuple[float, Tensor | None]:
-    """Logit scale and centre (D,) of the prototype control for support features (B, N, K, D)."""
-    scale = metadiff.tuning.prototype_calibration.scale(support.shape[1], support.shape[2])
-    return scale, metadiff.space.mean if metadiff.tuning.centred_prototype else None
-
-
-def soft_kmeans_method(metadiff: MetaDiff) -> Method:
-    """Soft k-means on the features as the prototype control sees them, with its calibrated scale."""
-
-    def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
-        scale, centre = prototype_form(metadiff, support)
-        return soft_kmeans(*_centred(support, query, centre), scale)
-
-    return run
-
-
-def label_propagation_method(metadiff: MetaDiff) -> Method:
-    """Label propagation on the features as the prototype control sees them."""
-
-    def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
-        _, centre = prototype_form(metadiff, support)
-        return label_propagation(*_centred(support, query, centre))
-
-    return run
-
-
-def _centred(support: Tensor, query: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
-    return (support, query) if centre is None else (support - centre, query - centre)
-
-
 def evaluate(
     bank: Bank, methods: Mapping[str, Method], protocol: Protocol, device: torch.device
 ) -> Generator[int, None, dict[str, Scores]]:
@@ -215,3 +179,33 @@ def run_through(
         except StopIteration as stop:
             result: dict[str, Scores] = stop.value
             return result
+
+
+def quick_accuracy(
+    encoder: ImageEncoder,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    batch: int,
+    seed: int,
+    per_class: int = 100,
+    episodes: int = 600,
+) -> float | None:
+    """5-way 1-shot accuracy in percent of the cosine class mean, on at most `per_class` images of each class.
+
+    For the progress of pretraining. None when there are too few classes or images.
+    """
+    classes = np.unique(labels)
+    rows = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in classes])
+    bank = FeatureBank(np.empty(0), np.searchsorted(classes, labels[rows]), tuple(str(c) for c in classes))
+    indices = bank.class_indices()
+    query = min(15, min(len(i) for i in indices) - 1)
+    if len(classes) < 5 or query < 1:
+        return None
+    z = torch.cat([part.float() for part in extract(Encoding(encoder, batch), images[rows])])
+    hits = []
+    for part in episode_batches(indices, 5, 1, query, count=episodes, batch=100, seed=seed):
+        support, queries = z[part.support].squeeze(2), z[part.query]
+        predicted = cosine_logits(queries, F.normalize(support, dim=-1)).argmax(dim=-1)
+        hits.append((predicted == torch.from_numpy(part.labels).to(predicted.device)).float().mean(dim=1))
+    return 100 * float(torch.cat(hits).mean())

@@ -10,18 +10,23 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metadiff_cli.core.encoders.bank import Encoding, FeatureBank, extract
-from metadiff_cli.core.encoders.image_encoder import ImageEncoder
-from metadiff_cli.core.evaluation.episodes import episode_batches
-from metadiff_cli.core.method.denoisers import AnalyticDenoiser, SupportStats
+from metadiff_cli.core.method.calibration import Calibration, Rejection
+from metadiff_cli.core.method.denoisers import AnalyticDenoiser
 from metadiff_cli.core.method.diffusion import Denoises, Noise, SamplerStep, Schedule, ddim, ddpm, finish
-from metadiff_cli.core.method.domain import SHARED, Usual, domain_of, trusted_guidance
-from metadiff_cli.core.method.guidance import Guide, PoolGuidance, pool_guide
-from metadiff_cli.core.method.metric import Calibration, Rejection, cosine_logits, leave_one_out_guidance, task_logits
-from metadiff_cli.core.method.support import TaskSupport
+from metadiff_cli.core.method.guidance import (
+    SHARED,
+    Guide,
+    PoolGuidance,
+    Usual,
+    domain_of,
+    leave_one_out_guidance,
+    pool_guide,
+    trusted_guidance,
+)
+from metadiff_cli.core.method.metric import task_logits
+from metadiff_cli.core.method.support import SupportStats, TaskSupport
 from metadiff_cli.core.method.task_space import TaskSpace
 
 
@@ -191,33 +196,3 @@ def seeds_of(seed: int, first: int, count: int) -> list[int]:
 def ranks_of(classes: np.ndarray) -> Tensor:
     """(B, N) position of each class when those of its task are sorted; `classes` (B, N) numbers."""
     return torch.from_numpy(np.argsort(np.argsort(classes, axis=1), axis=1))
-
-
-def quick_accuracy(
-    encoder: ImageEncoder,
-    images: np.ndarray,
-    labels: np.ndarray,
-    *,
-    batch: int,
-    seed: int,
-    per_class: int = 100,
-    episodes: int = 600,
-) -> float | None:
-    """5-way 1-shot accuracy in percent of the cosine class mean, on at most `per_class` images of each class.
-
-    For the progress of pretraining. None when there are too few classes or images.
-    """
-    classes = np.unique(labels)
-    rows = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in classes])
-    bank = FeatureBank(np.empty(0), np.searchsorted(classes, labels[rows]), tuple(str(c) for c in classes))
-    indices = bank.class_indices()
-    query = min(15, min(len(i) for i in indices) - 1)
-    if len(classes) < 5 or query < 1:
-        return None
-    z = torch.cat([part.float() for part in extract(Encoding(encoder, batch), images[rows])])
-    hits = []
-    for part in episode_batches(indices, 5, 1, query, count=episodes, batch=100, seed=seed):
-        support, queries = z[part.support].squeeze(2), z[part.query]
-        predicted = cosine_logits(queries, F.normalize(support, dim=-1)).argmax(dim=-1)
-        hits.append((predicted == torch.from_numpy(part.labels).to(predicted.device)).float().mean(dim=1))
-    return 100 * float(torch.cat(hits).mean())

@@ -9,42 +9,13 @@ of a task alike: permuting them permutes the result.
 """
 
 import math
-from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class SupportStats:
-    """What adaptation sees of the support: mean p (B, N, D), count K, precision lambda (B or 1, 1, D).
-
-    K is (B or 1, N or 1, 1): where all classes have as many images it is a single number, and what follows from it is
-    computed once for all classes. `mask` (B, N) marks the real classes where tasks of different N share a batch; None
-    when all are real.
-    """
-
-    mean: Tensor
-    count: Tensor
-    precision: Tensor
-    mask: Tensor | None = None
-
-    def scaled(self, guidance: Tensor | float) -> "SupportStats":
-        """With a * lambda in place of lambda; a is a number or one per task (B,)."""
-        a = guidance.view(-1, 1, 1) if isinstance(guidance, Tensor) else guidance
-        return replace(self, precision=self.precision * a)
-
-
-def support_stats(v: Tensor, precision: Tensor, valid: Tensor | None = None) -> SupportStats:
-    """From support images v (B, N, K, D) in task space; `valid` (B, N, K) marks the real ones when shots differ."""
-    shots = v.shape[2]
-    if valid is None:
-        return SupportStats(v.mean(dim=2), v.new_full((1, 1, 1), shots), precision.view(1, 1, -1))
-    mask = valid.to(v).unsqueeze(-1)
-    count = mask.sum(dim=2)
-    return SupportStats((v * mask).sum(dim=2) / count.clamp_min(1), count, precision.view(1, 1, -1))
+from metadiff_cli.core.method.support import SupportStats
 
 
 def posterior_precision(abar: Tensor, stats: SupportStats) -> Tensor:
@@ -92,7 +63,7 @@ class UNetDenoiser(nn.Module):
     def forward(self, w: Tensor, abar: Tensor, stats: SupportStats) -> Tensor:
         x0, pi = gaussian_posterior(w, abar, stats)
         gradient = stats.count * stats.precision / pi * (w - stats.mean)
-        correction: Tensor = self.net(torch.cat([x0, gradient], dim=-1), abar, stats.count, stats.mask)
+        correction: Tensor = self.net(torch.cat([x0, gradient], dim=-1), abar, stats.count)
         return torch.addcmul(x0, pi.rsqrt(), correction)
 
 
@@ -149,14 +120,14 @@ class TaskUNet(nn.Module):
         embedding: Tensor = self.embedding(features)
         return embedding
 
-    def forward(self, x: Tensor, abar: Tensor, count: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, abar: Tensor, count: Tensor) -> Tensor:
         condition = self.embed(abar, count)
         h = self.inputs(x)  # (B, N, width)
         skips = []
         for block in self.down:
             skips.append(h)
             h = block(h, condition)
-        h = h if self.middle is None else self.middle(h, mask)
+        h = h if self.middle is None else self.middle(h)
         for block, skip in zip(self.up, reversed(skips), strict=True):
             h = block(h, condition) + skip
         out: Tensor = self.out(F.silu(h))  # (B, N, outputs)
@@ -202,10 +173,9 @@ class ClassAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)  # (B, N, width) each
-        seen = None if mask is None else mask.unsqueeze(1)  # (B, 1, N): nobody attends to padding
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        mixed = F.scaled_dot_product_attention(q, k, v)
         out: Tensor = x + self.out(mixed)
         return out
 

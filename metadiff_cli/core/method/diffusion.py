@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metadiff_cli.core.device import sent
-from metadiff_cli.core.method.denoisers import SupportStats
+from metadiff_cli.core.method.support import SupportStats
 from metadiff_cli.errors import ConfigError
 
 Guide = Callable[[Tensor], SupportStats]

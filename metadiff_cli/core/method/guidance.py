@@ -1,19 +1,31 @@
-"""Unlabelled images of the same task: guidance of the sampler by them, and the transductive controls of the field.
+"""What guides the sampler: the scale of the support gradient, the domain of a task, and a pool of unlabelled images.
 
-Guidance (design, section 2): the mixture likelihood of the pool joins that of the support. At each step the class
+Guidance scale: with two or more images per class it is chosen by leave-one-out on the support, with one image by how
+unusual the task is.
+
+Domain: the prior says that class means are N(0, I) around the mean of the base classes. The classes of one task also
+share something: all are flowers, or characters, or photos in negative colours. With N(m, I) and m ~ N(0, tau^2 I), the
+estimate of m from the class means of a task is a share of their mean, and weights are drawn around it. The distance of
+a task's mean from the base classes, against its distance under the prior, also tells whether the prior is to be trusted
+at all: with one image per class it already separates foreign images from those of new classes, which the spread of the
+images does not.
+
+Pool (design, section 2): the mixture likelihood of the pool joins that of the support. At each step the class
 proportions of the pool are estimated, by expectation-maximisation with the classifier of that step, and every image is
 shared out among the classes by its responsibilities under them.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metadiff_cli.core.method.denoisers import SupportStats
+from metadiff_cli.core.method.calibration import TaskTable
 from metadiff_cli.core.method.metric import blend, cosine_logits
+from metadiff_cli.core.method.support import SupportStats, TaskSupport
 from metadiff_cli.core.method.task_space import TaskSpace
 
 Guide = Callable[[Tensor], SupportStats]
@@ -72,38 +84,127 @@ def _cosines(unit: Tensor, weights: Tensor) -> Tensor:
     return unit @ F.normalize(weights, dim=-1).transpose(1, 2)
 
 
-def soft_kmeans(support: Tensor, query: Tensor, scale: float, steps: int = 1) -> Tensor:
-    """Probabilities (B, Q, N) of soft k-means from the class means (Ren et al. 2018), with cosine similarity.
-
-    `support` (B, N, K, D), `query` (B, Q, D); `scale` is that of the prototype's logits.
-    """
-    sums, shots = support.sum(dim=2), support.shape[2]
-    means = sums / shots
-    for _ in range(steps):
-        share = cosine_logits(query, means, scale).softmax(dim=-1)  # (B, Q, N)
-        means = (sums + share.transpose(1, 2) @ query) / (shots + share.sum(dim=1).unsqueeze(-1))
-    return cosine_logits(query, means, scale).softmax(dim=-1)
+LOO_PENALTY = 0.25  # nats per factor of four away from the fitted default
 
 
-def label_propagation(
-    support: Tensor, query: Tensor, neighbours: int = 10, alpha: float = 0.8, sharpness: float = 10.0
+PROTOTYPE = 1e6  # a guidance scale at which nothing is left of the prior
+
+
+GUIDANCE_GRID = (1.0, 4.0, 16.0, 64.0, PROTOTYPE)
+
+
+LOO_GRID = (1.0, 4.0, 16.0, PROTOTYPE)  # 64 is too near the prototype to be worth its maps
+
+
+def leave_one_out_guidance(
+    support: TaskSupport, space: TaskSpace, scale: float, default: Tensor | float = 1.0
 ) -> Tensor:
-    """Probabilities (B, Q, N) of label propagation over a graph of nearest neighbours (Zhou et al. 2004, eq. 3).
+    """Guidance scale a per task (B,), from the support alone.
 
-    Edges weigh exp(sharpness * cosine) between images that are among each other's `neighbours`; labels spread from
-    `support` (B, N, K, D) to `query` (B, Q, D) as F = (1 - alpha S)^-1 Y.
+    For every a of the grid, each support image is classified with its own class's weight made without it, the others'
+    with all images; the a with the lowest cross-entropy is taken, `default` being favoured by LOO_PENALTY (design,
+    "How far to trust the prior"). Classes with one image say nothing about a.
+
+    `space` and `default` may be the tasks' own.
     """
-    tasks, ways, shots, size = support.shape
-    nodes = F.normalize(torch.cat([support.reshape(tasks, ways * shots, size), query], dim=1), dim=-1)
-    similarity = nodes @ nodes.transpose(1, 2)
-    similarity.diagonal(dim1=1, dim2=2).fill_(-1.0)
-    near = similarity.topk(min(neighbours, nodes.shape[1] - 1), dim=-1).indices
-    kept = torch.zeros_like(similarity).scatter_(2, near, 1.0)
-    weights = (sharpness * similarity).exp() * torch.maximum(kept, kept.transpose(1, 2))
-    root = weights.sum(dim=-1).clamp_min(1e-12).rsqrt()
-    spread = root.unsqueeze(2) * weights * root.unsqueeze(1)
-    labels = torch.zeros(tasks, nodes.shape[1], ways, device=support.device)
-    labels[:, : ways * shots] = torch.eye(ways, device=support.device).repeat_interleave(shots, dim=0)
-    eye = torch.eye(nodes.shape[1], device=support.device)
-    found: Tensor = torch.linalg.solve(eye - alpha * spread, labels)[:, ways * shots :].clamp_min(1e-12)
-    return found / found.sum(dim=-1, keepdim=True)
+    usual = torch.as_tensor(default, dtype=support.z.dtype, device=support.z.device).expand(len(support.z))
+    usable = support.count.squeeze(1) >= 2  # (N,)
+    if not bool(usable.any()):
+        return usual
+    losses = support.z.new_zeros(len(LOO_GRID), len(support.z))
+    for part in support.parts():
+        index = part.labels.view(1, -1, 1).expand(len(part.z), -1, 1)
+        for i, (_, logits) in enumerate(leave_one_out_logits(part, space)):
+            loss = -F.log_softmax(scale * logits, dim=-1).gather(2, index).squeeze(-1)  # (B, n)
+            losses[i] += (loss * usable[part.labels]).sum(dim=1)
+    for i, a in enumerate(LOO_GRID):
+        distance = (a / usual).log().abs() / math.log(GUIDANCE_GRID[1])
+        losses[i] += LOO_PENALTY * distance.clamp(max=len(LOO_GRID))
+    return torch.tensor(LOO_GRID, device=losses.device)[losses.argmin(dim=0)]
+
+
+def leave_one_out_logits(support: TaskSupport, space: TaskSpace) -> Iterator[tuple[float, Tensor]]:
+    """(a, unscaled logits (B, n, N) of the support images) for every guidance scale a of LOO_GRID.
+
+    Each image meets the other classes' weights made of all their images, and that of its own class made without it.
+    Classes of one image have nothing left for themselves.
+    """
+    v, mean, labels = space.to_task(support.z), space.to_task(support.means), support.labels
+    noise, left = space.precision.sqrt(), support.count[labels] - 1  # (n, 1)
+    z, centres = space.plain(support.z), space.plain(support.means)
+    without = left_out_means(v, mean, support)
+    # what is left when the prior counts for nothing
+    plain = _left_out_cosines(centres, left_out_means(z, centres, support), z, labels)
+    for a in LOO_GRID:
+        if a == PROTOTYPE:
+            yield a, plain
+            continue
+        evidence, rest = (n * a * space.precision for n in (support.count, left))  # (N, D), (n, D)
+        full, own = evidence / (1 + evidence) * mean, rest / (1 + rest) * without
+        whitened = _left_out_cosines(full * noise, own * noise, v * noise, labels)
+        full, own = (space.plain(space.to_feature(w)) for w in (full, own))
+        yield a, blend(whitened, _left_out_cosines(full, own, z, labels), a)
+
+
+def left_out_means(z: Tensor, means: Tensor, support: TaskSupport) -> Tensor:
+    """For each image z (B, n, D), the mean of its class without it; `means` (B, N, D). Alone in its class, zero."""
+    count = support.count[support.labels]  # (n, 1)
+    return (count * means[:, support.labels] - z) / (count - 1).clamp_min(1)
+
+
+def _left_out_cosines(full: Tensor, own: Tensor, z: Tensor, labels: Tensor) -> Tensor:
+    """Cosines (B, n, N) of z (B, n, D) to the classes' weights `full` (B, N, D), to its own class's in `own`."""
+    index = labels.view(1, -1, 1).expand(len(z), -1, 1)
+    return cosine_logits(z, full).scatter(2, index, F.cosine_similarity(z, own, dim=-1).unsqueeze(-1))
+
+
+SHARED = 0.5  # of the mean of a task's class means; the estimate where tau^2 is the variance of that mean
+
+
+FOREIGN = 16.0  # the guidance scale of a task from elsewhere: most of the prior is given up
+
+
+DOUBT = (1.0, 2.0)  # standard deviations beyond what is usual: where doubt begins, and where it is complete
+
+
+@dataclass(frozen=True)
+class Usual:
+    """The shift of tasks of validation classes: its mean by ways and shots, and its standard deviation over tasks."""
+
+    shift: TaskTable
+    deviation: float
+
+    def __post_init__(self) -> None:
+        """Raises ValueError unless the deviation is above 0."""
+        if self.deviation <= 0:
+            raise ValueError(f"a standard deviation of {self.deviation}")
+
+
+def shared_of(denoiser: str) -> float:
+    """SHARED, but for the published form, which knows no domains."""
+    return 0.0 if denoiser == "paper" else SHARED
+
+
+def domain_of(stats: SupportStats, shared: float) -> Tensor:
+    """m (B, 1, D) in task space, from the class means of B tasks."""
+    return shared * stats.mean.mean(dim=1, keepdim=True)
+
+
+def shift_of(stats: SupportStats) -> Tensor:
+    """(B,) log of the mean square of a task's mean over the dimensions, each in units of its variance under the prior.
+
+    Under N(0, I) with noise of variance 1 / lambda the mean of N class means has variance (1/N^2) sum (1 + 1/(K
+    lambda)).
+    """
+    ways = stats.mean.shape[1]
+    variance = (1 + 1 / (stats.count * stats.precision)).mean(dim=1) / ways
+    return (stats.mean.mean(dim=1).square() / variance).mean(dim=1).clamp_min(1e-12).log()
+
+
+def trusted_guidance(stats: SupportStats, usual: Usual, home: float) -> Tensor:
+    """The guidance scale (B,) for tasks of which nothing but their shift is known: `home` up to FOREIGN."""
+    ways, shots = stats.mean.shape[1], float(stats.count.mean())
+    unusual = (shift_of(stats) - usual.shift.at(ways, shots)) / usual.deviation
+    doubt = ((unusual - DOUBT[0]) / (DOUBT[1] - DOUBT[0])).clamp(0, 1)
+    scale = torch.exp(math.log(home) + doubt * max(0.0, math.log(FOREIGN / home)))
+    return scale.clamp(max=max(home, FOREIGN))  # rounding takes the largest scale that a file may hold beyond itself

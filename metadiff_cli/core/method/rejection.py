@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metadiff_cli.core.method.adapt import MetaDiff, TaskClassifier
-from metadiff_cli.core.method.metric import Rejection, blend, left_out_means, task_logits
+from metadiff_cli.core.method.calibration import Rejection
+from metadiff_cli.core.method.guidance import left_out_means
+from metadiff_cli.core.method.metric import blend, task_logits
 from metadiff_cli.core.method.support import TaskSupport
 from metadiff_cli.errors import CheckpointError
 

@@ -14,18 +14,12 @@ from metadiff_cli.core.encoders.bank import FeatureBank
 from metadiff_cli.core.evaluation.episodes import Episodes, episode_batches
 from metadiff_cli.core.evaluation.evaluate import Protocol, evaluate, lengths_for, mean_interval, method_of, run_through
 from metadiff_cli.core.method.adapt import MetaDiff, Sampling, Tuning, adapt_tasks, ranks_of, seeds_of
-from metadiff_cli.core.method.calibration import TaskTable
-from metadiff_cli.core.method.denoisers import AnalyticDenoiser, support_stats
-from metadiff_cli.core.method.domain import Usual, shift_of
-from metadiff_cli.core.method.metric import (
-    GUIDANCE_GRID,
-    PROTOTYPE,
-    Rejection,
-    best_scale,
-    cosine_logits,
-    fit_calibration,
-)
+from metadiff_cli.core.method.calibration import Rejection, TaskTable, best_scale, fit_calibration
+from metadiff_cli.core.method.denoisers import AnalyticDenoiser
+from metadiff_cli.core.method.guidance import GUIDANCE_GRID, PROTOTYPE, Usual, shift_of
+from metadiff_cli.core.method.metric import cosine_logits
 from metadiff_cli.core.method.rejection import LEAVE_ONE_OUT, RATE, rejector_of
+from metadiff_cli.core.method.support import support_stats
 from metadiff_cli.core.method.task_space import ClassStatistics
 from metadiff_cli.core.training.distributed import gather_in_order, same
 

@@ -19,17 +19,10 @@ from metadiff_cli.config.schema import DenoiserConfig, MetatrainConfig
 from metadiff_cli.core.device import sent
 from metadiff_cli.core.encoders.bank import FeatureBank
 from metadiff_cli.core.evaluation.episodes import Episodes, check_episodes, training_batch
-from metadiff_cli.core.method.denoisers import (
-    Ema,
-    PaperDenoiser,
-    SupportStats,
-    TaskDropout,
-    build_denoiser,
-    posterior_precision,
-    support_stats,
-)
+from metadiff_cli.core.method.denoisers import Ema, PaperDenoiser, TaskDropout, build_denoiser, posterior_precision
 from metadiff_cli.core.method.diffusion import Schedule, add_noise
-from metadiff_cli.core.method.domain import domain_of, shared_of
+from metadiff_cli.core.method.guidance import domain_of, shared_of
+from metadiff_cli.core.method.support import SupportStats, support_stats
 from metadiff_cli.core.method.task_space import TaskSpace, class_means
 from metadiff_cli.core.training.distributed import mean_of, part_of, synchronised, weight_of
 from metadiff_cli.core.training.loop import StepTrainer, Validate, adam_tensors, restore_adam

@@ -10,7 +10,7 @@ from metadiff_cli.console import Screen
 
 
 def outcome(truth: str | None, label: str | None) -> Outcome:
-    return Outcome("x", label, 0.5, label is None, (("a", 0.5),), truth=truth)
+    return Outcome("x", ((label or "a", 0.5),), rejected=label is None, truth=truth)
 
 
 def test_counts() -> None:

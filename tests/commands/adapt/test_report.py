@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from metadiff_cli.commands.adapt.report import REJECTED, THUMBNAIL, AdaptReport, Confusion, QueryImage, write_report
+from metadiff_cli.commands.adapt.output import Outcome
+from metadiff_cli.commands.adapt.report import REJECTED, THUMBNAIL, AdaptReport, write_report
 from metadiff_cli.errors import MetaDiffError
-from tests.worlds import COLOURS, HOSTILE, Page, report
+from tests.worlds import COLOURS, HOSTILE, Page, outcome, report
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
@@ -58,12 +59,13 @@ def test_nothing_is_loaded_from_anywhere(photos: Path) -> None:
 
 def test_rejected_twins_and_wrong_ones_are_marked(photos: Path) -> None:
     path = str(photos / "query" / "red.png")
-    queries = [
-        QueryImage(path, [0.4, 0.3, 0.2, 0.1], rejected=True),
-        QueryImage(path, [0.7, 0.1, 0.1, 0.1], twin="support/red/0.png", truth="red"),
-        QueryImage(path, [0.7, 0.1, 0.1, 0.1], truth="green"),
+    names = list(COLOURS)
+    outcomes = [
+        outcome(path, names, [0.4, 0.3, 0.2, 0.1], rejected=True),
+        outcome(path, names, [0.7, 0.1, 0.1, 0.1], twin="support/red/0.png", truth="red"),
+        outcome(path, names, [0.7, 0.1, 0.1, 0.1], truth="green"),
     ]
-    page = page_of(photos, report(photos, queries=queries))
+    page = page_of(photos, report(photos, outcomes=outcomes))
     rejected, right, wrong = page.all("article", "card")
     assert rejected["data-label"] == str(REJECTED) and "rejected" in (rejected["class"] or "")
     assert "data-wrong" not in right and wrong["data-wrong"] == "1"
@@ -72,12 +74,12 @@ def test_rejected_twins_and_wrong_ones_are_marked(photos: Path) -> None:
 
 def test_the_confusion_table(photos: Path) -> None:
     counts = [[5, 1, 0, 0], [0, 6, 0, 0], [0, 0, 0, 6], [0, 0, 0, 0]]
-    page = page_of(photos, report(photos, confusion=Confusion(counts, "Leave-one-out on the support")))
+    page = page_of(photos, report(photos, confusion=counts))
     cells = page.all("td")
     assert [c["style"] for c in cells if c.get("style")][:4] == [
         f"--share:{s}" for s in ("0.833", "0.167", *2 * ["0.000"])
     ]
-    assert "Leave-one-out on the support" in page.text
+    assert "Of the labelled query images" in page.text
     assert "Confusion" not in page_of(photos, report(photos)).text
 
 
@@ -87,13 +89,13 @@ def test_the_confusion_table(photos: Path) -> None:
 @given(st.text(min_size=1, max_size=40))
 def test_text_never_becomes_markup(photos: Path, text: str) -> None:
     def filled(word: str) -> AdaptReport:
-        queries = [
-            QueryImage(f"{word}x.png", [0.4, 0.3, 0.2, 0.1], twin=word, truth=word),
-            QueryImage(f"{word}y.png", None, word),
+        names = (word, "aa", "bb", "cc")
+        outcomes = [
+            outcome(f"{word}x.png", names, [0.4, 0.3, 0.2, 0.1], twin=word, truth=word),
+            Outcome(f"{word}y.png", reason=word),
         ]
-        return report(photos, (word, "a", "b", "c"), queries=queries, support={}, facts={word: word},
-                      notes=[word], support_check=[word], broken_support=[(word, word)],
-                      confusion=Confusion([[1] * 4] * 4, word))  # fmt: skip
+        return report(photos, names, outcomes=outcomes, support={}, facts={word: word}, notes=[word],
+                      support_check=[word], broken_support=[(word, word)], confusion=[[1] * 4] * 4)  # fmt: skip
 
     plain = [(tag, sorted(a)) for tag, a in page_of(photos, filled("word")).tags]
     for word in (text, HOSTILE, f"{HOSTILE}{text}"):
@@ -102,14 +104,15 @@ def test_text_never_becomes_markup(photos: Path, text: str) -> None:
 
 def test_odd_files_keep_their_place(photos: Path) -> None:
     """A name that is not UTF-8, and a file that has gone since it was predicted."""
-    queries = [QueryImage("gone/\udcff.png", [1.0, 0, 0, 0]), QueryImage(str(photos / "query/red.png"), [0, 1.0, 0, 0])]
-    page = page_of(photos, report(photos, queries=queries, support={}))
+    files, names = ("gone/\udcff.png", str(photos / "query/red.png")), list(COLOURS)
+    outcomes = [outcome(file, names, [1.0, 0, 0, 0]) for file in files]
+    page = page_of(photos, report(photos, outcomes=outcomes, support={}))
     assert len(page.all("article", "card")) == 2 and len(page.all("img")) == 1 and len(page.all("span", "noimage")) == 1
-    assert "\\udcff.png" in page.text and "the classifier came from a file" in page.text
+    assert "\\udcff.png" in page.text and "the classifier was loaded from a file" in page.text
 
 
 def test_no_prediction_at_all(photos: Path) -> None:
-    page = page_of(photos, report(photos, queries=[QueryImage("x.png", None, "does not exist")]))
+    page = page_of(photos, report(photos, outcomes=[Outcome("x.png", reason="does not exist")]))
     assert not page.all("article", "card") and "does not exist" in page.text
 
 
@@ -128,7 +131,7 @@ def test_a_failure_keeps_the_old_page(photos: Path) -> None:
     target = photos / "report.html"
     target.write_text("old")
     with pytest.raises(ValueError):
-        write_report(target, report(photos, confusion=Confusion([[1]], "one row too few")))
+        write_report(target, report(photos, confusion=[[1]]))
     assert target.read_text() == "old" and not list(photos.glob(".report*"))
     (photos / "file").write_text("")
     with pytest.raises(MetaDiffError, match="cannot be written"):

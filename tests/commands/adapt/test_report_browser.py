@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from metadiff_cli.commands.adapt.report import AdaptReport, Confusion, QueryImage, write_report
-from tests.worlds import COLOURS, HOSTILE, paint, report
+from metadiff_cli.commands.adapt.output import Outcome
+from metadiff_cli.commands.adapt.report import AdaptReport, write_report
+from tests.worlds import COLOURS, HOSTILE, outcome, paint, report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; it is the extra [browser]")
 
@@ -65,14 +66,15 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         paint(folder / "query" / f"{name}.png", colour, seed=10 + c)
     names = [HOSTILE, *list(COLOURS)[1:]]
     files = [str(folder / "query" / f"{c}.png") for c in COLOURS]
-    queries = []
+    outcomes = []
     for k in range(MANY):
         p = 0.25 + 0.7 * k / MANY
         rest = [(1 - p) / 3] * 4
         rest[k % 4] = p
-        queries.append(QueryImage(files[k % 4], rest, rejected=k < 100, truth=names[0] if k % 401 == 0 else None))
-    queries.append(QueryImage(f"{HOSTILE}.png", None, "not an image, or damaged"))
-    data: AdaptReport = report(folder, names, queries=queries, confusion=Confusion([[1, 0, 2, 0]] * 4, HOSTILE))
+        truth = names[0] if k % 401 == 0 else None
+        outcomes.append(outcome(files[k % 4], names, rest, rejected=k < 100, truth=truth))
+    outcomes.append(Outcome(f"{HOSTILE}.png", reason="not an image, or damaged"))
+    data: AdaptReport = report(folder, names, outcomes=outcomes, confusion=[[1, 0, 2, 0]] * 4)
     write_report(folder / "report.html", data)
     return folder / "report.html"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from metadiff_cli.commands.completions import CACHE_KINDS
 from metadiff_cli.commands.look.cache import KINDS, in_units
 from tests.worlds import Result
 
@@ -81,7 +80,6 @@ def test_a_cache_that_is_not_there_is_empty(cli: CLI, tmp_path: Path, monkeypatc
 
 def test_unknown_kinds(cli: CLI, cache: Path) -> None:
     assert cli("cache", "clear", "everything", "--yes").code == 2
-    assert tuple(KINDS) == CACHE_KINDS
 
 
 def test_real_files_are_known_as_ours(cli: CLI, small_run: Path) -> None:

@@ -47,7 +47,7 @@ def test_a_sound_folder(cli: CLI, folder: Path) -> None:
     assert document["corrupt"] == document["odd"] == document["empty_classes"] == []
     assert not any(document["duplicates"].values())  # type: ignore[attr-defined]
     shown = cli("data", "verify", folder)
-    assert shown.code == 0 and "12 images" in shown.out
+    assert shown.code == 0 and "12 readable images" in shown.out
 
 
 def test_corrupt_images_and_classes_are_exit_code_3(cli: CLI, folder: Path) -> None:

@@ -15,11 +15,11 @@ import pytest
 import torch
 from filelock import FileLock
 
+from metadiff_cli.commands.adapt.command import adapt as inference
 from metadiff_cli.commands.train import resume as resuming
 from metadiff_cli.commands.train.signals import HeldSignals
 from metadiff_cli.core.baselines.train import InnerTrainer
 from metadiff_cli.core.checkpoints.file import load_checkpoint, read_header, save_checkpoint
-from metadiff_cli.core.method import adapt as inference
 from metadiff_cli.core.training import fit as tuning
 from metadiff_cli.core.training.metatrain import MetaTrainer
 from metadiff_cli.core.training.pretrain import Pretrainer

@@ -18,9 +18,8 @@ from metadiff_cli.core.checkpoints.model import (
     save_model,
 )
 from metadiff_cli.core.method.adapt import Tuning
-from metadiff_cli.core.method.calibration import TaskTable
-from metadiff_cli.core.method.domain import Usual
-from metadiff_cli.core.method.metric import Calibration, Rejection
+from metadiff_cli.core.method.calibration import Calibration, Rejection, TaskTable
+from metadiff_cli.core.method.guidance import Usual
 from metadiff_cli.errors import CheckpointError, ConfigError, MetaDiffError
 from tests.worlds import CPU, small_encoder, small_model
 

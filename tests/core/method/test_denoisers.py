@@ -9,12 +9,12 @@ from metadiff_cli.core.method.denoisers import (
     AnalyticDenoiser,
     Ema,
     PaperDenoiser,
-    SupportStats,
     UNetDenoiser,
     build_denoiser,
     randomise,
 )
-from metadiff_cli.core.method.domain import shift_of
+from metadiff_cli.core.method.guidance import shift_of
+from metadiff_cli.core.method.support import SupportStats
 
 
 def inputs(tasks: int = 2, ways: int = 5, size: int = 16) -> tuple[torch.Tensor, torch.Tensor, SupportStats]:
@@ -64,16 +64,6 @@ def test_a_number_of_shots_that_all_share_is_that_of_each(kind: str) -> None:
     assert torch.allclose(shift_of(shared), shift_of(each), atol=1e-5)
     at_once = denoiser(w, torch.full((2,), 0.5), shared)
     assert torch.allclose(denoiser(w, torch.tensor([0.5]), shared), at_once, atol=1e-5)
-
-
-def test_padded_classes_change_nothing() -> None:
-    w, abar, stats = inputs(ways=5)
-    denoiser = randomise(UNetDenoiser(16, width=32), seed=1)
-    mask = torch.tensor([[True] * 3 + [False] * 2]).expand(2, 5)
-    padded = denoiser(w, abar, replace(stats, mask=mask))[:, :3]
-    alone = denoiser(w[:, :3], abar, SupportStats(stats.mean[:, :3], stats.count[:, :3], stats.precision))
-    assert torch.allclose(padded, alone, atol=1e-4)
-    assert not torch.allclose(denoiser(w, abar, stats)[:, :3], alone, atol=1e-4)  # unmasked, they would
 
 
 def test_untrained_means_every_layer() -> None:

@@ -7,15 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from metadiff_cli.core.method.denoisers import (
-    AnalyticDenoiser,
-    SupportStats,
-    UNetDenoiser,
-    gaussian_posterior,
-    randomise,
-    support_stats,
-)
+from metadiff_cli.core.method.denoisers import AnalyticDenoiser, UNetDenoiser, gaussian_posterior, randomise
 from metadiff_cli.core.method.diffusion import Noise, Schedule, add_noise, ddim, ddpm, finish, trailing_steps
+from metadiff_cli.core.method.support import SupportStats
 from metadiff_cli.errors import ConfigError
 
 SCHEDULE = Schedule()
@@ -161,13 +155,3 @@ def test_noise_of_a_batch_is_that_of_its_tasks() -> None:
     alone = Noise([8], ranks[1:], 5, 0.5, torch.device("cpu"))
     for _ in range(2):
         assert torch.equal(both.draw()[1:], alone.draw())
-
-
-def test_support_stats_with_unequal_shots() -> None:
-    v = noise_of((1, 2, 3, 4))
-    valid = torch.tensor([[[True, True, True], [True, False, False]]])
-    stats = support_stats(v, torch.ones(4), valid)
-    assert torch.allclose(stats.mean[0, 0], v[0, 0].mean(dim=0), atol=1e-6) and torch.equal(
-        stats.mean[0, 1], v[0, 1, 0]
-    )
-    assert stats.count.flatten().tolist() == [3, 1]

@@ -5,9 +5,17 @@ import torch
 from torch import Tensor
 
 from metadiff_cli.core.method.calibration import TaskTable
-from metadiff_cli.core.method.denoisers import SupportStats
-from metadiff_cli.core.method.domain import FOREIGN, SHARED, Usual, domain_of, shared_of, shift_of, trusted_guidance
-from metadiff_cli.core.method.metric import PROTOTYPE
+from metadiff_cli.core.method.guidance import (
+    FOREIGN,
+    PROTOTYPE,
+    SHARED,
+    Usual,
+    domain_of,
+    shared_of,
+    shift_of,
+    trusted_guidance,
+)
+from metadiff_cli.core.method.support import SupportStats
 
 SIZE = 64
 PRECISION = torch.linspace(0.1, 5.0, SIZE)

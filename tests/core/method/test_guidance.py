@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from metadiff_cli.core.evaluation.controls import label_propagation, soft_kmeans
 from metadiff_cli.core.method.adapt import MetaDiff, Sampling, Tuning, adapt_tasks
+from metadiff_cli.core.method.calibration import Calibration
 from metadiff_cli.core.method.denoisers import AnalyticDenoiser
-from metadiff_cli.core.method.guidance import label_propagation, soft_kmeans
-from metadiff_cli.core.method.metric import Calibration
 from metadiff_cli.core.method.task_space import TaskSpace
 
 

@@ -7,33 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from metadiff_cli.core.method.denoisers import support_stats
-from metadiff_cli.core.method.metric import (
-    GUIDANCE_GRID,
-    PROTOTYPE,
-    Calibration,
-    best_scale,
-    calibration_error,
-    cosine_logits,
-    fit_calibration,
-    leave_one_out_guidance,
-    leave_one_out_logits,
-    support_gradient,
-    support_loss,
-    task_logits,
-    whitened_cosines,
-)
-from metadiff_cli.core.method.support import TaskSupport
+from metadiff_cli.core.method.calibration import Calibration, best_scale, calibration_error, fit_calibration
+from metadiff_cli.core.method.guidance import GUIDANCE_GRID, PROTOTYPE, leave_one_out_guidance, leave_one_out_logits
+from metadiff_cli.core.method.metric import cosine_logits, task_logits, whitened_cosines
+from metadiff_cli.core.method.support import TaskSupport, support_stats
 from metadiff_cli.core.method.task_space import TaskSpace, fit_task_space
-
-
-def test_the_gradient_equals_autograd() -> None:
-    g = torch.Generator().manual_seed(0)
-    v = torch.randn(2, 3, 4, 5, generator=g, dtype=torch.float64)
-    w = torch.randn(2, 3, 5, generator=g, dtype=torch.float64, requires_grad=True)
-    precision = torch.rand(5, generator=g, dtype=torch.float64)
-    (expected,) = torch.autograd.grad(support_loss(w, v, precision).sum(), w)
-    assert torch.allclose(support_gradient(w.detach(), support_stats(v, precision)), expected, atol=1e-12)
 
 
 def test_the_order_of_support_images_does_not_matter() -> None:

@@ -17,8 +17,8 @@ from metadiff_cli.core.method import rejection
 from metadiff_cli.core.method.adapt import MetaDiff, Sampling, TaskClassifier, Tuning, adapt_tasks
 from metadiff_cli.core.method.calibration import TaskTable
 from metadiff_cli.core.method.denoisers import AnalyticDenoiser
-from metadiff_cli.core.method.metric import Rejection, task_logits
-from metadiff_cli.core.method.rejection import base_classes, known_scores, left_out_scores, rejector_of
+from metadiff_cli.core.method.metric import task_logits
+from metadiff_cli.core.method.rejection import Rejection, base_classes, known_scores, left_out_scores, rejector_of
 from metadiff_cli.core.method.support import TaskSupport
 from metadiff_cli.core.method.task_space import fit_task_space
 from metadiff_cli.core.training.fit import fit_rejection

@@ -1,73 +1,22 @@
-"""Support sets and pools: each picture once, and nothing depends on order or file names."""
+"""The support of a task as features."""
 
-from pathlib import Path
-
-import numpy as np
-import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from metadiff_cli.core.method.support import (
-    Example,
-    SupportSet,
-    TaskSupport,
-    digest_of,
-    pool_of,
-    require_classes,
-    support_of,
-)
-from metadiff_cli.errors import DataError
-
-
-def example(label: str, number: int, path: str = "") -> Example:
-    """Picture `number`, in a class."""
-    return Example(
-        label, path or f"{label}/{number}.png", digest_of(np.array([number])), torch.full((3,), float(number))
-    )
-
-
-def same(a: SupportSet, b: SupportSet) -> bool:
-    return (
-        (a.classes, a.digests, a.paths, a.counts()) == (b.classes, b.digests, b.paths, b.counts())
-        and torch.equal(a.features, b.features)
-        and np.array_equal(a.labels, b.labels)
-    )
-
-
-@settings(deadline=None)
-@given(st.permutations(range(8)), st.integers(1, 7))
-def test_in_two_parts_or_at_once_in_any_order(order: list[int], cut: int) -> None:
-    examples = [example("ab"[i % 2] if i < 6 else "c", i) for i in range(8)]
-    shuffled = [examples[i] for i in order]
-    whole = support_of(examples)
-    assert same(support_of(shuffled), whole)
-    assert same(support_of(shuffled[:cut]).joined(support_of(shuffled[cut:])), whole)
-
-
-def test_a_repeated_picture_counts_once_and_is_told() -> None:
-    support = support_of([example("a", 1), example("a", 1, "a/copy.png"), example("b", 2)])
-    assert support.counts() == {"a": 1, "b": 1} and support.repeated == (("a/copy.png", "a/1.png"),)
-    again = support.joined(support_of([example("b", 2, "b/again.png"), example("b", 3)]))
-    assert again.counts() == {"a": 1, "b": 2}
-    assert again.repeated == (("a/copy.png", "a/1.png"), ("b/again.png", "b/2.png"))
-
-
-def test_one_picture_in_two_classes_is_refused() -> None:
-    with pytest.raises(DataError, match=r"in two classes: a/1\.png \('a'\) and b/1\.png \('b'\)"):
-        support_of([example("a", 1), example("b", 1)])
-
-
-def test_one_class_is_nothing_to_tell_apart() -> None:
-    require_classes(support_of([example("a", 1), example("b", 2)]))
-    with pytest.raises(DataError, match="one class, 'a'"):
-        require_classes(support_of([example("a", 1), example("a", 2)]))
+from metadiff_cli.core.method.support import TaskSupport
 
 
 def test_a_task_has_its_means_and_counts() -> None:
-    task = support_of([example("a", 1), example("b", 2), example("b", 3)]).task()
+    z = torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1).expand(-1, -1, 3)
+    task = TaskSupport.of(z, torch.tensor([0, 1, 1]))
     assert task.z.shape == (1, 3, 3) and task.count.tolist() == [[1.0], [2.0]]
     assert torch.equal(task.means[0], torch.tensor([[1.0] * 3, [2.5] * 3]))
+
+
+def test_even_classes_are_a_special_case() -> None:
+    z = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    even, of = TaskSupport.even(z), TaskSupport.of(z.flatten(1, 2), torch.arange(3).repeat_interleave(4))
+    assert torch.equal(even.labels, of.labels) and torch.equal(even.count, of.count)
+    assert torch.allclose(even.means, of.means) and torch.equal(even.z, of.z)
 
 
 def test_a_class_of_thousands_takes_no_more_than_its_images() -> None:
@@ -76,19 +25,3 @@ def test_a_class_of_thousands_takes_no_more_than_its_images() -> None:
     task = TaskSupport.of(torch.ones(1, 5100, 4), labels)
     assert task.z.numel() == 5100 * 4 and task.means.shape == (1, 100, 4) and float(task.count[0]) == 5001
     assert [len(part.labels) for part in task.parts(values=4 * 2000)] == [2000, 2000, 1100]
-
-
-def test_pools_hold_each_picture_once_and_none_that_is_labelled() -> None:
-    a, b, c = (example("", n) for n in (1, 2, 3))
-    pool = pool_of([(e.digest, e.features) for e in (c, a, b, a)])
-    assert len(pool.digests) == len(pool.features) == 3
-    joined = pool_of([(a.digest, a.features)]).joined(pool_of([(e.digest, e.features) for e in (b, a, c)]))
-    assert joined.digests == pool.digests and torch.equal(joined.features, pool.features)
-    rest = pool.without([b.digest, digest_of(np.zeros(1))])
-    assert rest is not None and set(rest.digests) == {a.digest, c.digest}
-    assert pool.without(pool.digests) is None
-
-
-def test_known_pictures_have_their_paths(tmp_path: Path) -> None:
-    support = support_of([example("a", 1), example("b", 2)])
-    assert support.known()[digest_of(np.array([2]))] == "b/2.png"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from metadiff_cli.commands.train.metatrain import metatrain as metatraining
 from metadiff_cli.config.schema import AugmentConfig, DenoiserConfig, MetatrainConfig, PretrainConfig
 from metadiff_cli.core.checkpoints.file import load_checkpoint, save_checkpoint
 from metadiff_cli.core.encoders.bank import FeatureBank
@@ -18,7 +19,6 @@ from metadiff_cli.core.encoders.networks import Conv4, DropBlock, build_encoder
 from metadiff_cli.core.evaluation.episodes import training_batch
 from metadiff_cli.core.method.metric import cosine_logits
 from metadiff_cli.core.method.task_space import fit_task_space
-from metadiff_cli.core.training import metatrain as metatraining
 from metadiff_cli.core.training.losses import Heads, Pairs, pair_logits
 from metadiff_cli.core.training.metatrain import MetaTrainer, MetaValidation, Queries
 from metadiff_cli.core.training.pretrain import PretrainEpoch, Pretrainer, learning_rate, strength

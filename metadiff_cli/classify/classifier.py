@@ -1,0 +1,76 @@
+"""An adapted classifier with all that it was made of: adapted, saved, loaded, and asked for predictions."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from metadiff_cli.classify.support_set import Pool, SupportSet, require_classes
+from metadiff_cli.core.checkpoints.classifier import StoredClassifier, StoredImages, load_classifier, save_classifier
+from metadiff_cli.core.checkpoints.model import Model
+from metadiff_cli.core.method.adapt import Sampling, TaskClassifier, adapt_tasks, seeds_of
+from metadiff_cli.core.method.rejection import Rejector, rejector_of
+from metadiff_cli.data.scan import class_name
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A classifier `task` that `model` was adapted to, with the support and the pool, where there was one."""
+
+    model: Model
+    support: SupportSet
+    pool: Pool | None
+    task: TaskClassifier
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the N classes, sorted."""
+        return self.support.classes
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """Probabilities (n, N) of features (n, D)."""
+        return self.task.probabilities(features.unsqueeze(0))[0]
+
+    def rejector(self) -> Rejector:
+        """The rejector of images that show none of the classes. Raises CheckpointError when no threshold was fitted."""
+        return rejector_of(self.model.metadiff, self.task, self.support.task())
+
+    def save(self, path: Path) -> None:
+        """Write the classifier to a file. Of the paths of the support only the file names are kept. Raises OSError."""
+        support, pool = self.support, self.pool
+        names = [
+            f"{self.classes[label]}/{class_name(Path(image).name)}"
+            for label, image in zip(support.labels, support.paths, strict=True)
+        ]
+        stored = StoredClassifier(
+            self.model, self.task, self.classes, StoredImages(support.features, support.digests), support.labels,
+            tuple(names), None if pool is None else StoredImages(pool.features, pool.digests),
+        )  # fmt: skip
+        save_classifier(path, stored)
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> "Classifier":
+        """Read a classifier from a file of `save`. Raises CheckpointError for any other file."""
+        stored = load_classifier(path, device)
+        images, pool = stored.support, stored.pool
+        support = SupportSet(stored.classes, images.features, stored.labels, images.digests, stored.names)
+        return cls(stored.model, support, None if pool is None else Pool(pool.features, pool.digests), stored.task)
+
+
+def adapt(model: Model, support: SupportSet, sampling: Sampling, *, seed: int, pool: Pool | None = None) -> Classifier:
+    """Adapt a model to a support set, guided by a pool where there is one.
+
+    Raises DataError when the support has fewer than two classes.
+    """
+    require_classes(support)
+    unlabelled = None if pool is None else pool.without(support.digests)
+    task = adapt_tasks(
+        model.metadiff,
+        support.task(),
+        sampling,
+        ranks=torch.arange(len(support.classes)).unsqueeze(0),  # the classes are sorted by name already
+        seeds=seeds_of(seed, 0, 1),
+        pool=None if unlabelled is None else unlabelled.features.unsqueeze(0),
+    )
+    return Classifier(model, support, pool, task)
