@@ -37,7 +37,7 @@ class Encoded:
 def encode_images(
     images: Sequence[ImageLike],
     encoder: ImageEncoder,
-    batch: int,
+    batch: int | None,
     *,
     workers: int | None = None,
     progress: Progress = no_progress,
@@ -48,6 +48,7 @@ def encode_images(
     `Encoding` does. Arrays are uint8 of shape (height, width, 3).
     """
     encode = Encoding(encoder, batch)
+    batch = encode.batch
     waiting: list[tuple[str, np.ndarray | str]] = []
     for i, (image, pixels) in enumerate(zip(images, _pixels(images, encoder.size, workers), strict=True)):
         waiting.append((os.fspath(image) if isinstance(image, str | os.PathLike) else str(i), pixels))

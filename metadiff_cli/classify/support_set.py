@@ -103,7 +103,7 @@ def _pool(features: Mapping[bytes, Tensor]) -> Pool:
 def read_support(
     source: Path,
     encoder: ImageEncoder,
-    batch: int,
+    batch: int | None,
     *,
     workers: int | None = None,
     progress: Progress = no_progress,

@@ -151,8 +151,8 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
     Raises CheckpointError for a file that is missing, too large, damaged, or of another format.
     """
-    check_size(path)
     try:
+        check_file(path)
         _check_start(path)
         with safe_open(path, framework="pt") as file:
             yield file
@@ -163,7 +163,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path} cannot be read ({reason})", hint="check its permissions") from error
 
 
-def check_size(path: Path, hint: str = "give the .safetensors file of a run") -> None:
+def check_file(path: Path, hint: str = "give the .safetensors file of a run") -> None:
     """Raise CheckpointError unless `path` is a file with content, within MAX_FILE; `hint` says what to give instead."""
     if not path.is_file():
         raise CheckpointError(f"{path} is a folder" if path.is_dir() else f"{path} does not exist", hint=hint)
@@ -174,6 +174,11 @@ def check_size(path: Path, hint: str = "give the .safetensors file of a run") ->
         raise CheckpointError(
             f"{path} has {size / 1e9:.0f} GB, more than {MAX_FILE / 1e9:.0f}", hint="give the weights alone"
         )
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise CheckpointError(
+                f"{path} is a git-lfs pointer, not the file itself", hint="fetch it with `git lfs pull`"
+            )
 
 
 def _check_start(path: Path) -> None:
@@ -182,9 +187,7 @@ def _check_start(path: Path) -> None:
     Such a file begins with the length of its header in 8 bytes, and a brace. Nothing is unpickled here.
     """
     with path.open("rb") as file:
-        start = file.read(len(LFS_POINTER))
-    if start == LFS_POINTER:
-        raise CheckpointError(f"{path} is a git-lfs pointer, not the file itself", hint="fetch it with `git lfs pull`")
+        start = file.read(9)
     # the length of a header may well be 0x80 modulo 256, so the brace is looked at as well
     if start[8:9] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         raise CheckpointError(

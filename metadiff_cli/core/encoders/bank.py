@@ -7,9 +7,10 @@ costs an index and no forward pass.
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from metadiff_cli.errors import DataError, MetaDiffError
 from metadiff_cli.files import atomic, release, sweep, writable
 
 Progress = Callable[[int, int], None]
+BATCH, GPU_BATCH = 32, 256  # images per pass of the encoder
 SHARD = 2048  # images per file while a bank is made: an interruption loses the work on one file
 
 
@@ -41,10 +43,25 @@ class Bank:
         """What methods are given of the images in `rows` (...), as a tensor (..., ...)."""
         raise AssertionError("a bank defines what it gives")
 
+    def of_rows(self, rows: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> Self:
+        """A bank of some images, with new labels and classes."""
+        raise AssertionError("a bank knows how to make another one")
+
     def class_indices(self) -> list[np.ndarray]:
         """For each class, the rows of its images."""
         order = np.argsort(self.labels, kind="stable")
         return np.split(order, np.searchsorted(self.labels[order], np.arange(1, len(self.classes))))
+
+    def with_images(self, fewest: int) -> tuple[Self, tuple[str, ...]]:
+        """The bank of the classes that have at least `fewest` images, and the names of the classes it leaves out."""
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        kept = np.flatnonzero(counts >= fewest)
+        if len(kept) == len(self.classes):
+            return self, ()
+        rows = np.flatnonzero(np.isin(self.labels, kept))
+        left_out = tuple(cls for cls, count in zip(self.classes, counts, strict=True) if count < fewest)
+        labels, classes = np.searchsorted(kept, self.labels[rows]), tuple(self.classes[c] for c in kept)
+        return self.of_rows(rows, labels, classes), left_out
 
 
 @dataclass(frozen=True)
@@ -63,6 +80,10 @@ class FeatureBank(Bank):
     def take(self, rows: np.ndarray) -> Tensor:
         """Features (..., D) of rows (...)."""
         return torch.from_numpy(self.features[rows])
+
+    def of_rows(self, rows: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> Self:
+        """A bank of some images, with new labels and classes."""
+        return replace(self, features=self.features[rows], labels=labels, classes=classes)
 
     def by_class(self) -> Iterator[Tensor]:
         """The features (n_c, D) of each class; one class is in memory at a time."""
@@ -88,21 +109,27 @@ class PixelBank(Bank):
         """Pixels (..., S, S, 3) uint8 of rows (...)."""
         return torch.from_numpy(self.pixels[rows])
 
+    def of_rows(self, rows: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> Self:
+        """A bank of some images, with new labels and classes."""
+        return replace(self, pixels=self.pixels[rows], labels=labels, classes=classes)
+
 
 def every_other(bank: FeatureBank, first: int) -> FeatureBank:
     """Every second class of a bank, from class `first` (0 or 1) on."""
-    chosen = np.flatnonzero(bank.labels % 2 == first)
-    return FeatureBank(bank.features[chosen], bank.labels[chosen] // 2, bank.classes[first::2])
+    rows = np.flatnonzero(bank.labels % 2 == first)
+    return bank.of_rows(rows, bank.labels[rows] // 2, bank.classes[first::2])
 
 
 class Encoding:
     """Turns pixels into features in passes of at most `batch` images.
 
-    A pass that does not fit into the memory of the device is halved, and so are all passes after it.
+    Without a `batch` it is BATCH on the CPU, where more images take more memory and no less time, and GPU_BATCH
+    elsewhere. A pass that does not fit into the memory of the device is halved, and so are all passes after it.
     """
 
-    def __init__(self, encoder: ImageEncoder, batch: int) -> None:
-        self.encoder, self.batch = encoder, batch
+    def __init__(self, encoder: ImageEncoder, batch: int | None = None) -> None:
+        usual = BATCH if encoder.device.type == "cpu" else GPU_BATCH
+        self.encoder, self.batch = encoder, batch or usual
 
     def __call__(self, pixels: np.ndarray) -> Tensor:
         """Features (n, D) of pixels (n, S, S, 3) uint8.
@@ -157,7 +184,7 @@ def build_bank(
     *,
     folder: Path,
     key: str,
-    batch: int,
+    batch: int | None = None,
     progress: Progress = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> FeatureBank:
@@ -182,7 +209,7 @@ def build_bank(
     return FeatureBank(kept, np.asarray(labels), classes)
 
 
-def _fill(path: Path, encoder: ImageEncoder, images: np.ndarray, batch: int, progress: Progress) -> None:
+def _fill(path: Path, encoder: ImageEncoder, images: np.ndarray, batch: int | None, progress: Progress) -> None:
     """Write the features of all images into one file, by way of shards that are removed in the end."""
     parts = path.with_suffix(".parts")
     on_main(lambda: sweep(path.parent, path.name))
@@ -197,7 +224,9 @@ def _fill(path: Path, encoder: ImageEncoder, images: np.ndarray, batch: int, pro
     on_main(finish)
 
 
-def _make_shards(encoder: ImageEncoder, images: np.ndarray, folder: Path, batch: int, progress: Progress) -> list[Path]:
+def _make_shards(
+    encoder: ImageEncoder, images: np.ndarray, folder: Path, batch: int | None, progress: Progress
+) -> list[Path]:
     """Files with the features of SHARD images each; those that are there already are not made again.
 
     Several processes share the work.

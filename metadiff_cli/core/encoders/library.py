@@ -12,7 +12,6 @@ import difflib
 import importlib
 import io
 import logging
-import pickle
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -27,17 +26,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from metadiff_cli.config.schema import PRETRAINED
-from metadiff_cli.core.checkpoints.file import check_size, open_tensors, reason_of
+from metadiff_cli.core.checkpoints.file import reason_of
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import Encoder
+from metadiff_cli.core.encoders.weights import densenet_names, difference, efficientnet_names, read_weights
 from metadiff_cli.errors import CheckpointError, ConfigError, MetaDiffError
 
 # two whose trained weights want pixels prepared in a way of their own, and heads that only training uses
 UNUSABLE = frozenset({"googlenet", "inception_v3"})
 ONE_SIZE = ("vit_", "maxvit_")  # torchvision's models that are built for one image size
 CLOSE = 3  # names that are suggested
-WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training programs keep the weights
-ODD_SHOWN = 3  # names of weights that do not fit
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,8 @@ class TorchvisionModel(Architecture):
 
     def fitted(self, state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
         gone = {name for name, module in network.named_modules() if isinstance(module, nn.Identity)}
-        # DenseNet's files have older names: denselayer1.norm.1.weight
-        names = {name: re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name) for name in state}
-        return {names[name]: t for name, t in state.items() if name.rpartition(".")[0] not in gone}
+        state = densenet_names(state)
+        return {name: t for name, t in state.items() if name.rpartition(".")[0] not in gone}
 
 
 class TimmModel(Architecture):
@@ -108,7 +105,8 @@ class TimmModel(Architecture):
         gone = (classifier,) if isinstance(classifier, str) else tuple(classifier)
         # timm's function for the names in the authors' files, and for positions at another image size
         rename = getattr(importlib.import_module(type(network).__module__), "checkpoint_filter_fn", None)
-        state = rename(state, network) if rename is not None else state
+        state = efficientnet_names(state, network)
+        state = state if rename is None else rename(state, network)
         return {name: t for name, t in state.items() if name.rpartition(".")[0] not in gone}
 
 
@@ -178,9 +176,8 @@ def untrained_encoder(name: str, size: int | None) -> PretrainedEncoder:
 def build_pretrained(name: str, size: int, tensors: Mapping[str, Tensor]) -> PretrainedEncoder:
     """The encoder of a checkpoint, still with random weights. Raises ValueError if `tensors` are not its weights."""
     shapes = {f"net.{key}": shape for key, shape in probe(name, size)[1].items()}
-    odd = _odd(shapes, {key: tensor.shape for key, tensor in tensors.items()})
-    if odd:
-        raise ValueError(f"its encoder is another one, see {odd[0]}")
+    if odd := difference(shapes, tensors):
+        raise ValueError(f"its encoder is another one: {odd}")
     source = architecture(name)
     return PretrainedEncoder(source, source.network(size), size)
 
@@ -227,61 +224,16 @@ def probe(name: str, size: int) -> tuple[int, dict[str, torch.Size]]:
     return int(channels), {key: tensor.shape for key, tensor in net.state_dict().items()}
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a state dictionary that torch saved. Nothing else is unpickled.
-
-    Raises CheckpointError for any other file.
-    """
-    check_size(path, hint="give a .safetensors or .pth file")
-    if path.suffix == ".safetensors":
-        with open_tensors(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    try:
-        return _plain(torch.load(path, map_location="cpu", weights_only=True))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors, and is not opened",
-            hint="save its state dictionary alone, best as safetensors",
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read as weights ({reason_of(error)})", hint="copy it again") from error
-
-
-def _plain(found: Any) -> dict[str, Tensor]:
-    """The state dictionary inside a saved object, without the prefix of distributed training."""
-    for key in WRAPPERS:
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()) or not found:
-        raise ValueError("no state dictionary")
-    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
-
-
 def _fill(source: Architecture, net: nn.Module, file: Path) -> None:
     """Load the weights of a file: all weights of `net`, and no others. Raises CheckpointError."""
     hint = f"give the file of just this model{f'; its weights are at {source.source}' if source.source else ''}"
     try:
         state = source.fitted(read_weights(file), net)
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{file} holds no weights of {source.name} ({reason_of(error)})", hint=hint) from error
-    wanted = {key: tensor.shape for key, tensor in net.state_dict().items()}
-    odd = _odd(wanted, {key: tensor.shape for key, tensor in state.items()})
-    if odd:
-        raise CheckpointError(
-            f"{file} does not hold the weights of {source.name}: {len(odd)} names or shapes differ "
-            f"({', '.join(odd[:ODD_SHOWN])})",
-            hint=hint,
-        )
+    if odd := difference({key: tensor.shape for key, tensor in net.state_dict().items()}, state):
+        raise CheckpointError(f"{file} does not hold the weights of {source.name}: {odd}", hint=hint)
     net.load_state_dict(state)
-
-
-def _odd(wanted: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> list[str]:
-    """Names that only one side has, or whose shapes differ; a missing counter of batches does not matter."""
-    return sorted(
-        name
-        for name in {*wanted, *found}
-        if wanted.get(name) != found.get(name) and not (name.endswith("num_batches_tracked") and name not in found)
-    )
 
 
 def _downloaded(source: Architecture, size: int, progress: bool) -> nn.Module:

@@ -186,7 +186,7 @@ def quick_accuracy(
     images: np.ndarray,
     labels: np.ndarray,
     *,
-    batch: int,
+    batch: int | None,
     seed: int,
     per_class: int = 100,
     episodes: int = 600,

@@ -1,6 +1,7 @@
 """The feature bank: made once, in shards that an interruption leaves behind, whatever memory and disk allow."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metadiff_cli.core.encoders import bank as features
-from metadiff_cli.core.encoders.bank import Encoding, FeatureBank, PixelBank, build_bank
+from metadiff_cli.core.encoders.bank import Bank, Encoding, FeatureBank, PixelBank, build_bank
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.errors import DataError, MetaDiffError
 from tests.worlds import small_encoder
@@ -90,6 +91,31 @@ def test_pixels_stay_pixels() -> None:
     taken = bank.take(np.array([[1], [0]]))
     assert taken.shape == (2, 1, 2, 2, 3) and taken.dtype == torch.uint8 and taken[0, 0, 0, 0].tolist() == [12, 13, 14]
     assert bank.numbers_per_image == 12 and [rows.tolist() for rows in bank.class_indices()] == [[1], [0]]
+
+
+@pytest.mark.parametrize("kind", ["features", "pixels"])
+def test_classes_with_too_few_images_are_left_out_and_named(kind: str) -> None:
+    """A folder of many classes, one of which has a single image, can still be evaluated on the others."""
+    labels, classes = np.array([2, 0, 3, 0, 2, 1, 3, 3]), ("a", "b", "c", "d")
+    values = np.arange(8 * 12)
+    bank: Bank = (
+        FeatureBank(values.reshape(8, 12).astype(np.float32), labels, classes)
+        if kind == "features"
+        else PixelBank(values.reshape(8, 2, 2, 3).astype(np.uint8), labels, classes)
+    )
+    kept, left_out = bank.with_images(2)
+    assert (kept.classes, left_out) == (("a", "c", "d"), ("b",)) and type(kept) is type(bank)
+    assert kept.labels.tolist() == [1, 0, 2, 0, 1, 2, 2]
+    assert torch.equal(kept.take(np.arange(7)), bank.take(np.array([0, 1, 2, 3, 4, 6, 7])))
+    assert [len(rows) for rows in kept.class_indices()] == [2, 2, 3]
+    assert bank.with_images(1) == (bank, ()) and bank.with_images(3)[0].classes == ("d",)
+    none, all_of_them = bank.with_images(4)
+    assert none.classes == () and all_of_them == classes
+
+
+def test_the_batch_suits_the_device(encoder: ImageEncoder) -> None:
+    assert Encoding(encoder).batch == 32 and Encoding(encoder, 7).batch == 7
+    assert Encoding(replace(encoder, device=torch.device("cuda"))).batch == 256
 
 
 def limited(room: int, seen: list[int]) -> Callable[..., Tensor]:
