@@ -41,6 +41,10 @@ def prepare(
     Raises DataError if it cannot be had or is not what it should be, ConfigError if its place holds other things.
     """
     place = root / known.name
+    if place.is_symlink():
+        place = place.resolve()  # to another disk, say: the link stays
+    if os.path.lexists(place) and not place.is_dir():
+        raise ConfigError(f"{place} is a file, not a folder", hint="remove it, or give another --root")
     if place.is_dir() and any(place.iterdir()):
         return _already_there(known, place)
     if not archives and not known.download:
@@ -185,9 +189,14 @@ def _rename(found: Path, place: Path) -> None:
     if hasattr(os, "sync"):
         os.sync()  # the images before the name that says they are there
     found.chmod(usual_mode(0o777))  # mkdtemp's 0700 would hide the images from a group that shares the folder
-    if place.is_dir():
-        place.rmdir()  # it is empty, or this fails
-    os.replace(found, place)
+    try:
+        if place.is_dir():
+            place.rmdir()  # it was empty; if it is not any more, this fails
+        os.replace(found, place)
+    except OSError as error:
+        raise ConfigError(
+            f"{place} was filled by something else meanwhile ({error.strerror})", hint="empty it, and try again"
+        ) from error
 
 
 def _find(known: Known, work: Path) -> Path:

@@ -7,6 +7,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import pytest
@@ -63,6 +64,37 @@ def test_other_things_in_the_place_are_kept(tmp_path: Path, birds: Path) -> None
     (tmp_path / "cub").mkdir()
     (tmp_path / "cub" / "mine.txt").write_text("mine")
     with pytest.raises(ConfigError, match="something else"):
+        prepare(known("cub"), tmp_path, [birds])
+    assert (tmp_path / "cub" / "mine.txt").read_text() == "mine"
+
+
+def test_a_file_in_the_place_is_kept_and_told_before_anything_is_unpacked(tmp_path: Path, birds: Path) -> None:
+    (tmp_path / "cub").write_text("mine")
+    with pytest.raises(ConfigError, match="is a file"):
+        prepare(known("cub"), tmp_path, [birds])
+    assert (tmp_path / "cub").read_text() == "mine"
+
+
+def test_a_link_to_another_disk_stays(tmp_path: Path, birds: Path) -> None:
+    (tmp_path / "disk" / "birds").mkdir(parents=True)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "cub").symlink_to(tmp_path / "disk" / "birds")
+    prepare(known("cub"), tmp_path / "root", [birds])
+    assert (tmp_path / "root" / "cub").is_symlink() and (tmp_path / "disk" / "birds" / "attributes.txt").is_file()
+
+
+def test_what_comes_into_the_place_meanwhile_is_kept(
+    tmp_path: Path, birds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = module._find
+
+    def slow(*arguments: Any) -> Path:
+        (tmp_path / "cub").mkdir()
+        (tmp_path / "cub" / "mine.txt").write_text("mine")
+        return find(*arguments)
+
+    monkeypatch.setattr(module, "_find", slow)
+    with pytest.raises(ConfigError, match="something else meanwhile"):
         prepare(known("cub"), tmp_path, [birds])
     assert (tmp_path / "cub" / "mine.txt").read_text() == "mine"
 

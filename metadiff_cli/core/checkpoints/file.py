@@ -39,6 +39,13 @@ KINDS = {
     "classifier": "an adapted classifier (from `metadiff adapt --save`)",
     "state": "the state of an unfinished training",
 }
+USES = {  # for a hint, where another kind was wanted
+    "encoder": "`metadiff metatrain --encoder` takes an encoder",
+    "model": "`metadiff adapt --checkpoint` and `metadiff evaluate --checkpoint` take a model",
+    "baseline": "`metadiff evaluate --checkpoint` takes a baseline",
+    "classifier": "`metadiff adapt --classifier` takes a classifier",
+    "state": "`--resume` goes on with it; what a run made so far is in the other .safetensors files beside it",
+}
 
 
 class Part(BaseModel):
@@ -108,8 +115,7 @@ def load_checkpoint(path: Path, kind: str | None = None) -> Checkpoint:
     header = read_header(path)
     found = header["kind"]
     if kind is not None and found != kind:
-        hint = "make one with `metadiff metatrain`" if kind == "model" else f"give {KINDS[kind]}"
-        raise CheckpointError(f"{path} is {KINDS[found]}, not {KINDS[kind]}", hint=hint)
+        raise CheckpointError(f"{path} is {KINDS[found]}, not {KINDS[kind]}", hint=USES[found])
     with open_tensors(path) as file:
         return Checkpoint(str(path), header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 

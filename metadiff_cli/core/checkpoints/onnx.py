@@ -1,9 +1,9 @@
 """A saved classifier as one ONNX graph, from pixels to class probabilities, for runtimes without Python or torch.
 
-The input `pixels` (n, S, S, 3) uint8 are RGB images, the central square of each resized to S x S. All that follows
-(normalisation, views, encoder, classifier, calibrated softmax) is in the graph. The output `probabilities` (n, N)
+The input `pixels` (n, S, S, 3) uint8 are images as PREPARATION says. All that follows (normalisation, views, encoder,
+classifier, calibrated softmax) is in the graph. The output `probabilities` (n, N)
 float32 has columns in the order of the classes. The metadata of the file has two entries: `classes`, a JSON list, and
-`metadiff`, JSON with the image size, logit scale, guidance and the version of the package.
+`metadiff`, JSON with the preparation of images, their size S, logit scale, guidance and the version of the package.
 """
 
 import json
@@ -25,6 +25,12 @@ from metadiff_cli.files import atomic
 OPSET = 18  # the oldest that torch's exporter writes, and so the most widely read
 TOLERANCE = 1e-4  # of the difference between our probabilities and those of the graph
 MAX_BYTES = 2**31 - 2**24  # of weights in one protobuf file, which ends at 2 GiB
+# how data/images.py makes pixels of an image, in one call of Pillow: the same steps give the same pixels
+PREPARATION = (
+    "upright as the EXIF data says, RGB, transparent parts on white; with W, H = image.size and s = min(W, H): "
+    "image.resize((S, S), Image.Resampling.BICUBIC, "
+    "box=((W - s) / 2, (H - s) / 2, (W + s) / 2, (H + s) / 2), reducing_gap=3.0)"
+)
 TRIED = 3  # random images that the graph is tried on; not as many as it is traced with
 
 
@@ -75,7 +81,8 @@ def metadata(classifier: SavedClassifier) -> dict[str, str]:
     task = classifier.task
     facts = {
         "package": __version__,
-        "input": "pixels (n, S, S, 3) uint8 RGB, the central square of an upright image resized to S = image.size",
+        "input": "pixels (n, S, S, 3) uint8 RGB, S = image.size",
+        "preparation": PREPARATION,
         "output": "probabilities (n, N), columns in the order of classes",
         **image_header(classifier.images),
         "calibration": {"scale": task.scale, "guidance": task.single_guidance()},

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from metadiff_cli.core.checkpoints import file as module
-from metadiff_cli.core.checkpoints.file import load_checkpoint, read_header, save_checkpoint
+from metadiff_cli.core.checkpoints.file import KINDS, load_checkpoint, read_header, save_checkpoint
 from metadiff_cli.errors import CheckpointError
 
 TENSORS = {
@@ -93,3 +93,16 @@ def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path) -> No
             break
     assert path.read_bytes()[0] == 0x80
     assert load_checkpoint(path, "encoder").header["note"] == "x" * size
+
+
+@pytest.mark.parametrize("found", KINDS)
+@pytest.mark.parametrize("wanted", ["model", "classifier", "baseline"])
+def test_a_file_of_another_kind_is_told_with_the_option_that_takes_it(tmp_path: Path, found: str, wanted: str) -> None:
+    save_checkpoint(tmp_path / "c", found, {}, {})
+    if found == wanted:
+        assert load_checkpoint(tmp_path / "c", wanted).kind == wanted
+        return
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path / "c", wanted)
+    assert f"is {KINDS[found]}, not {KINDS[wanted]}" in caught.value.message
+    assert caught.value.hint is not None and "`" in caught.value.hint
