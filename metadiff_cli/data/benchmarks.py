@@ -26,7 +26,16 @@ from metadiff_cli.data.folders import (
     scan_classes,
     split_folders,
 )
-from metadiff_cli.data.scan import Progress, Scan, check_folder, is_image, no_progress, reason_of, subfolders
+from metadiff_cli.data.scan import (
+    Progress,
+    Scan,
+    check_folder,
+    class_name,
+    is_image,
+    no_progress,
+    reason_of,
+    subfolders,
+)
 from metadiff_cli.errors import ConfigError, DataError, suggest
 
 MAX_BATCH = 500_000_000  # bytes; the larger part of CIFAR-100 has 156 million
@@ -242,7 +251,9 @@ def _csv_split(root: Path, path: Path, name: str) -> Split:
     """A split from a list of `filename,label`; the files lie in images/. Raises DataError."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [(row[0], row[1]) for row in csv.reader(file) if len(row) >= 2 and is_image(Path(row[0]))]
+            rows = [
+                (row[0], class_name(row[1])) for row in csv.reader(file) if len(row) >= 2 and is_image(Path(row[0]))
+            ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read ({error})", hint="expected lines `filename,label` in UTF-8") from error
     if not rows:

@@ -40,7 +40,7 @@ class Dataset:
     """A data set: its splits by name, and `notes` for the user about them.
 
     `skipped` counts the files that are left out, as they are not images, by extension. `unreadable` has path and reason
-    of files and folders that cannot be looked at.
+    of files and folders that cannot be accessed.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Dataset:
 
 
 def dataset_of(name: str, root: Path, splits: dict[str, Split], scan: Scan) -> Dataset:
-    """A data set with the findings of a walk; what cannot be looked at is a note as well."""
+    """A data set with the findings of a walk; what cannot be accessed is a note as well."""
     notes = [*scan.notes]
     if scan.unreadable:
         lines = [f"{path} ({reason})" for path, reason in scan.unreadable]
@@ -134,7 +134,7 @@ def scan_classes(root: Path, *, name: str = "support", scan: Scan | None = None)
 def from_folders(folders: Iterable[tuple[str, Path]], *, name: str, root: Path, scan: Scan) -> Split:
     """A split from pairs of class name and folder, classes in sorted order. Raises DataError as `scan_classes` does.
 
-    A class whose folders cannot be looked at, and hold no other images, is left out.
+    A class whose folders cannot be accessed, and hold no other images, is left out.
     """
     images: dict[str, list[Path]] = {}
     others: Counter[str] = Counter()  # files of classes without images, which are not images

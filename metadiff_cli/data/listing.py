@@ -26,7 +26,7 @@ class Row:
 
 def is_listing(path: Path) -> bool:
     """Whether a path is a file that lists images."""
-    return path.suffix.lower() in LISTINGS and os.path.isfile(path)  # no error for a path that cannot be looked at
+    return path.suffix.lower() in LISTINGS and os.path.isfile(path)  # no error for a path that cannot be accessed
 
 
 def open_labelled(source: Path, scan: Scan | None = None) -> Split:

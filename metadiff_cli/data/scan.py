@@ -1,6 +1,6 @@
 """A walk through folders of images: which files are images, and what is left out.
 
-No pixels are read here. What cannot be looked at is an entry with a reason, never the end of a walk.
+No pixels are read here. What cannot be accessed is an entry with a reason, never the end of a walk.
 """
 
 import difflib
@@ -34,8 +34,8 @@ class Scan:
     """The options and the findings of one walk through folders.
 
     `keep_empty` allows classes without images; `progress` is told the number of images found so far after every class.
-    The findings: `skipped` counts files that are not images, by extension in small letters; `unreadable` has path and
-    reason of what cannot be looked at; `notes` are for the user.
+    The findings: `skipped` counts files that are not images, by extension in lower case; `unreadable` has path and
+    reason of what cannot be accessed; `notes` are for the user.
     """
 
     keep_empty: bool = False
@@ -155,8 +155,8 @@ def _check_walk(folder: Path, depth: int, ways: Counter[tuple[int, int]], identi
 def _kind(path: Path, scan: Scan) -> Literal["folder", "file", "special"] | None:
     """What a path is; `special` are pipes, sockets and devices, whose reading could wait for ever.
 
-    A dangling link counts as a file, and so does what cannot be looked at but has the name of an image: both are found
-    broken when they are read. Anything else that cannot be looked at is collected, and is None.
+    A dangling link counts as a file, and so does what cannot be accessed but has the name of an image: both are found
+    broken when they are read. Anything else that cannot be accessed is collected, and is None.
     """
     try:
         mode = path.stat().st_mode
