@@ -28,7 +28,7 @@ from metadiff_cli.classify.support_set import FEWEST_CLASSES, support_of
 from metadiff_cli.core.checkpoints.model import Model, load_model
 from metadiff_cli.core.device import pick_device
 from metadiff_cli.core.method.adapt import Sampling
-from metadiff_cli.data.listing import class_name
+from metadiff_cli.data.scan import class_name
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
 from metadiff_cli.files import checkpoint_path
 

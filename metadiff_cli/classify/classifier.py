@@ -11,7 +11,7 @@ from metadiff_cli.core.checkpoints.classifier import StoredClassifier, StoredIma
 from metadiff_cli.core.checkpoints.model import Model
 from metadiff_cli.core.method.adapt import Sampling, TaskClassifier, adapt_tasks, seeds_of
 from metadiff_cli.core.method.rejection import Rejector, rejector_of
-from metadiff_cli.data.listing import class_name
+from metadiff_cli.data.scan import class_name
 
 
 @dataclass(frozen=True)

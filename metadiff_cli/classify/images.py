@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from metadiff_cli.core.encoders.bank import Encoding, ImageEncoder
+from metadiff_cli.core.encoders.bank import Encoding
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.data.cache import Progress, decode_images, no_progress
 from metadiff_cli.data.images import to_square, upright_rgb
 from metadiff_cli.errors import DataError
@@ -36,7 +37,7 @@ class Encoded:
 def encode_images(
     images: Sequence[ImageLike],
     encoder: ImageEncoder,
-    batch: int,
+    batch: int | None,
     *,
     workers: int | None = None,
     progress: Progress = no_progress,
@@ -47,6 +48,7 @@ def encode_images(
     `Encoding` does. Arrays are uint8 of shape (height, width, 3).
     """
     encode = Encoding(encoder, batch)
+    batch = encode.batch
     waiting: list[tuple[str, np.ndarray | str]] = []
     for i, (image, pixels) in enumerate(zip(images, _pixels(images, encoder.size, workers), strict=True)):
         waiting.append((os.fspath(image) if isinstance(image, str | os.PathLike) else str(i), pixels))

@@ -1,23 +1,23 @@
-"""Labelled images from a folder of class folders or from a CSV file with the columns `path` and `label`."""
+"""Labelled images from a folder of class folders, or from a listing: a CSV file with the columns `path` and `label`."""
 
 import csv
 import io
 import os
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from metadiff_cli.data.folders import Split, scan_classes, suggestion
+from metadiff_cli.data.folders import Split, scan_support
+from metadiff_cli.data.scan import Scan, check_folder, class_name
 from metadiff_cli.errors import DataError
 
 LISTINGS = frozenset({".csv", ".tsv"})
 SUPPORT = "give --support a folder with one folder of images per class, or a CSV of path,label"
-DELIMITERS = (",", ";", "\t")  # spreadsheets of some languages write semicolons
+DELIMITERS = (",", ";", "\t")  # spreadsheets in some languages write semicolons
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a listing: the path as written, joined to the listing's folder, and the label, where there is one."""
+    """A line of a listing: the path as written, joined to the folder of the listing, and the label, if there is one."""
 
     path: str
     label: str | None
@@ -25,16 +25,18 @@ class Row:
 
 
 def is_listing(path: Path) -> bool:
-    """Whether a path names a file that lists images."""
-    return path.suffix.lower() in LISTINGS and path.is_file()
+    """Whether a path is a file that lists images."""
+    return path.suffix.lower() in LISTINGS and os.path.isfile(path)  # no error for a path that cannot be accessed
 
 
-def open_labelled(source: Path) -> Split:
-    """The classes of a folder, or of a listing in which every line has a label. Raises DataError."""
-    if not source.exists():
-        raise DataError(f"support {source} does not exist", hint=f"{suggestion(source)}{SUPPORT}")
+def open_labelled(source: Path, scan: Scan | None = None) -> Split:
+    """The classes of a folder of class folders, or of a listing in which every line has a label.
+
+    `scan` takes the findings of the walk through the folder: files that were left out, and notes. Raises DataError.
+    """
     if not is_listing(source):
-        return normalised(scan_classes(source))
+        check_folder(source, hint=SUPPORT)
+        return scan_support(source, scan if scan is not None else Scan())
     rows = read_listing(source)
     for row in rows:
         if row.label is None:
@@ -45,9 +47,9 @@ def open_labelled(source: Path) -> Split:
 
 
 def read_listing(file: str | Path) -> list[Row]:
-    """The lines of a CSV file with a header that names `path` and maybe `label`; paths are relative to its folder.
+    """The lines of a CSV file whose header has the column `path`, and maybe `label`. Paths are relative to its folder.
 
-    Raises DataError for a file that cannot be read, has no column `path`, or lists nothing.
+    Raises DataError if the file cannot be read, has no column `path`, or lists nothing.
     """
     try:
         text = Path(file).read_bytes().decode("utf-8-sig")
@@ -74,16 +76,3 @@ def read_listing(file: str | Path) -> list[Row]:
 def _row(folder: str, header: list[str], cells: list[str], line: int) -> Row:
     values = dict(zip(header, cells, strict=False))
     return Row(os.path.join(folder, values.get("path", "")), class_name(values.get("label", "").strip()) or None, line)
-
-
-def class_name(text: str) -> str:
-    """One valid spelling of a name: macOS writes accents as characters of their own, most others do not."""
-    return unicodedata.normalize("NFC", os.fsencode(text).decode("utf-8", "replace"))
-
-
-def normalised(split: Split) -> Split:
-    """A split with class names in one spelling; classes whose names become the same are one class."""
-    names = [class_name(cls) for cls in split.classes]
-    classes = tuple(sorted(set(names)))
-    labels = tuple(classes.index(names[label]) for label in split.labels)
-    return Split(split.name, classes, split.paths, labels, split.root, split.pixels)

@@ -9,8 +9,8 @@ import pytest
 from metadiff_cli.commands.evaluate.table import show_result
 from metadiff_cli.config.load import preset_names
 from metadiff_cli.console import Screen
+from metadiff_cli.data.benchmarks import KNOWN
 from metadiff_cli.data.folders import SPLITS
-from metadiff_cli.data.known import KNOWN
 from tests.worlds import Result, paint
 
 CLI = Callable[..., Result]

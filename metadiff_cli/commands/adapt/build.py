@@ -15,10 +15,10 @@ from metadiff_cli.commands.evaluate.measure import sampling_of
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.checkpoints.model import Model, load_model
-from metadiff_cli.core.encoders.bank import ImageEncoder
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.evaluation.support_check import SupportCheck, check_support
 from metadiff_cli.core.method.rejection import Rejector, require_rejection
-from metadiff_cli.data.folders import check_folder
+from metadiff_cli.data.scan import check_folder
 from metadiff_cli.errors import DataError
 from metadiff_cli.files import checkpoint_path
 

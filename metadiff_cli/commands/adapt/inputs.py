@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from metadiff_cli.data.folders import Scan, is_image, walk_images
-from metadiff_cli.data.listing import class_name, is_listing, read_listing
+from metadiff_cli.data.listing import is_listing, read_listing
+from metadiff_cli.data.scan import Scan, class_name, walk_images
 from metadiff_cli.errors import DataError
 
 
@@ -54,7 +54,7 @@ def find_queries(given: Iterable[str], *, null: bool = False, outside: Path | No
             "no query images were found",
             hint="give --query a folder, files, a glob, a CSV file with a column 'path', or - for paths on stdin",
         )
-    return Queries(items, tuple((str(path), reason) for path, reason in unreadable), scan.skipped)
+    return Queries(items, tuple((str(path), reason) for path, reason in unreadable), scan.skipped.total())
 
 
 def _below(path: str, folder: Path | None) -> bool:
@@ -70,10 +70,10 @@ def _items(text: str, scan: Scan) -> Iterator[Query]:
             yield Query(os.path.join(text, inside), label)
     elif is_listing(path):
         yield from (Query(row.path, row.label) for row in read_listing(text))
-    elif not path.exists() or (is_image(path) and path.is_file()):
+    elif not path.exists() or path.is_file():  # a file that was named is tried whatever its extension
         yield Query(text)
     else:
-        scan.skipped += 1
+        scan.skipped[path.suffix.lower()] += 1
 
 
 def _expand(text: str, null: bool) -> list[str]:

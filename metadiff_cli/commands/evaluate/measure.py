@@ -4,9 +4,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from metadiff_cli.commands.completions import CONTROLS
@@ -14,7 +13,8 @@ from metadiff_cli.commands.train.run_folder import Source
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.checkpoints.model import Model
-from metadiff_cli.core.encoders.bank import FeatureBank, ImageEncoder, build_bank, every_other
+from metadiff_cli.core.encoders.bank import Bank, FeatureBank, build_bank, every_other
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.evaluation.controls import label_propagation_method, prototype_method, soft_kmeans_method
 from metadiff_cli.core.evaluation.diagnostics import measure_novelty, trace_weights
 from metadiff_cli.core.evaluation.evaluate import (
@@ -35,12 +35,13 @@ from metadiff_cli.core.training.fit import fit_tuning
 from metadiff_cli.errors import ConfigError, DataError
 from metadiff_cli.files import cache_dir
 
-NAMED = 10  # classes of one kind that are named
+NAMED = 10  # classes that are named; the others are counted
 POSTERIOR = Sampling(steps=100, samples=16, temperature=1.0)  # the probabilities of 16 sampled classifiers, averaged
 PICTURES = "pictures"  # key of what only the report page draws; it is taken out before JSON is printed
 AGAINST = ("prototype", "analytic", "inductive")  # the methods that all others are compared with, in pairs
 
 Progress = Callable[[int], None]
+AnyBank = TypeVar("AnyBank", bound=Bank)
 
 
 def feature_bank(images: ImageEncoder, source: Source, split: str, config: Config, screen: Screen) -> FeatureBank:
@@ -50,34 +51,27 @@ def feature_bank(images: ImageEncoder, source: Source, split: str, config: Confi
         return build_bank(
             images, decoded.images, decoded.labels, decoded.classes,
             folder=cache_dir() / "features", key=decoded.key, batch=config.runtime.batch_size,
-            store=config.features.store, progress=advance, note=screen.note,
+            progress=advance, note=screen.note,
         )  # fmt: skip
 
 
-def with_enough(bank: FeatureBank, protocol: Protocol, screen: Screen) -> tuple[FeatureBank, list[str]]:
-    """The bank without the classes that have too few images for an episode, and the names of these.
+def with_enough(bank: AnyBank, protocol: Protocol, screen: Screen) -> tuple[AnyBank, list[str]]:
+    """The bank without the classes that have too few images for an episode, and the names of these; see `with_images`.
 
-    Rows keep their places, and those that are left out have the label -1. Raises DataError when fewer classes are left
-    than an episode has.
+    Raises DataError when fewer classes are left than an episode has.
     """
     need = protocol.shot + (protocol.query if protocol.imbalance is None else 2 * protocol.query)
-    counts = [len(rows) for rows in bank.class_indices()]
-    kept = [c for c, count in enumerate(counts) if count >= need]
-    if len(kept) == len(counts):
-        return bank, []
-    if len(kept) < protocol.way:
+    kept, left_out = bank.with_images(need)
+    if left_out and len(kept.classes) < protocol.way:
         raise DataError(
             f"{protocol.way}-way {protocol.shot}-shot episodes with {need - protocol.shot} queries per class need "
-            f"{protocol.way} classes of {need} images or more; {len(kept)} of {len(counts)} have as many",
+            f"{protocol.way} classes of {need} images or more; {len(kept.classes)} of {len(bank.classes)} have as many",
             hint="lower --query, --shot or --way, or add images",
         )
-    left_out = [f"{name} ({count})" for name, count in zip(bank.classes, counts, strict=True) if count < need]
-    more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
-    screen.note(f"classes left out, with fewer than {need} images: {', '.join(left_out[:NAMED])}{more}")
-    labels = np.full(len(counts), -1)
-    labels[kept] = np.arange(len(kept))
-    fewer = replace(bank, labels=labels[bank.labels], classes=tuple(bank.classes[c] for c in kept))
-    return fewer, [bank.classes[c] for c, count in enumerate(counts) if count < need]
+    if left_out:
+        more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+        screen.note(f"classes left out, with fewer than {need} images: {', '.join(left_out[:NAMED])}{more}")
+    return kept, list(left_out)
 
 
 def sampling_of(config: Config) -> Sampling:
@@ -169,7 +163,7 @@ def measure(
 
 
 def result_document(
-    run: Callable[[Progress], Mapping[str, Scores]], bank: FeatureBank, split: str, protocol: Protocol, screen: Screen
+    run: Callable[[Progress], Mapping[str, Scores]], bank: Bank, split: str, protocol: Protocol, screen: Screen
 ) -> dict[str, Any]:
     """The part of the document that is the same for all methods; `run` scores them and reports the episodes done."""
     started = time.perf_counter()

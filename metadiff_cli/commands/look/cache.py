@@ -23,7 +23,7 @@ HASH = "[0-9a-f]{32}"
 # the names of our files; whatever has another name is not ours to delete, even if it begins with a hash
 OURS = {
     "images": rf"{HASH}\.(npy|json)|s[0-9a-f]{{31}}\.(json|lock)",
-    "features": rf"{HASH}-{HASH}\.(npy|parts|statistics\d\.safetensors)",
+    "features": rf"{HASH}-{HASH}\.(npy|parts)",
     "encoders": rf"{HASH}\.safetensors",
 }
 PARTS = re.compile(r"\d{6}\.npy|\.\d{6}\.npy\.\w+\.tmp")  # in a folder of features that are not complete yet

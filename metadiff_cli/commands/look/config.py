@@ -18,7 +18,7 @@ def show(
 ) -> None:
     """Print the configuration of all layers: as YAML, with `origin` a line per key, or as JSON. Raises ConfigError."""
     given = layers(preset, file, settings or ())
-    resolved = check(merge_layers(given))
+    resolved = check(merge_layers(given), given)
     values, known = resolved.model_dump(mode="json"), origins(given)
     if as_json:
         screen.json({"schema": "metadiff.config/1", "config": values, "origin": known})

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from metadiff_cli.console import Screen, counted
+from metadiff_cli.data.benchmarks import KNOWN, known, open_dataset
 from metadiff_cli.data.download import prepare as prepare_files
-from metadiff_cli.data.folders import Dataset, open_dataset
-from metadiff_cli.data.known import KNOWN, known
+from metadiff_cli.data.folders import Dataset
+from metadiff_cli.data.scan import left_out
 from metadiff_cli.data.verify import Report
 from metadiff_cli.data.verify import verify as verify_files
 from metadiff_cli.errors import ConfigError, DataError
@@ -102,7 +103,8 @@ def _document(folder: Path, dataset: Dataset, report: Report) -> dict[str, Any]:
         "folder": str(folder),
         "layout": dataset.name,
         "notes": list(dataset.notes),
-        "skipped_files": dataset.skipped,
+        "skipped_files": sum(dataset.skipped.values()),
+        "skipped_extensions": dataset.skipped,
         "splits": report.counts,
         "corrupt": [{"path": path, "reason": reason} for path, reason in report.corrupt],
         "empty_classes": report.empty,
@@ -126,7 +128,7 @@ def _show(dataset: Dataset, report: Report, screen: Screen) -> None:
     _list("pictures that one class has more than once", _groups(report.within_class), screen)
     _list("odd images", [f"{path}: {what}" for path, what in report.odd], screen)
     if dataset.skipped:
-        screen.text(f"skipped, as they are no images: {counted(dataset.skipped, 'file')}")
+        screen.text(left_out(dataset.skipped))
 
 
 def _show_counts(report: Report, screen: Screen) -> None:

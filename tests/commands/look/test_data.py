@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metadiff_cli.data.known import KNOWN
+from metadiff_cli.data.benchmarks import KNOWN
 from tests.worlds import Result, paint, validate
 
 CLI = Callable[..., Result]
