@@ -130,13 +130,13 @@ def _first_step(place: Path, sizes: Sizes) -> dict[str, float]:
     """In the fresh process: what `metatrain` does between a bank that is there and the end of the first step."""
     from metadiff_cli.config.schema import DenoiserConfig, MetatrainConfig
     from metadiff_cli.core.encoders.bank import FeatureBank
-    from metadiff_cli.core.encoders.statistics import kept_statistics
+    from metadiff_cli.core.method.task_space import class_statistics
     from metadiff_cli.core.training.metatrain import MetaTrainer
 
     features = np.load(place / "bank.npy", mmap_mode="r")
     labels = np.repeat(np.arange(sizes.large_classes), sizes.large_per_class)
     bank = FeatureBank(features, labels, class_names(sizes.large_classes))
-    statistics = kept_statistics(bank)
+    statistics = class_statistics(bank.by_class())
     space = statistics.task_space()
     config = MetatrainConfig(batch=sizes.batch, steps=1, query=sizes.query)
     trainer = MetaTrainer(bank, space, DenoiserConfig(), config, seed=0, device=CPU, means=statistics.means)

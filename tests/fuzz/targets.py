@@ -24,9 +24,9 @@ def small_model(path: Path) -> Path:
     images = ImageEncoder(encoder, "conv4", 16, (0.5,) * 3, (0.2,) * 3, True, torch.device("cpu"))
     learner = MetaDiff(
         identity_space(torch.randn(4, images.feature_size) for _ in range(3)),
-        UNetDenoiser(images.feature_size, 8, 1), True, Tuning(),
+        UNetDenoiser(images.feature_size, 8), True, Tuning(),
     )  # fmt: skip
-    settings = {"kind": "unet", "width": 8, "depth": 1, "dropout": 0.1}
+    settings = {"kind": "unet", "width": 8}
     header = {"classes": ["a", "ß", "日本"], "denoiser": settings, "config": {"seed": 0}, "metrics": {"x": 1.5}}
     save_model(path, images, learner, header)
     return path

@@ -140,7 +140,6 @@ def evaluate(
     from metadiff_cli.commands.evaluate.measure import PICTURES, parse_controls, show_result
     from metadiff_cli.core.checkpoints.file import read_header
     from metadiff_cli.core.evaluation.evaluate import Protocol
-    from metadiff_cli.core.training.distributed import on_main
 
     names = parse_controls(controls)
     old = compare.read_result(compare_to) if compare_to else None
@@ -165,7 +164,7 @@ def evaluate(
     if report is not None:
         from metadiff_cli.commands.evaluate.report import write_evaluation_report
 
-        on_main(lambda: write_evaluation_report(report, document))
+        write_evaluation_report(report, document)
         document.pop(PICTURES, None)
         screen.note(f"report written: {report}")
     if as_json:
@@ -224,7 +223,7 @@ def measure_file(
 
 def find_source(trained: Config, runtime: Config, data: Path | None, screen: Screen) -> Any:
     """The data set: drawn or found as in training, but a folder that is given and is another one is read as it lies."""
-    from metadiff_cli.commands.train.run_folder import open_source
+    from metadiff_cli.data.open import open_source
     from metadiff_cli.errors import DataError
 
     found = trained.data.model_copy(update={"layout": "auto"} if data and trained.data.layout == "glyphs" else {})

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from metadiff_cli.commands.train.run_folder import Source
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.checkpoints.model import Model
@@ -31,8 +30,8 @@ from metadiff_cli.core.evaluation.novelty import measure_novelty
 from metadiff_cli.core.method.adapt import MetaDiff, Sampling
 from metadiff_cli.core.method.denoisers import build_denoiser, randomise
 from metadiff_cli.core.method.rejection import require_rejection
-from metadiff_cli.core.training.distributed import on_main
 from metadiff_cli.core.training.fit import fit_tuning
+from metadiff_cli.data.open import Source
 from metadiff_cli.errors import ConfigError
 from metadiff_cli.files import cache_dir
 
@@ -55,7 +54,7 @@ def feature_bank(images: ImageEncoder, source: Source, split: str, config: Confi
         return build_bank(
             images, decoded.images, decoded.labels, decoded.classes,
             folder=cache_dir() / "features", key=decoded.key, batch=config.runtime.batch_size,
-            store=config.features.store, progress=advance, note=screen.note,
+            progress=advance, note=screen.note,
         )  # fmt: skip
 
 
@@ -100,7 +99,7 @@ def _untrained(model: Model, seed: int, device: torch.device) -> MetaDiff:
     settings = model.header["config"]["denoiser"]
     kind = settings["kind"] if settings["kind"] != "analytic" else "unet"
     size = model.images.feature_size
-    denoiser = build_denoiser(kind, size, settings["width"], settings["depth"], settings["dropout"])
+    denoiser = build_denoiser(kind, size, settings["width"])
     return MetaDiff(model.metadiff.space, randomise(denoiser, seed).to(device), True, model.metadiff.tuning)
 
 
@@ -138,13 +137,13 @@ def measure(
         document["open_set"] = found
     if drawn:
         first = parts[0]
-        document[PICTURES] = on_main(lambda: _pictures(first, sampling))
+        document[PICTURES] = _pictures(first, sampling)
     return {
         **document,
         "halves": halves,
         "sampling": asdict(sampling),
         "denoiser": model.header["denoiser"]["kind"],
-        "novelty": on_main(lambda: _novelty(model.metadiff, bank, protocol, sampling)),
+        "novelty": _novelty(model.metadiff, bank, protocol, sampling),
     }
 
 
@@ -207,11 +206,9 @@ def _scores(
 
 
 def _pictures(part: Part, sampling: Sampling) -> dict[str, Any]:
-    from metadiff_cli.core.memory import training_memory
-
     images, metadiff = part.model.images, part.model.metadiff
     ways = trace_weights(metadiff, part.bank, part.protocol, sampling, images.device)
-    return {"trajectories": ways.to_dict(), "memory": training_memory(images, metadiff.space, part.bank)}
+    return {"trajectories": ways.to_dict()}
 
 
 def _novelty(metadiff: MetaDiff, bank: FeatureBank, protocol: Protocol, sampling: Sampling) -> dict[str, float] | None:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from metadiff_cli.commands.adapt.report import write_page
 from metadiff_cli.commands.evaluate.measure import PICTURES, RESULT_COLUMNS, result_rows, result_title
 from metadiff_cli.commands.evaluate.openset import COLUMNS, open_set_rows, open_set_title
-from metadiff_cli.commands.pages.plots import Bin, Interval, Way, curve, curves, intervals, reliability, travels
+from metadiff_cli.commands.pages.plots import Bin, Interval, Way, curve, intervals, reliability, travels
 
 CURVES = {
     "loss": "Training loss",
@@ -40,7 +40,7 @@ def write_evaluation_report(
 
     `metrics` are the rows of metrics.csv, as numbers or text, and `pretraining` those of the stage before. Where the
     document has `reliability`, a list of `{"confidence", "accuracy", "count"}` with both in 0..1, its diagram is drawn;
-    where it has PICTURES, the ways of the weights and the memory of training. Raises MetaDiffError when the file cannot
+    where it has PICTURES, the ways of the weights. Raises MetaDiffError when the file cannot
     be written.
     """
     figures = [_accuracy(document), *_differences(document), *_reliability(document), *_pictures(document)]
@@ -123,10 +123,10 @@ def _reliability(document: Mapping[str, Any]) -> list[Figure]:
 
 
 def _pictures(document: Mapping[str, Any]) -> list[Figure]:
-    """The weights of one task on their way and the memory of training, where the document has them."""
+    """The weights of one task on their way, where the document has them."""
     if (found := document.get(PICTURES)) is None:
         return []
-    return [_travels(found["trajectories"], document["shot"]), _memory(found["memory"])]
+    return [_travels(found["trajectories"], document["shot"])]
 
 
 def _travels(found: Mapping[str, Any], shot: int) -> Figure:
@@ -143,21 +143,6 @@ def _travels(found: Mapping[str, Any], shot: int) -> Figure:
         "support: the fewer images, the shorter the way."
     )
     return Figure("From noise to weights", Markup(svg), about)
-
-
-def _memory(found: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
-    svg = curves(list(found.items()), "inner steps (MetaDiff: diffusion steps)", "memory of a training step, MB")
-    last, megabytes = found["MetaDiff"][-1]
-    about = (
-        "The most that the tensors of a meta-training step of one 5-way 1-shot task take at once, in MB: "
-        f"{megabytes:.1f} with MetaDiff at {last} steps."
-    )
-    if "MAML" in found:
-        about += (
-            " MAML adapts this encoder on the images, so the encoder is trained on the way; MetaDiff's is trained "
-            "before."
-        )
-    return Figure("Memory against steps", Markup(svg), about)
 
 
 def _training(metrics: Sequence[Mapping[str, Any]], stage: str = "") -> list[Figure]:

@@ -33,7 +33,7 @@ def check_image(image: Any) -> None:
 
 
 def check_denoiser(settings: Any, tensors: Mapping[str, Tensor], build: Callable[[], nn.Module]) -> None:
-    """Kind, width and depth within the configuration's limits, and a network of just the shapes that the file has.
+    """Kind and width within the configuration's limits, and a network of just the shapes that the file has.
 
     `build` is tried on the meta device, where a network takes no memory however large it is.
     """

@@ -148,7 +148,7 @@ def _denoiser(checkpoint: Checkpoint, size: int) -> nn.Module:
     settings = checkpoint.header["denoiser"]
 
     def build() -> nn.Module:
-        return build_denoiser(settings["kind"], size, settings["width"], settings["depth"], settings["dropout"])
+        return build_denoiser(settings["kind"], size, settings["width"])
 
     check_denoiser(settings, checkpoint.part("denoiser"), build)
     denoiser = build()

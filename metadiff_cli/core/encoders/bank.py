@@ -21,9 +21,8 @@ from torch import Tensor
 
 from metadiff_cli.core.device import sent
 from metadiff_cli.core.encoders.networks import Encoder
-from metadiff_cli.core.training.distributed import barrier, mine, on_main
+from metadiff_cli.core.training.distributed import SINGLE, Group
 from metadiff_cli.core.training.transforms import normalise
-from metadiff_cli.core.training.world import world
 from metadiff_cli.data.mapped import release
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
 from metadiff_cli.files import atomic, sweep, writable
@@ -197,6 +196,7 @@ def build_bank(
     store: str = "fp32",
     progress: Progress = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
+    group: Group = SINGLE,
 ) -> FeatureBank:
     """The features of a data set, from `folder` when they are there, else computed and kept as `store` (of STORES).
 
@@ -206,14 +206,16 @@ def build_bank(
     """
     name = f"{encoder.key}-{key[:32]}" + ("" if store == "fp32" else f"-{store}")
     path, shape, dtype = folder / f"{name}.npy", (len(labels), encoder.feature_size), np.dtype(STORES[store])
-    if on_main(lambda: _open(path, shape, dtype) is None):  # no lock: files appear whole, the folder may be read-only
-        place = on_main(lambda: writable(folder))
+    if group.on_rank_zero(
+        lambda: _open(path, shape, dtype) is None
+    ):  # no lock: files appear whole, the folder may be read-only
+        place = group.on_rank_zero(lambda: writable(folder))
         if place != folder:
             note(f"{folder} cannot be written to: features are kept in {place}")
             path = place / path.name
-        with FileLock(f"{path}.lock") if world().main else nullcontext():
-            if on_main(lambda: _open(path, shape, dtype) is None):  # perhaps another run was faster
-                _fill(path, encoder, images, batch, dtype, progress)
+        with FileLock(f"{path}.lock") if group.rank == 0 else nullcontext():
+            if group.on_rank_zero(lambda: _open(path, shape, dtype) is None):  # perhaps another run was faster
+                _fill(path, encoder, images, batch, dtype, progress, group)
     kept = _open(path, shape, dtype)
     if kept is None:
         raise _unseen(path)
@@ -221,47 +223,48 @@ def build_bank(
 
 
 def _fill(
-    path: Path, encoder: ImageEncoder, images: np.ndarray, batch: int, dtype: np.dtype, progress: Progress
+    path: Path, encoder: ImageEncoder, images: np.ndarray, batch: int, dtype: np.dtype, progress: Progress, group: Group
 ) -> None:
     """The features of all images into one file, by way of shards that are removed in the end."""
     parts = path.with_suffix(".parts")
-    on_main(lambda: sweep(path.parent, path.name))
-    shards = _make_shards(encoder, images, parts, batch, dtype, progress)
-    barrier()
+    group.on_rank_zero(lambda: sweep(path.parent, path.name))
+    shards = _make_shards(encoder, images, parts, batch, dtype, progress, group)
+    group.barrier()
 
     def finish() -> None:
         with atomic(path) as temporary:
             _join(shards, temporary, (len(images), encoder.feature_size), dtype)
         shutil.rmtree(parts, ignore_errors=True)
 
-    on_main(finish)
+    group.on_rank_zero(finish)
 
 
 def _make_shards(
-    encoder: ImageEncoder, images: np.ndarray, folder: Path, batch: int, dtype: np.dtype, progress: Progress
-) -> list[Path]:
+    encoder: ImageEncoder, images: np.ndarray, folder: Path, batch: int, dtype: np.dtype, progress: Progress,
+    group: Group,
+) -> list[Path]:  # fmt: skip
     """Files with the features of SHARD images after another; those that are there already are not made again.
 
     Several processes share them out.
     """
     encode, done = Encoding(encoder, batch), 0
     shards = [(start, folder / f"{start // SHARD:06d}.npy") for start in range(0, len(images), SHARD)]
-    for start, path in mine(shards):
+    for start, path in group.shard(shards):
         pixels = images[start : start + SHARD]
         if _open(path, (len(pixels), encoder.feature_size), dtype) is None:
-            further = partial(_further, progress, done, len(images))
+            further = partial(_further, progress, group.world_size, done, len(images))
             shard = np.concatenate([_stored(z, dtype) for z in extract(encode, pixels, further)])
             with atomic(path) as temporary, temporary.open("wb") as file:
                 np.save(file, shard)
         else:
-            _further(progress, done, len(images), len(pixels), 0)
+            _further(progress, group.world_size, done, len(images), len(pixels), 0)
         done += len(pixels)
     return [path for _, path in shards]
 
 
-def _further(progress: Progress, before: int, total: int, done: int, _: int) -> None:
+def _further(progress: Progress, processes: int, before: int, total: int, done: int, _: int) -> None:
     """Progress of a shard as progress of the whole; the other processes are about as far."""
-    progress(min(total, (before + done) * world().size), total)
+    progress(min(total, (before + done) * processes), total)
 
 
 def _unseen(path: Path) -> MetaDiffError:
