@@ -17,13 +17,12 @@ from metadiff_cli.commands.adapt import command as adapt
 from metadiff_cli.commands.evaluate import command as evaluate
 from metadiff_cli.commands.look import command as look
 from metadiff_cli.commands.parsing import Commands
-from metadiff_cli.commands.train import metatrain, pretrain, refit
+from metadiff_cli.commands.train import command as train
 from metadiff_cli.console import Screen
-from metadiff_cli.core.training.world import ALONE, announced, enter, world
-from metadiff_cli.errors import ConfigError, MetaDiffError, ProcessLost, Stopped
+from metadiff_cli.errors import ConfigError, MetaDiffError, ProcessLost, Stopped, Told, exit_code
 from metadiff_cli.files import without_home
 
-SEVERAL = ("pretrain", "metatrain", "evaluate")  # commands that several processes can share
+SHARED = ("pretrain", "metatrain")  # commands that several processes can share
 
 USE, TRAIN, LOOK = "Use", "Train and measure", "Look around"
 
@@ -36,11 +35,10 @@ app = Commands(
 )
 
 app.command("adapt", rich_help_panel=USE)(adapt.adapt)
-app.command("pretrain", rich_help_panel=TRAIN)(pretrain.pretrain)
-app.command("metatrain", rich_help_panel=TRAIN)(metatrain.metatrain)
+app.command("pretrain", rich_help_panel=TRAIN)(train.pretrain)
+app.command("metatrain", rich_help_panel=TRAIN)(train.metatrain)
 app.command("evaluate", rich_help_panel=TRAIN)(evaluate.evaluate)
 app.command("export", rich_help_panel=USE)(look.export)
-app.command("refit", rich_help_panel=TRAIN)(refit.refit)
 app.command("inspect", rich_help_panel=LOOK)(look.inspect)
 app.add_typer(look.presets, name="presets", rich_help_panel=LOOK)
 app.add_typer(look.data, name="data", rich_help_panel=LOOK)
@@ -75,108 +73,83 @@ def root(
     """
     if (note := without_home()) is not None:
         Screen().note(note)
-    _join(context.invoked_subcommand)
+    command = context.invoked_subcommand
+    if _world_size() > 1 and command not in SHARED:
+        if os.environ.get("RANK") != "0":  # rank 0 tells
+            raise typer.Exit(ConfigError.exit_code)
+        raise ConfigError(f"{command} runs in one process", hint=f"type `metadiff {command}`, without torchrun")
 
 
-def _join(command: str | None) -> None:
-    """Where torchrun began several processes, let them find one another."""
-    found = announced(os.environ)
-    if found.size == 1:
-        return
-    enter(found)
-    if command not in SEVERAL:
-        raise ConfigError(f"{command} is the work of one process", hint=f"type `metadiff {command}`, without torchrun")
-    from metadiff_cli.core.training.distributed import start
-
-    start(found)
-
-
-def _leave() -> None:
-    if world().size > 1:
-        from metadiff_cli.core.training.distributed import stop
-
-        stop()
+def _world_size() -> int:
+    """How many processes torchrun started; training joins them, this only counts."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if size.isdecimal() and all(map(os.environ.get, ("RANK", "MASTER_ADDR", "MASTER_PORT"))) else 1
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code (see README for the meanings)."""
+    """Run the command line; returns its exit code (see `errors`)."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
     previous = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        result = app(args=None if arguments is None else list(arguments), prog_name="metadiff", standalone_mode=False)
-        _leave()
+        result = app(args=given, prog_name="metadiff", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except ProcessLost as error:
-        _trace()
-        _tell(error.message, _again(arguments) if error.resumable else "run it again")
-        return error.exit_code
-    except MetaDiffError as error:
-        _trace()
-        _tell(error.message, error.hint)
-        return error.exit_code
-    except (typer.Abort, KeyboardInterrupt):
-        _tell("interrupted", None)
-        return 130
-    except Stopped as stopped:
-        again = _again(arguments) if stopped.resumable else None
-        _tell("terminated" if stopped.exit_code == 143 else "interrupted", again)
-        return stopped.exit_code
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
-        return _unforeseen(error)
+    except (Exception, KeyboardInterrupt, Stopped, Told) as error:
+        return _told(error, given)
     finally:
-        enter(ALONE)
         signal.signal(signal.SIGTERM, previous)
 
 
-def _tell(message: str, hint: str | None) -> None:
-    """An error, once: of several processes that meet it, the first one tells."""
-    if world().size > 1:
-        from metadiff_cli.core.training.distributed import speaks
-
-        if not speaks():
-            return
-    Screen().error(message, hint)
-
-
-def _again(arguments: Sequence[str] | None) -> str:
-    """The command line that goes on with what this one began."""
-    given = [a for a in arguments or sys.argv[1:] if a not in ("--overwrite", "--resume")]
-    return f"{world().launcher} {shlex.join(given)} --resume"
-
-
-def _unforeseen(error: Exception) -> int:
-    """Usage errors of Typer show themselves; of anything else one line is shown, the rest with METADIFF_DEBUG=1."""
-    show, code = getattr(error, "show", None), getattr(error, "exit_code", 1)
-    if callable(show):
+def _told(error: BaseException, arguments: Sequence[str]) -> int:
+    """Show an error as a message with a hint; returns the exit code. METADIFF_DEBUG=1 also shows where it came from."""
+    if isinstance(error, Told):
+        return error.exit_code
+    show = getattr(error, "show", None)
+    if callable(show):  # Typer's usage errors show themselves
         show()
-        return int(code)
-    _trace()
+        return exit_code(error)
+    if os.environ.get("METADIFF_DEBUG") == "1" and isinstance(error, Exception):
+        traceback.print_exception(error)
+    Screen().error(*_message(error, arguments))
+    return 130 if isinstance(error, typer.Abort) else exit_code(error)
+
+
+def _message(error: BaseException, arguments: Sequence[str]) -> tuple[str, str | None]:
+    """What went wrong, and what to type or change next."""
+    if isinstance(error, ProcessLost):
+        return error.message, _again(arguments) if error.resumable else "run it again"
+    if isinstance(error, MetaDiffError):
+        return error.message, error.hint
+    if isinstance(error, Stopped):
+        text = "terminated" if error.exit_code == 128 + signal.SIGTERM else "interrupted"
+        return text, _again(arguments) if error.resumable else None
+    if isinstance(error, typer.Abort | KeyboardInterrupt):
+        return "interrupted", None
     if isinstance(error, OSError) and error.strerror:
-        _tell(*_of_the_system(error))
-        return 1
-    if world().size > 1:
-        from metadiff_cli.core.training.distributed import lost, process_lost
-
-        if lost(error):
-            _tell(process_lost(error, resumable=False).message, "run it again")
-            return 1
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}", "make room, and run it again" if full else None
     kind = type(error).__name__
-    _tell(f"{kind}: {error}" if str(error) else kind, "run it again with METADIFF_DEBUG=1 to see where it failed")
-    return 1
+    text = f"{kind}: {error}" if str(error) else kind
+    return text, "run it again with METADIFF_DEBUG=1 to see where it failed"
 
 
-def _of_the_system(error: OSError) -> tuple[str, str | None]:
-    """Message and hint of what the system refused, as to write to a full disk."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror}", "make room, and run it again" if full else None
+def _again(arguments: Sequence[str]) -> str:
+    """The command line that resumes what this one began."""
+    given = [a for a in arguments if a not in ("--overwrite", "--resume")]
+    return f"{_launcher()} {shlex.join(given)} --resume"
 
 
-def _trace() -> None:
-    if os.environ.get("METADIFF_DEBUG") == "1":
-        traceback.print_exc()
+def _launcher() -> str:
+    """How this process was started: the part of a command line before the command."""
+    size, local = _world_size(), os.environ.get("LOCAL_WORLD_SIZE", "")
+    if size == 1:
+        return "metadiff"
+    processes = int(local) if local.isdecimal() and int(local) else size
+    several = f" --nnodes {size // processes} ..." if size > processes else ""
+    return f"torchrun{several} --nproc-per-node {processes} -m metadiff_cli"
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:

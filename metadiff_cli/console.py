@@ -15,8 +15,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from metadiff_cli.core.training.world import world
-
 PLAIN_EVERY = 10.0  # seconds between two progress lines where no bar can be drawn
 WIDE = 160  # columns of a table that goes to a file or a pipe
 
@@ -31,11 +29,11 @@ def counted(number: int, one: str, many: str = "") -> str:
 class Screen:
     """What a command draws on. `quiet` leaves errors and results, `verbose` adds details.
 
-    Of several processes that work together only the main one draws; errors come from any.
+    A screen that does not draw, as in all processes of a group but rank 0, still shows errors.
     """
 
-    def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
-        self.mute = not world().main
+    def __init__(self, *, quiet: bool = False, verbose: bool = False, draws: bool = True) -> None:
+        self.mute = not draws
         self.quiet, self.verbose = quiet or self.mute, verbose and not self.mute
         self.out = self._console(sys.stdout, self.mute)
         self.err = self._console(sys.stderr, self.mute)

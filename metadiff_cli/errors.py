@@ -72,6 +72,22 @@ class Stopped(BaseException):
         self.exit_code, self.resumable = 128 + number, resumable
 
 
+class Told(BaseException):
+    """An error that another process of the same run tells; this one only leaves with its exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of the command line after `error`."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    code = getattr(error, "exit_code", 1)
+    return code if isinstance(code, int) else 1
+
+
 def suggest(word: str, known: Iterable[str], before: str = "", after: str = " ") -> str:
     """The question "did you mean ...?" for the closest known word, or an empty text if none is close."""
     close = difflib.get_close_matches(word, list(known), n=1)

@@ -18,7 +18,7 @@ def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ[key]
     os.environ["METADIFF_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["METADIFF_DATA_DIR"] = str(tmp_path_factory.mktemp("data"))
-    torch.set_num_threads(1)  # threads of several processes on the same cores wait for each other
+    torch.set_num_threads(1)  # tensors are small, and threads that share a core wait for each other
     yield
     os.environ.update(kept)
 

@@ -55,6 +55,9 @@ def test_without_a_home_there_is_a_temporary_folder_and_a_notice(
 def test_a_user_without_a_name_and_a_home_can_run_commands(tmp_path: Path) -> None:
     code = (
         "import os, sys\nfrom metadiff_cli.app import run\n"
+        f"os.environ['METADIFF_CACHE_DIR'] = {str(tmp_path)!r}\n"
+        "run(['cache', 'list'])\n"  # imports all modules: those of Python may lie where only root can read
+        "del os.environ['METADIFF_CACHE_DIR']\n"
         "if os.geteuid() == 0:\n    os.setgroups([]); os.setgid(54321); os.setuid(54321)\n"
         "sys.exit(run(['cache', 'list']))"
     )

@@ -19,7 +19,6 @@ COMMANDS = [
     "adapt",
     "evaluate",
     "export",
-    "refit",
     "inspect",
     "presets",
     "data",

@@ -6,12 +6,13 @@ import json
 import sys
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 from metadiff_cli.app import run
 from metadiff_cli.commands.adapt.output import Outcome
 from metadiff_cli.commands.adapt.report import AdaptReport
+from metadiff_cli.commands.train import stages
+from metadiff_cli.core.checkpoints.file import load_checkpoint, save_checkpoint
 from metadiff_cli.core.checkpoints.model import save_model
 from metadiff_cli.core.encoders.bank import FeatureBank
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
@@ -29,6 +32,10 @@ from metadiff_cli.core.encoders.networks import build_encoder
 from metadiff_cli.core.method.adapt import MetaDiff, Sampling, TaskClassifier, Tuning, adapt_tasks, seeds_of
 from metadiff_cli.core.method.denoisers import UNetDenoiser
 from metadiff_cli.core.method.task_space import identity_space
+from metadiff_cli.core.training import fit
+from metadiff_cli.core.training.loop import Trainer
+
+Trained = TypeVar("Trained", bound=Trainer[Any, Any])
 
 SMALL = [
     "--set", "data.glyphs.train=12", "--set", "data.glyphs.val=8", "--set", "data.glyphs.test=8",
@@ -53,11 +60,18 @@ def invoke(*arguments: str | Path, stdin: str = "") -> Result:
     out, err, previous = io.StringIO(), io.StringIO(), sys.stdin
     sys.stdin = io.StringIO(stdin)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), hasty():
             code = run([str(a) for a in arguments])
     finally:
         sys.stdin = previous
     return Result(code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def hasty() -> Iterator[None]:
+    """A training in here fits and confirms on few episodes: that would be most of the time of a small one."""
+    with mock.patch.object(fit, "EPISODES", 40), mock.patch.object(stages, "CONFIRMING", 40):
+        yield
 
 
 def paint(path: Path, colour: tuple[int, int, int], seed: int, size: int = 40) -> None:
@@ -190,8 +204,17 @@ def small_model(path: Path) -> Path:
     images = small_encoder()
     g = torch.Generator().manual_seed(0)
     space = identity_space(torch.randn(4, images.feature_size, generator=g) for _ in range(3))
-    metadiff = MetaDiff(space, UNetDenoiser(images.feature_size, 8, 1), True, Tuning())
-    settings = {"kind": "unet", "width": 8, "depth": 1, "dropout": 0.1}
+    metadiff = MetaDiff(space, UNetDenoiser(images.feature_size, 8), True, Tuning())
+    settings = {"kind": "unet", "width": 8}
     header = {"classes": ["a", "ß", "日本"], "denoiser": settings, "config": {"seed": 0}, "metrics": {"x": 1.5}}
     save_model(path, images, metadiff, header)
     return path
+
+
+def restored(trainer: Trainer[Any, Any], fresh: Trained, path: Path) -> Trained:
+    """A fresh trainer with the state of another one, by way of a file."""
+    tensors, plain = trainer.state()
+    save_checkpoint(path, "state", tensors, {"plain": plain})
+    kept = load_checkpoint(path, "state")
+    fresh.restore(kept.part, kept.header["plain"])
+    return fresh

@@ -10,6 +10,8 @@ from metadiff_cli.commands.completions import SPLITS
 from metadiff_cli.config.load import flat, layers, resolve
 from metadiff_cli.config.schema import Config
 from metadiff_cli.core.device import keep_freed_memory, pick_device, set_threads
+from metadiff_cli.core.method.adapt import Sampling
+from metadiff_cli.core.training.distributed import SINGLE, Group
 from metadiff_cli.errors import ConfigError
 
 USED = ("seed", "sampler", "runtime")  # keys and sections that matter for a finished model
@@ -49,11 +51,20 @@ def model_config(
     return config
 
 
-def start(config: Config) -> torch.device:
-    """Set threads and memory as configured, and pick the device. Raises ConfigError when there is no such device."""
+def start(config: Config, group: Group = SINGLE) -> torch.device:
+    """Set threads and memory as configured, and pick the device. Raises ConfigError when there is no such device.
+
+    Each process of a `group` gets a GPU of its own.
+    """
     keep_freed_memory()
     set_threads(config.runtime.threads)
-    return pick_device(config.runtime.device)
+    return pick_device(config.runtime.device, group)
+
+
+def sampling_of(config: Config) -> Sampling:
+    """The sampler's settings as the core takes them."""
+    s = config.sampler
+    return Sampling(s.steps, s.samples, s.temperature, None if s.guidance == "auto" else s.guidance, s.method)
 
 
 def check_split(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Typed configuration: every setting, its default and its limits; settings.py lays values over them. No torch here."""
+"""Typed configuration: every setting with its default and limits; load.py lays values over them. No torch here."""
 
 import re
 from typing import Annotated, Literal
@@ -9,19 +9,20 @@ from metadiff_cli.errors import suggest
 
 MAX_GLYPHS = 8_000_000_000  # bytes of drawn images
 
-ENCODERS = ("conv4", "conv4-padded", "resnet10", "resnet12")  # those of core/encoders.py, which loads torch
-# library, model, weights; no more than that, as timm would take `hf-hub:` and paths of anybody's files as well
+ENCODERS = ("conv4", "conv4-padded", "resnet10", "resnet12")  # those of core/encoders/networks.py, which loads torch
+# library, model, weights; no more than that, as timm also takes `hf-hub:` and paths of anybody's files
 PRETRAINED = r"(torchvision|timm):([A-Za-z0-9_]{1,80})(?:\.([A-Za-z0-9_]{1,80}))?"
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Side = Annotated[int, Field(ge=16, le=1024)]  # pixels of an image
+Scale = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=100_000_000)]
-Few = Annotated[int, Field(ge=1, le=100_000)]  # what memory grows with: presets and checkpoints come from strangers too
+Few = Annotated[int, Field(ge=1, le=100_000)]  # memory grows with it, and strangers write presets and checkpoints
 
 
 def is_pretrained(encoder: str) -> bool:
-    """Whether the name is that of a model of torchvision or timm."""
+    """Whether `encoder` names a model of torchvision or timm."""
     return re.fullmatch(PRETRAINED, encoder) is not None
 
 
@@ -42,7 +43,7 @@ Range = Annotated[tuple[Few, Few], AfterValidator(_ordered), Field(description="
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are refused and values do not change."""
+    """Base of all sections: refuses unknown keys, and its values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -73,45 +74,40 @@ class DataConfig(Section):
 
 
 class AugmentConfig(Section):
-    """What a training image undergoes; see data/transforms.py."""
+    """How training images are changed at random; see core/training/transforms.py."""
 
     crop: tuple[Share, Share] = (0.4, 1.0)
-    aspect: tuple[Positive, Positive] = (0.75, 4 / 3)
     flip: bool = True
     jitter: Share = 0.4
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
 
 
 class PretrainConfig(Section):
-    """Training of the encoder by cross-entropy: over the base classes, or over those of an episode.
+    """Training of the encoder by cross-entropy, over the base classes or over pairs of images.
 
-    With `pairs` each batch has two images of each of batch / 2 classes, and each image has to be told by its cosine to
-    the other ones (episodes of one support image, as Vinyals et al. 2016): for very many classes of few images.
+    With `pairs` each batch holds two images of each of batch / 2 classes, and each image has to be matched with its
+    twin by the cosine (episodes with one support image, as in Vinyals et al. 2016). This suits very many classes of few
+    images.
     """
 
     objective: Literal["classes", "pairs"] = "classes"
     epochs: Count = 30
     batch: Annotated[int, Field(ge=2, le=100_000)] = 64
     lr: Positive = 0.05
-    momentum: Share = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     schedule: Literal["one-cycle", "cosine"] = "one-cycle"
-    label_smoothing: Share = 0.0
     rotation_weight: Annotated[float, Field(ge=0)] = 0.0  # of the 4-way rotation head's loss; 0 leaves the head out
     cosine_head: Positive | None = None  # logit scale of cosines, which `pairs` needs; None: a linear head
     rotated_classes: bool = False  # each base class turned by 90, 180, 270 degrees counts as a further class
-    stages: tuple[
-        tuple[Positive, Annotated[int, Field(ge=16, le=1024)]], ...
-    ] = ()  # (share of the epochs, image size); empty: full size
+    stages: tuple[tuple[Positive, Scale], ...] = ()  # (share of the epochs, share of data.size); empty: full size
     augment: AugmentConfig = AugmentConfig()
-    fade: Share = 0.0  # of the training, its end: there the changes of `augment` become ever weaker, down to none
+    fade: Share = 0.0  # share of the training, at its end, over which `augment` weakens to nothing
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool = False  # the encoder by torch.compile: some minutes at each image size before it trains
 
     @model_validator(mode="after")
     def _stages_fill_the_epochs(self) -> "PretrainConfig":
         if self.stages and abs(sum(share for share, _ in self.stages) - 1) > 1e-6:
-            raise ValueError("the shares of `stages` must add up to 1")
+            raise ValueError("the shares of the epochs in `stages` must add up to 1")
         return self
 
     @model_validator(mode="after")
@@ -125,29 +121,16 @@ class FeaturesConfig(Section):
     """How an image becomes a feature vector."""
 
     mirror: bool = True  # average over the image and its mirror image
-    shift: Annotated[int, Field(ge=0, le=64)] = 0  # pixels; average over images moved so far, too: nine times the work
-    size: Annotated[int, Field(ge=16, le=1024)] | None = (
-        None  # pixels; larger than in training may show more (Touvron et al. 2019)
-    )
+    shift: Annotated[int, Field(ge=0, le=64)] = 0  # pixels; also average over eight moved images: nine times the work
+    size: Side | None = None  # pixels; larger than in training may show more (Touvron et al. 2019)
     half: bool = False  # round the encoder's matrices to fp16: a checkpoint of half the size
-    store: Literal["fp32", "fp16", "bf16"] = "fp32"  # as which features are kept on disk; computed with in fp32
-
-
-class TaskSpaceConfig(Section):
-    """Shrinkage of the class statistics; design, section 2."""
-
-    # shares within and between; "auto" takes the pair of core/tuning.SHRINKAGE that is best on validation classes
-    shrink: Literal["auto"] | tuple[Share, Share] = "auto"
-    floor: Positive = 1e-3
 
 
 class DenoiserConfig(Section):
-    """Which denoiser is trained, and its size."""
+    """Which denoiser is trained, and the width of its first layer."""
 
     kind: Literal["analytic", "unet", "paper"] = "unet"
     width: Annotated[int, Field(ge=1, le=16_384)] = 256
-    depth: Annotated[int, Field(ge=1, le=6)] = 2
-    dropout: Share = 0.1
 
 
 class MetatrainConfig(Section):
@@ -156,9 +139,6 @@ class MetatrainConfig(Section):
     steps: Count = 1000
     batch: Few = 32  # tasks
     lr: Positive = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    ema: Share = 0.99
-    kappa: Annotated[float, Field(ge=0)] = 1.0  # weight of the cross-entropy of held-out images
     ways: Range = (5, 10)
     shots: Range = (1, 5)
     query: Few = 5
@@ -177,18 +157,14 @@ class SamplerConfig(Section):
 
 
 class InnerLoop(Section):
-    """Training of a gradient-based baseline: inner loop on a task's support, outer loop over tasks (Adam).
+    """What the gradient-based baselines share: an inner loop on a task's support, and an outer one over tasks (Adam).
 
-    Way and shot are those of `evaluation`, as these methods are trained for the episodes that they are measured on.
+    Way and shot are those of `evaluation`: these methods are trained for the episodes that they are measured on.
     """
 
-    inner_steps: Few = 5
-    test_steps: Few = 10  # inner steps once it is trained
     rate: Positive = 0.01  # of the inner loop; with `metasgd-frozen`, where the learned rates start
     steps: Count = 60000
     batch: Few = 4  # tasks
-    lr: Positive = 1e-3
-    schedule: Literal["constant", "cosine"] = "constant"  # of lr, over all steps
     query: Few = 15
     validate_every: Count = 1000  # steps
     validation_episodes: Count = 100
@@ -207,17 +183,17 @@ class FrozenBaseline(InnerLoop):
 class ImageBaseline(InnerLoop):
     """maml, fomaml and anil; the defaults are those of Finn et al. 2017 for mini-ImageNet 5-way 1-shot."""
 
-    statistics: Literal["queries", "support"] = "queries"  # of BatchNorm on a query: all queries of the task, or none
+    inner_steps: Few = 5
+    test_steps: Few = 10  # inner steps after training
+    schedule: Literal["constant", "cosine"] = "constant"  # of the outer learning rate, over all steps
     rotated_classes: bool = False  # each base class turned by 90, 180, 270 degrees counts as a further class
-    augment: bool = False  # in training each image undergoes what `pretrain.augment` says
+    augment: bool = False  # change training images as `pretrain.augment` says
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions in training; trained learners take fp32
 
 
 class BaselinesConfig(Section):
-    """What MetaDiff is measured beside; the penalties, for features of unit length, were best on validation classes."""
+    """The trained methods that MetaDiff is measured beside."""
 
-    logreg: Positive = 0.1  # penalty, 1 / C of scikit-learn
-    ridge: Positive = 0.3  # penalty
     frozen: FrozenBaseline = FrozenBaseline()
     images: ImageBaseline = ImageBaseline()
 
@@ -233,7 +209,7 @@ class EvaluationConfig(Section):
 
 
 class CardConfig(Section):
-    """What only a person can say in the model card of a checkpoint; the rest of it is measured."""
+    """The part of a checkpoint's model card that only a person can write; the rest is measured."""
 
     data: str = ""
     licence: str = ""
@@ -241,7 +217,7 @@ class CardConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """The machine: never part of what identifies a result."""
+    """Settings of the machine, on which no result depends."""
 
     device: str = "auto"
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -261,7 +237,6 @@ class Config(Section):
     data: DataConfig = DataConfig()
     pretrain: PretrainConfig = PretrainConfig()
     features: FeaturesConfig = FeaturesConfig()
-    space: TaskSpaceConfig = TaskSpaceConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
     metatrain: MetatrainConfig = MetatrainConfig()
     sampler: SamplerConfig = SamplerConfig()

@@ -1,31 +1,33 @@
-"""Device, precision and memory settings of the machine at hand."""
+"""Device, precision, memory and default random generators of the machine at hand."""
 
 import ctypes
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from metadiff_cli.core.training.world import world
+from metadiff_cli.core.training.distributed import SINGLE, Group
 from metadiff_cli.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+CPU = torch.device("cpu")
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, group: Group = SINGLE) -> torch.device:
     """Turn `--device` into a device. Raises ConfigError when the machine does not have it.
 
     Of several processes on a machine each gets a GPU of its own.
     """
-    if world().size > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
-        return _own_gpu(world().local_rank, world().local_size)
+    if group.world_size > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        return _own_gpu(group.local_rank, group.local_world_size)
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() and world().size == 1 else "cpu")
+        return torch.device("mps" if torch.backends.mps.is_available() and group.world_size == 1 else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("no CUDA device can be used here", hint="use --device auto or --device cpu")
     if name == "mps" and not torch.backends.mps.is_available():
@@ -68,8 +70,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 def keep_freed_memory() -> None:
     """Ask glibc to keep freed blocks instead of returning them to the kernel.
 
-    Activations of a training step are tens of megabytes each; by default every one is mapped afresh and its pages are
-    zeroed by the kernel, which takes longer than many of the operations that fill them. No effect elsewhere.
+    Activations of a training step are tens of megabytes each. By default each of them is mapped afresh and the kernel
+    zeroes its pages, which takes longer than many of the operations that fill them. No effect elsewhere.
     """
     if not sys.platform.startswith("linux") or "MALLOC_CONF" in os.environ:
         return
@@ -84,7 +86,7 @@ def keep_freed_memory() -> None:
 
 
 def set_threads(threads: int | None) -> None:
-    """Number of CPU threads of one operation; None leaves torch's choice."""
+    """Set the number of CPU threads of one operation; None leaves torch's choice."""
     if threads is not None:
         torch.set_num_threads(threads)
 
@@ -96,8 +98,31 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor.pin_memory() if torch.cuda.is_available() else tensor).to(device, non_blocking=True)
 
 
-def default_noise(device: torch.device) -> dict[str, Tensor]:
-    """States of the default generators of the CPU and of a device."""
+Noise = dict[str, Tensor]  # states of random generators by the type of their device: "cpu", and "cuda" or "mps"
+
+
+def seeded_noise(seed: int, device: torch.device) -> Noise:
+    """States of the default generators of the CPU and of `device` as `torch.manual_seed(seed)` would set them."""
+    return {kind: torch.Generator(kind).manual_seed(seed).get_state() for kind in {"cpu", device.type}}
+
+
+@contextmanager
+def default_noise(noise: Noise, device: torch.device) -> Iterator[None]:
+    """Inside, the default generators draw from `noise`, which moves on with them; afterwards they are as before.
+
+    For what takes no generator: dropout, DropBlock, the initialisation of layers. A state of another kind of device
+    than `device` is left out, so a run that goes on elsewhere draws other numbers there.
+    """
+    before = _states(device)
+    _set_states(noise, device)
+    try:
+        yield
+    finally:
+        noise.update(_states(device))
+        _set_states(before, device)
+
+
+def _states(device: torch.device) -> Noise:
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -106,8 +131,7 @@ def default_noise(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
-def set_default_noise(states: dict[str, Tensor], device: torch.device) -> None:
-    """Put back what `default_noise` gave; a run that goes on elsewhere draws other numbers on the new device."""
+def _set_states(states: Noise, device: torch.device) -> None:
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from metadiff_cli.core.encoders.networks import build_encoder
 from metadiff_cli.core.method.adapt import MetaDiff, Tuning
 from metadiff_cli.core.method.denoisers import AnalyticDenoiser
 from metadiff_cli.core.method.task_space import fit_task_space
-from metadiff_cli.core.training.pretrain import Pretrainer
+from metadiff_cli.core.training.pretrain import MOMENTUM, Pretrainer
 from metadiff_cli.data.benchmarks import open_dataset
 from metadiff_cli.data.cache import decode_images, decode_split
 from metadiff_cli.data.folders import require_split
@@ -102,13 +103,9 @@ def pretraining(sizes: Sizes) -> Report:
     """Training steps on decoded images with augmentation, beside the same step on a random tensor."""
     keep_freed_memory()
     works = {"pretrain": _training(sizes, PretrainConfig(batch=sizes.pretrain_batch))}
-    if sizes.compile:
-        works["pretrain, compiled"] = _training(sizes, PretrainConfig(batch=sizes.pretrain_batch, compile=True))
     found = rates({**works, "bare training step": _bare_training(sizes)}, sizes)
     bare = found["bare training step"]
     ratios = [Ratio("pretrain / bare training step", found["pretrain"] / bare, least=0.9)]
-    if sizes.compile:
-        ratios.append(Ratio("compiled / not compiled", found["pretrain, compiled"] / found["pretrain"]))
     return Report(
         f"Pretraining {sizes.encoder} on {sizes.image} x {sizes.image} images, batches of {sizes.pretrain_batch}",
         ("how", "images/s"), [(name, round(speed, 1)) for name, speed in found.items()], ratios,
@@ -121,7 +118,7 @@ def _training(sizes: Sizes, config: PretrainConfig) -> Callable[[], int]:
     count = max(sizes.pretrain_batch * 8, sizes.classes)
     images = rng.integers(0, 256, (count, sizes.image, sizes.image, 3), dtype=np.uint8)
     trainer = Pretrainer(
-        build_encoder(sizes.encoder), config, images, np.arange(count) % sizes.classes, classes=sizes.classes,
+        partial(build_encoder, sizes.encoder), config, images, np.arange(count) % sizes.classes, classes=sizes.classes,
         size=sizes.image, mean=[0.5] * 3, std=[0.25] * 3, seed=0, device=torch.device(sizes.device),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
@@ -130,7 +127,7 @@ def _training(sizes: Sizes, config: PretrainConfig) -> Callable[[], int]:
         trainer.encoder.train()
         for _ in range(sizes.pretrain_steps):
             index = torch.randint(0, count, (sizes.pretrain_batch,), generator=generator)
-            trainer._train_step(index, sizes.image, 0.01, trainer.how, generator)
+            trainer._train_step(index, sizes.image, 0.01, trainer.augmentation, generator)
         return sizes.pretrain_batch * sizes.pretrain_steps
 
     return steps
@@ -142,7 +139,7 @@ def _bare_training(sizes: Sizes) -> Callable[[], int]:
     encoder = build_encoder(sizes.encoder).train().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     head = nn.Linear(encoder.feature_size(sizes.image), sizes.classes).to(device)
     optimiser = torch.optim.SGD(
-        [*encoder.parameters(), *head.parameters()], 0.01, momentum=config.momentum, nesterov=True,
+        [*encoder.parameters(), *head.parameters()], 0.01, momentum=MOMENTUM, nesterov=True,
         weight_decay=config.weight_decay,
     )  # fmt: skip
     batch = torch.randn(sizes.pretrain_batch, 3, sizes.image, sizes.image, device=device)
@@ -204,7 +201,7 @@ def _checkpoint(sizes: Sizes, place: Path) -> Path:
     header = {
         "config": Config(encoder=sizes.encoder).model_dump(mode="json", exclude={"runtime"}),
         "classes": [str(i) for i in range(10)],
-        "denoiser": {"kind": "analytic", "width": 8, "depth": 1, "dropout": 0.0},
+        "denoiser": {"kind": "analytic", "width": 8},
     }
     save_model(place / "checkpoint.safetensors", encoder, learner, header)
     return place / "checkpoint.safetensors"

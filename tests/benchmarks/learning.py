@@ -65,9 +65,10 @@ def metadiff_trainer(sizes: Sizes, inner: int) -> MetaTrainer:
 
 def anil_trainer(sizes: Sizes, inner: int, autograd: bool = False) -> InnerTrainer:
     """Second-order ANIL on the same features, the same tasks a step."""
-    config = FrozenBaseline(batch=sizes.batch, query=sizes.query, inner_steps=inner)
+    config = FrozenBaseline(batch=sizes.batch, query=sizes.query)
     bank = feature_bank(sizes)
     learner = FrozenLearner("anil-frozen", sizes.way, torch.zeros(sizes.features), config)
+    learner.inner_steps = learner.test_steps = inner
     if autograd:
         learner.head = AutogradHead(sizes.way, sizes.features, config.rate)
     return InnerTrainer(learner, bank, config, shot=sizes.shot, seed=0, device=CPU)
@@ -77,7 +78,7 @@ def maml_trainer(sizes: Sizes, inner: int) -> InnerTrainer:
     """Second-order MAML on images of the configured size."""
     config = ImageBaseline(batch=1, query=sizes.query, inner_steps=inner)
     shape = (sizes.image, (0.5,) * 3, (0.25,) * 3)
-    learner = build_image_learner("maml", sizes.way, build_encoder(sizes.encoder), *shape, config)
+    learner = build_image_learner("maml", sizes.way, partial(build_encoder, sizes.encoder), *shape, config)
     return InnerTrainer(learner, pixel_bank(sizes), config, shot=sizes.shot, seed=0, device=CPU)
 
 
@@ -112,7 +113,7 @@ def stepper(kind: str, sizes: Sizes, inner: int) -> Callable[[], int]:
 def adapters(sizes: Sizes, inner: int) -> dict[str, Callable[[], int]]:
     """One adaptation of one task: ours with S = T = `inner` sampling steps, ANIL's with as many inner steps."""
     ours, theirs = metadiff_trainer(sizes, inner), anil_trainer(sizes, inner)
-    learner = MetaDiff(ours.space, ours.denoiser.eval(), True, Tuning(), schedule=ours.schedule)
+    learner = MetaDiff(ours.space, ours.module.eval(), True, Tuning(), schedule=ours.schedule)
     z = torch.from_numpy(ours.bank.features[: sizes.way * sizes.shot]).view(1, sizes.way, sizes.shot, -1)
     ranks = torch.arange(sizes.way).unsqueeze(0)
 
@@ -120,9 +121,11 @@ def adapters(sizes: Sizes, inner: int) -> dict[str, Callable[[], int]]:
         adapt_tasks(learner, z, Sampling(steps=inner, guidance=1.0), ranks=ranks, seeds=[0])
         return 1
 
+    theirs.module.eval()
+
     @torch.no_grad()
     def descend() -> int:
-        theirs.learner(z, z[:, :, 0], inner)
+        theirs.module(z, z[:, :, 0])
         return 1
 
     return {"metadiff adaptation": sample, "anil adaptation": descend}

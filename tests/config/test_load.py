@@ -104,7 +104,7 @@ def test_a_missing_file_and_a_setting_without_value(tmp_path: Path) -> None:
 
 def test_stages_must_fill_the_epochs() -> None:
     with pytest.raises(ConfigError, match="add up to 1"):
-        check({"pretrain": {"stages": [[0.5, 32]]}})
+        check({"pretrain": {"stages": [[0.5, 0.5]]}})
 
 
 @pytest.mark.parametrize("name", preset_names())

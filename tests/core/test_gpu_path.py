@@ -5,6 +5,7 @@ Autograd's engine asks the driver for the GPU, so backward passes, which are tor
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,7 @@ from metadiff_cli.core.method.diffusion import Noise, Schedule, ddim, ddpm, fini
 from metadiff_cli.core.method.support import support_stats
 from metadiff_cli.core.method.task_space import fit_task_space
 from metadiff_cli.core.training.metatrain import MetaTrainer
-from metadiff_cli.core.training.pixels import Pixels
-from metadiff_cli.core.training.pretrain import Pretrainer
+from metadiff_cli.core.training.pretrain import Pixels, Pretrainer
 from tests.gpu import GPU, FakeGpu, Waited
 
 CLASSES, SIDE, SIZE = 8, 32, 12
@@ -44,6 +44,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     """A GPU of 1 GB."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(16, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    for module in ("pretrain", "metatrain"):
+        name = f"metadiff_cli.core.training.{module}.seeded_noise"
+        monkeypatch.setattr(name, lambda seed, device: {"cpu": torch.get_rng_state()})
     monkeypatch.setattr(torch.autograd, "grad", lambda loss, weights, **_: [torch.zeros_like(w) for w in weights])
     # under inference_mode `.to` would ask the driver before the stand-in is asked
     monkeypatch.setattr(torch._C, "_InferenceMode", lambda mode: torch.no_grad())
@@ -98,25 +102,24 @@ def test_the_stand_in_notices(gpu: FakeGpu, wait: Callable[..., object], error: 
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("how", [
     {"rotation_weight": 1.0},
-    {"rotated_classes": True, "label_smoothing": 0.1},
+    {"rotated_classes": True},
     {"objective": "pairs", "cosine_head": 10.0},
 ], ids=["rotation head", "rotated classes", "pairs"])  # fmt: skip
 def test_pretraining(gpu: FakeGpu, no_gradients: Zeros, encoder: str, how: dict[str, object]) -> None:
     pixels, labels = images()
     config = PretrainConfig(batch=8, precision="fp32", **how)
     trainer = Pretrainer(
-        build_encoder(encoder), config, pixels, labels, classes=CLASSES, size=SIDE, mean=[0.5] * 3, std=[0.25] * 3,
-        seed=0, device=GPU,
+        partial(build_encoder, encoder), config, pixels, labels, classes=CLASSES, size=SIDE, mean=[0.5] * 3,
+        std=[0.25] * 3, seed=0, device=GPU,
     )  # fmt: skip
     trainer.encoder.train()
     no_gradients(trainer.encoder)
     assert trainer.pixels.kept is not None
     with gpu.nobody_waits():
         for _ in range(2):
-            trainer.sums += trainer._train_step(
-                torch.arange(8), SIDE, 0.1, trainer.how, torch.Generator().manual_seed(0)
-            )
-    assert trainer.sums.device == GPU
+            trainer._advance()
+            trainer.step += 1
+    assert all(values.device == GPU for values in trainer.sums.unread)
     assert all(p.device == GPU and p.grad is not None and p.grad.device == GPU for p in trainer.encoder.parameters())
 
 
@@ -125,37 +128,39 @@ def test_metatraining(gpu: FakeGpu, no_gradients: Zeros, kind: str) -> None:
     bank = features()
     space = fit_task_space(list(bank.by_class()))
     config = MetatrainConfig(batch=3, ways=(3, 5), shots=(1, 3), query=2)
-    trainer = MetaTrainer(bank, space, DenoiserConfig(kind=kind, width=16, depth=1), config, seed=0, device=GPU)
-    no_gradients(trainer.denoiser)
+    trainer = MetaTrainer(bank, space, DenoiserConfig(kind=kind, width=16), config, seed=0, device=GPU)
+    no_gradients(trainer.module)
     with gpu.nobody_waits():
         for _ in range(2):
             trainer._advance()
             trainer.step += 1
-    assert trainer.total.device == GPU and trainer.count == 2
+    assert [values.device for values in trainer.sums.unread] == [GPU, GPU]
 
 
 @pytest.mark.parametrize("method", ["anil-frozen", "metasgd-frozen", "maml", "fomaml", "anil"])
 def test_gradient_based(gpu: FakeGpu, no_gradients: Zeros, method: str) -> None:
     if method.endswith("frozen"):
-        config, bank = FrozenBaseline(batch=3, query=2, inner_steps=2), features()
+        config, bank = FrozenBaseline(batch=3, query=2), features()
         learner = FrozenLearner(method, 5, torch.zeros(SIZE), config)
         trainer = InnerTrainer(learner, bank, config, shot=1, seed=0, device=GPU)
     else:
         pixels, labels = images()
         bank = PixelBank(pixels, labels, tuple(f"c{i}" for i in range(CLASSES)))
         images_config = ImageBaseline(batch=2, query=2, inner_steps=2, rotated_classes=True)
-        learner = build_image_learner(method, 5, build_encoder("conv4"), SIDE, (0.5,) * 3, (0.25,) * 3, images_config)
+        learner = build_image_learner(
+            method, 5, partial(build_encoder, "conv4"), SIDE, (0.5,) * 3, (0.25,) * 3, images_config
+        )
         trainer = InnerTrainer(learner, bank, images_config, shot=1, seed=0, device=GPU, quarters=4)
-    no_gradients(trainer.learner)
+    no_gradients(trainer.module)
     with gpu.nobody_waits():
         trainer._advance()
-    assert trainer.seen.device == GPU
+    assert trainer.sums.unread[0].device == GPU
 
 
 @pytest.mark.parametrize("kind", ["analytic", "unet", "paper"])
 @pytest.mark.parametrize("method", ["ddim", "ddpm"])
 def test_sampling(gpu: FakeGpu, kind: str, method: str) -> None:
-    denoiser = build_denoiser(kind, SIZE, 16, 1, 0.0).to(GPU).eval()
+    denoiser = build_denoiser(kind, SIZE, 16).to(GPU).eval()
     stats = support_stats(torch.zeros(2, 5, 1, SIZE, device=GPU), torch.ones(SIZE, device=GPU))
     with gpu.nobody_waits():
         noise = Noise([0, 1], torch.arange(5).expand(2, -1), SIZE, 1.0, GPU)
@@ -186,8 +191,8 @@ def test_pixels_too_large_for_the_gpu_are_sent_batch_by_batch(gpu: FakeGpu, monk
 def test_pixels_that_are_kept_are_those_of_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pixels, _ = images()
     np.save(tmp_path / "pixels.npy", pixels)
-    monkeypatch.setattr("metadiff_cli.core.training.pixels.CHUNK", 7)  # the last chunk is a short one
-    monkeypatch.setattr("metadiff_cli.core.training.pixels._fits", lambda images, device: True)
+    monkeypatch.setattr("metadiff_cli.core.training.pretrain.CHUNK", 7)  # the last chunk is a short one
+    monkeypatch.setattr("metadiff_cli.core.training.pretrain._fits", lambda images, device: True)
     kept = Pixels(np.load(tmp_path / "pixels.npy", mmap_mode="r"), CPU)
     rows = torch.tensor([39, 0, 7, 7])
     assert kept.kept is not None

@@ -225,6 +225,6 @@ def test_training_on_classes_without_noise_stays_finite() -> None:
     trainer = MetaTrainer(bank, fit_task_space(bank.by_class()), DenoiserConfig(width=16), config, seed=0, device=CPU)
     records = [record for record in trainer.run(lambda denoiser: None) if record is not None]
     assert records and all(np.isfinite(record.loss) for record in records)
-    assert all(torch.isfinite(p).all() for p in trainer.denoiser.parameters())
+    assert all(torch.isfinite(p).all() for p in trainer.module.parameters())
     images = trainer.space.to_task(bank.take(np.arange(0, 192, 16)))  # of every class the one that all are equal to
-    assert F.mse_loss(trainer.sums / trainer.counts.unsqueeze(1), images) < 1e-6 * images.square().mean()
+    assert F.mse_loss(trainer.class_sums / trainer.counts.unsqueeze(1), images) < 1e-6 * images.square().mean()

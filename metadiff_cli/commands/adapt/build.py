@@ -11,7 +11,7 @@ from metadiff_cli.classify.classifier import Classifier, adapt
 from metadiff_cli.classify.images import Encoded, encode_images
 from metadiff_cli.classify.support_set import Pool, SupportSet, pool_of, read_support
 from metadiff_cli.commands.adapt.inputs import Queries, find_queries
-from metadiff_cli.commands.evaluate.measure import sampling_of
+from metadiff_cli.commands.settings import sampling_of
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.checkpoints.model import Model, load_model

@@ -1,58 +1,44 @@
-"""What `metatrain` and `evaluate` share: feature banks, methods by name, and the result document."""
+"""Measurements on episodes, as the `evaluate --json` document; `metatrain` and `evaluate` share them."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial, reduce
+from functools import reduce
 from typing import Any, TypeVar
 
 import torch
 
-from metadiff_cli.commands.completions import CONTROLS
-from metadiff_cli.commands.train.run_folder import Source
+from metadiff_cli.commands.evaluate.methods import (
+    FILE,
+    feature_bank,
+    fitted_controls,
+    mark,
+    methods_of,
+    pixel_bank,
+    statistics_of,
+)
+from metadiff_cli.commands.settings import sampling_of
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
+from metadiff_cli.core.baselines.learners import inner_method
+from metadiff_cli.core.checkpoints.baseline import Baseline
 from metadiff_cli.core.checkpoints.model import Model
-from metadiff_cli.core.encoders.bank import Bank, FeatureBank, build_bank, every_other
-from metadiff_cli.core.encoders.image_encoder import ImageEncoder
-from metadiff_cli.core.evaluation.controls import label_propagation_method, prototype_method, soft_kmeans_method
+from metadiff_cli.core.encoders.bank import Bank, FeatureBank, every_other
 from metadiff_cli.core.evaluation.diagnostics import measure_novelty, trace_weights
-from metadiff_cli.core.evaluation.evaluate import (
-    Method,
-    Protocol,
-    Scores,
-    evaluate,
-    lengths_for,
-    method_of,
-    run_through,
-    summarise,
-)
+from metadiff_cli.core.evaluation.evaluate import Method, Protocol, Scores, evaluate, run_through, summarise
 from metadiff_cli.core.evaluation.openset import OpenSet, measure_open_set, unknown_classes
 from metadiff_cli.core.method.adapt import MetaDiff, Sampling
-from metadiff_cli.core.method.denoisers import build_denoiser, randomise
 from metadiff_cli.core.method.rejection import require_rejection
 from metadiff_cli.core.training.fit import fit_tuning
-from metadiff_cli.errors import ConfigError, DataError
-from metadiff_cli.files import cache_dir
+from metadiff_cli.data.open import Source
+from metadiff_cli.errors import DataError
 
 NAMED = 10  # classes that are named; the others are counted
-POSTERIOR = Sampling(steps=100, samples=16, temperature=1.0)  # the probabilities of 16 sampled classifiers, averaged
 PICTURES = "pictures"  # key of what only the report page draws; it is taken out before JSON is printed
 AGAINST = ("prototype", "analytic", "inductive")  # the methods that all others are compared with, in pairs
 
 Progress = Callable[[int], None]
 AnyBank = TypeVar("AnyBank", bound=Bank)
-
-
-def feature_bank(images: ImageEncoder, source: Source, split: str, config: Config, screen: Screen) -> FeatureBank:
-    """The features of a split, from the cache if they are there."""
-    decoded = source.split(split, images.size)
-    with screen.progress(f"features of {split} images") as advance:
-        return build_bank(
-            images, decoded.images, decoded.labels, decoded.classes,
-            folder=cache_dir() / "features", key=decoded.key, batch=config.runtime.batch_size,
-            progress=advance, note=screen.note,
-        )  # fmt: skip
 
 
 def with_enough(bank: AnyBank, protocol: Protocol, screen: Screen) -> tuple[AnyBank, list[str]]:
@@ -72,51 +58,6 @@ def with_enough(bank: AnyBank, protocol: Protocol, screen: Screen) -> tuple[AnyB
         more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
         screen.note(f"classes left out, with fewer than {need} images: {', '.join(left_out[:NAMED])}{more}")
     return kept, list(left_out)
-
-
-def sampling_of(config: Config) -> Sampling:
-    """The sampler's settings as the core takes them."""
-    s = config.sampler
-    return Sampling(s.steps, s.samples, s.temperature, None if s.guidance == "auto" else s.guidance, s.method)
-
-
-def parse_controls(text: str) -> list[str]:
-    """Names of controls and checkpoint files from a comma-separated list. Raises ConfigError for an unknown name."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in CONTROLS and not name.endswith(".safetensors"):
-            known = ", ".join(CONTROLS)
-            raise ConfigError(f"unknown control '{name}'", hint=f"choose from {known}, or give a .safetensors file")
-    return names
-
-
-def methods_of(
-    model: Model, bank: FeatureBank, controls: Sequence[str], sampling: Sampling, protocol: Protocol,
-    device: torch.device,
-) -> dict[str, Method]:  # fmt: skip
-    """MetaDiff and those of the controls that are made from its model, by name."""
-    metadiff = model.metadiff
-    ours = partial(method_of, lengths=lengths_for(metadiff.space, bank, protocol, device))
-    makers: dict[str, Callable[[], Method]] = {
-        "prototype": lambda: prototype_method(metadiff),
-        "analytic": lambda: ours(metadiff.analytic(), sampling, protocol),
-        "untrained": lambda: ours(_untrained(model, protocol.seed, device), sampling, protocol),
-        "posterior": lambda: ours(metadiff, replace(POSTERIOR, guidance=sampling.guidance), protocol),
-        "inductive": lambda: ours(metadiff, sampling, replace(protocol, transductive=False)),
-        "soft-kmeans": lambda: soft_kmeans_method(metadiff),
-        "label-propagation": lambda: label_propagation_method(metadiff),
-    }
-    named = [name for name in controls if name in makers]
-    return {"metadiff": ours(metadiff, sampling, protocol), **{name: makers[name]() for name in named}}
-
-
-def _untrained(model: Model, seed: int, device: torch.device) -> MetaDiff:
-    """MetaDiff with a denoiser of the configured kind in which every layer is random, the last one included."""
-    settings = model.header["config"]["denoiser"]
-    kind = settings["kind"] if settings["kind"] != "analytic" else "unet"
-    size = model.images.feature_size
-    denoiser = build_denoiser(kind, size, settings["width"], settings["depth"], settings["dropout"])
-    return MetaDiff(model.metadiff.space, randomise(denoiser, seed).to(device), True, model.metadiff.tuning)
 
 
 def measure(
@@ -160,6 +101,45 @@ def measure(
         "denoiser": model.header["denoiser"]["kind"],
         "novelty": _novelty(model.metadiff, bank, protocol, sampling),
     }
+
+
+def measure_baseline(
+    method: Baseline,
+    controls: Sequence[str],
+    config: Config,
+    source: Source,
+    split: str,
+    protocol: Protocol,
+    screen: Screen,
+    more: Mapping[str, Method] | None = None,
+) -> dict[str, Any]:
+    """The `evaluate --json` document of a baseline, its controls and `more` methods.
+
+    A baseline on images has no model that controls could be made of.
+    """
+    device = method.images.device
+    methods = {method.name: inner_method(method.inner, protocol.way)}
+    if method.base is not None:
+        features = feature_bank(method.images, source, split, config, screen)
+        bank: Bank = features
+        model = Model(method.images, method.base, method.header)
+        of_model = methods_of(model, features, controls, sampling_of(config), protocol, device)
+        methods |= {control: of_model[control] for control in controls if control in of_model}
+        methods |= fitted_controls(controls)
+    else:
+        bank = pixel_bank(source, split, method.images.size)
+        if left := [control for control in controls if not control.endswith(FILE)]:
+            screen.note(
+                f"{', '.join(left)} need the features of a frozen encoder and are left out: to see them beside "
+                f"{method.name}, give a MetaDiff checkpoint with --checkpoint and this one among --controls"
+            )
+    methods |= more or {}
+    bank, left_out = with_enough(bank, protocol, screen)
+    document = result_document(
+        lambda progress: run_through(evaluate(bank, methods, protocol, device), progress), bank, split, protocol, screen
+    )
+    document["classes_left_out"] = left_out
+    return mark(document, {method.name: statistics_of(method)})
 
 
 def result_document(

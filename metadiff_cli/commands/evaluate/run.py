@@ -6,19 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from metadiff_cli.commands.evaluate import compare
-from metadiff_cli.commands.evaluate.measure import (
-    PICTURES,
-    feature_bank,
-    measure,
-    parse_controls,
-    sampling_of,
-)
+from metadiff_cli.commands.evaluate.measure import PICTURES, measure, measure_baseline
+from metadiff_cli.commands.evaluate.methods import FILE, feature_bank, further, mark, parse_controls
 from metadiff_cli.commands.evaluate.report import write_evaluation_report
 from metadiff_cli.commands.evaluate.table import show_result
 from metadiff_cli.commands.pages.page import check_page
-from metadiff_cli.commands.settings import USED, check_split, model_config, start
-from metadiff_cli.commands.train.baselines import FILE, further, mark, measure_method
-from metadiff_cli.commands.train.run_folder import Source, open_source
+from metadiff_cli.commands.settings import USED, check_split, model_config, sampling_of, start
 from metadiff_cli.config.load import check
 from metadiff_cli.config.schema import Config, SamplerConfig
 from metadiff_cli.console import Screen
@@ -26,6 +19,7 @@ from metadiff_cli.core.checkpoints.baseline import Baseline, load_baseline
 from metadiff_cli.core.checkpoints.file import read_header
 from metadiff_cli.core.checkpoints.model import Model, load_model
 from metadiff_cli.core.evaluation.evaluate import Protocol
+from metadiff_cli.data.open import Source, open_source
 from metadiff_cli.errors import ConfigError, DataError, GateError
 from metadiff_cli.files import checkpoint_path
 
@@ -100,7 +94,7 @@ def measure_checkpoint(
             halves=request.halves, open_set=request.open_set, drawn=request.report is not None,
         )  # fmt: skip
     else:
-        document = measure_method(model, controls, config, source, request.split, protocol, screen, more)
+        document = measure_baseline(model, controls, config, source, request.split, protocol, screen, more)
     return mark(document, statistics)
 
 

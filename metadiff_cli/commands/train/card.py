@@ -1,23 +1,26 @@
 """The model card of a checkpoint: made by `metatrain` from settings and measurements, shown by `inspect`."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from metadiff_cli.commands.train.pretrained import SEEN
 from metadiff_cli.config.load import preset_names, read_preset
 from metadiff_cli.config.schema import Config, is_pretrained
 
-if TYPE_CHECKING:
-    from metadiff_cli.core.encoders.image_encoder import ImageEncoder
+SEEN = "its weights come from elsewhere, and may have seen the classes that it is measured on"
+ORDER = ("summary", "encoder", "data", "licence", "made by", "protocol", "accuracy", "learned part", "limits")
 
 
 def model_card(
-    config: Config, images: "ImageEncoder", classes: int, results: Sequence[Mapping[str, Any]], learned: str
+    config: Config, encoder: str, size: int, classes: int, results: Sequence[Mapping[str, Any]], learned: str
 ) -> dict[str, Any]:
-    """The card of a model of `config`, trained on so many base classes; `results` are `evaluate --json` documents."""
+    """The card of a model that was trained with `config` on `classes` base classes.
+
+    `encoder` is its name, which sees images of `size` pixels; `results` are `evaluate --json` documents; `learned` says
+    what became of the learned part.
+    """
     return {
-        "summary": _summary(config, images),
-        "encoder": _encoder(config, images),
+        "summary": _summary(config, encoder),
+        "encoder": _encoder(config, encoder, size),
         "data": config.card.data or f"{config.data.name}: {classes} base classes",
         "licence": config.card.licence or "that of the training images; metadiff does not know it",
         "made by": f"metadiff metatrain --preset {config.name}",
@@ -28,23 +31,20 @@ def model_card(
     }
 
 
-def _summary(config: Config, images: "ImageEncoder") -> str:
-    """That of the preset, unless the encoder is another one than the preset's."""
-    usual = config.name not in preset_names() or read_preset(config.name).get("encoder") == images.name
-    return config.summary if usual else f"preset {config.name} with the encoder {images.name}"
+def _summary(config: Config, encoder: str) -> str:
+    """The preset's summary, unless the encoder is another one than the preset's."""
+    usual = config.name not in preset_names() or read_preset(config.name).get("encoder") == encoder
+    return config.summary if usual else f"preset {config.name} with the encoder {encoder}"
 
 
-def _encoder(config: Config, images: "ImageEncoder") -> str:
-    if is_pretrained(images.name):
-        return f"{images.name}, images at {images.size} pixels; {SEEN}"
-    return f"{images.name}, trained at {config.data.size} pixels, images at {images.size}"
-
-
-ORDER = ("summary", "encoder", "data", "licence", "made by", "protocol", "accuracy", "learned part", "limits")
+def _encoder(config: Config, encoder: str, size: int) -> str:
+    if is_pretrained(encoder):
+        return f"{encoder}, images at {size} pixels; {SEEN}"
+    return f"{encoder}, trained at {config.data.size} pixels, images at {size}"
 
 
 def card_lines(card: Mapping[str, Any]) -> list[str]:
-    """The card as lines of text, in the order of ORDER (a checkpoint's header is sorted by name)."""
+    """The card as lines of text in the order ORDER, as a checkpoint's header is sorted by name."""
     lines = []
     for key in ORDER:
         value = card.get(key, "not stated")
@@ -57,8 +57,9 @@ def card_lines(card: Mapping[str, Any]) -> list[str]:
 
 def _protocol(result: Mapping[str, Any]) -> str:
     return (
-        f"{result['way']}-way {result['shot']}-shot, {result['query']} queries a class, {result['episodes']} episodes "
-        f"of {result['classes']} {result['split']} classes, seed {result['seed']}, {result['protocol']}"
+        f"{result['way']}-way {result['shot']}-shot, {result['query']} queries per class, "
+        f"{result['episodes']} episodes of {result['classes']} {result['split']} classes, seed {result['seed']}, "
+        f"{result['protocol']}"
     )
 
 

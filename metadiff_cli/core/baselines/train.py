@@ -1,13 +1,12 @@
-"""Meta-training of the gradient-based family: the outer loop over tasks of base classes, by Adam.
+"""Meta-training of the gradient-based family: Adam in the outer loop, over tasks of base classes.
 
-A step's tasks follow from (seed, step) alone. `InnerTrainer.run` is a generator of records, as the other trainers'.
+A step's tasks follow from (seed, step) alone.
 """
 
 import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +18,11 @@ from metadiff_cli.core.baselines.learners import InnerLearner
 from metadiff_cli.core.device import sent
 from metadiff_cli.core.encoders.bank import Bank
 from metadiff_cli.core.evaluation.episodes import Episodes, check_episodes, mixed_seed, training_batch
-from metadiff_cli.core.training.distributed import mean_gradients, mean_of, part_of
-from metadiff_cli.core.training.loop import StepTrainer, Validate, adam_tensors, restore_adam
+from metadiff_cli.core.training.distributed import SINGLE, Group
+from metadiff_cli.core.training.loop import Trainer
 from metadiff_cli.core.training.transforms import Augmentation, Changes, changed
-from metadiff_cli.core.training.world import world
 
+LR = 1e-3  # of Adam
 LARGEST_SLOPE = 10.0  # entries of the outer gradient are clipped there, as MAML's code does on mini-ImageNet
 
 
@@ -39,101 +38,97 @@ class InnerStep:
 
 @dataclass(frozen=True)
 class InnerValidation(InnerStep):
-    """`validation` is the accuracy on validation episodes in percent with its interval, None without them."""
+    """`validation` is the accuracy on validation episodes in percent, with its interval; None without them."""
 
     validation: float | None
     ci95: float | None
     best: bool
 
 
-class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
-    """The state of the training of one learner: its parameters, optimiser, and the best parameters so far."""
+class InnerTrainer(Trainer[InnerStep, InnerValidation]):
+    """Trains one learner; the best parameters are kept."""
 
-    config: InnerLoop
     trained = "learner"
-    remedy = "try a lower rate or lr in --set baselines.images.rate=... or baselines.frozen.rate=..."
+    remedy = "try a lower rate in --set baselines.images.rate=... or baselines.frozen.rate=..."
+    validation_type = InnerValidation
+    module: InnerLearner
 
     def __init__(
         self, learner: InnerLearner, bank: Bank, config: InnerLoop, *, shot: int, seed: int,
-        device: torch.device, quarters: int = 1, augmentation: Augmentation | None = None,
+        device: torch.device, cosine: bool = False, quarters: int = 1, augmentation: Augmentation | None = None,
+        group: Group = SINGLE,
     ) -> None:  # fmt: skip
         """`bank` is a PixelBank for a learner on images, else a FeatureBank.
 
-        With `quarters` = 4 each class of images, turned by 90, 180 and 270 degrees, counts as three further classes.
-        With an `augmentation` each image of a task undergoes it, by what follows from (seed, step, task).
-        Raises DataError when the base classes do not suffice.
+        With `cosine` the learning rate falls by half a cosine over all steps. With `quarters` = 4 each class of images,
+        turned by 90, 180 and 270 degrees, counts as three further classes. With an `augmentation` each image of a task
+        undergoes it, by what follows from (seed, step, task). Raises DataError when a base class has too few images.
         """
-        self.bank, self.config, self.shot, self.seed, self.device = bank, config, shot, seed, device
-        self.augmentation = augmentation
+        super().__init__(2, seed=seed, device=device, group=group)
+        self.bank, self.config, self.shot, self.cosine, self.augmentation = bank, config, shot, cosine, augmentation
         own = bank.class_indices()
         check_episodes(own, bank.classes, learner.way, shot, config.query)
         # a row beyond the bank's end means the same image turned: row + q n by q quarters
         self.indices = [rows + q * len(bank.labels) for q in range(quarters) for rows in own]
-        self.learner = learner.to(device)
-        self.optimiser = torch.optim.Adam(self.learner.parameters(), lr=config.lr)
-        self.part = part_of(config.batch, "the batch of tasks")  # of a step's tasks, those of this process
-        self.step = 0
-        # sums of loss and accuracy over the `count` steps since the last validation
-        self.seen, self.count = torch.zeros(2, dtype=torch.float64, device=device), 0
-        self.best: dict[str, Tensor] = {}
-        self.best_validation: float | None = None
-        self.history: list[dict[str, Any]] = []
+        self.module = learner.to(device)
+        self.optimiser = torch.optim.Adam(self.module.parameters(), lr=LR)
+        self.part = group.slice_of(config.batch, "the batch of tasks")  # this process's tasks of a step
+
+    @property
+    def steps(self) -> int:
+        return self.config.steps
+
+    @property
+    def validate_every(self) -> int:
+        return self.config.validate_every
 
     def chosen(self) -> InnerLearner:
         """The learner with the best parameters so far, in evaluation mode."""
-        chosen = copy.deepcopy(self.learner)
-        chosen.load_state_dict(self.best or self.learner.state_dict())
+        chosen = copy.deepcopy(self.module)
+        chosen.load_state_dict(self.best or self.module.state_dict())
         return chosen.eval()
 
     def _advance(self) -> None:
-        self.seen += self._train_step()
-        self.count += 1
+        self.sums.add(self._train_step())
 
-    def _now(self) -> InnerStep:
-        loss, accuracy = self.seen.tolist()
-        return InnerStep(self.step, self.config.steps, self._finite(loss) / self.count, 100 * accuracy / self.count)
+    def _report(self) -> InnerStep:
+        loss, accuracy = self._read()
+        return InnerStep(self.step, self.steps, loss / self.sums.count, 100 * accuracy / self.sums.count)
 
-    def _validate(self, validate: Validate) -> InnerValidation:
-        now = self._now()
-        measured = validate(self.learner)
+    def _validate(self, validate: Callable[[InnerLearner], tuple[float, float] | None]) -> InnerValidation:
+        now = self._report()
+        measured = validate(self.module)
         accuracy, ci95 = measured if measured else (None, None)
-        best = accuracy is None or self.best_validation is None or accuracy > self.best_validation
-        if best:
-            self.best_validation = accuracy
-            self.best = {name: t.detach().clone() for name, t in self.learner.state_dict().items()}
-        record = InnerValidation(**vars(now), validation=accuracy, ci95=ci95, best=best)
-        self.seen.zero_()
-        self.count = 0
-        return record
+        best = self._keep_best(accuracy, self.module.state_dict())
+        self.sums.reset()
+        return InnerValidation(**vars(now), validation=accuracy, ci95=ci95, best=best)
 
     def _train_step(self) -> Tensor:
-        """One step of the outer optimiser; returns loss and accuracy in 0..1."""
-        way = self.learner.way
+        """Take one step of the outer optimiser; returns loss and accuracy in 0..1, (2,), the means over all tasks."""
+        way = self.module.way
         episodes = training_batch(
             self.indices, (way, way), (self.shot, self.shot), self.config.query,
             batch=self.config.batch, seed=self.seed, step=self.step,
         )  # fmt: skip
-        self.learner.train()
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.config.lr * self._pace()
+        self.module.train()
+        for parameters in self.optimiser.param_groups:
+            parameters["lr"] = LR * self._pace()
         self.optimiser.zero_grad(set_to_none=True)
-        seen = torch.zeros_like(self.seen)
-        for first in range(self.part.start, self.part.stop, self.learner.at_once):
-            part = episodes.part(slice(first, min(first + self.learner.at_once, self.part.stop)))
-            share = len(part.labels) / self.config.batch * world().size
-            part_loss, part_accuracy = self.loss(part, first)
-            (share * part_loss).backward()  # type: ignore[no-untyped-call]
-            seen += share * torch.stack([part_loss.detach(), part_accuracy])
-        mean_gradients(self.learner)
-        nn.utils.clip_grad_value_(self.learner.parameters(), LARGEST_SLOPE)
+        found = []
+        for first in range(self.part.start, self.part.stop, self.module.at_once):
+            part = episodes.part(slice(first, min(first + self.module.at_once, self.part.stop)))
+            share = len(part.labels) / self.config.batch * self.group.world_size
+            loss, accuracy = self.loss(part, first)
+            (share * loss).backward()  # type: ignore[no-untyped-call]
+            found.append(share * torch.stack([loss.detach(), accuracy]))
+        self.group.mean_gradients_(self.module)
+        nn.utils.clip_grad_value_(self.module.parameters(), LARGEST_SLOPE)
         self.optimiser.step()
-        return mean_of(seen)
+        return self.group.mean_(torch.stack(found).sum(dim=0))
 
     def _pace(self) -> float:
-        """The share of the learning rate in this step: all, or falling by half a cosine (Antoniou et al. 2019)."""
-        if self.config.schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * self.step / self.config.steps))
+        """Share of the learning rate in this step: all of it, or falling by half a cosine (Antoniou et al. 2019)."""
+        return 0.5 * (1 + math.cos(math.pi * self.step / self.steps)) if self.cosine else 1.0
 
     def loss(self, episodes: Episodes, first: int = 0) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the queries after adaptation to the support, and their accuracy in 0..1.
@@ -143,12 +138,15 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
         labels = sent(torch.from_numpy(episodes.labels), self.device)
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.step, first))
         support, query = (self._fetch(rows, generator) for rows in (episodes.support, episodes.query))
-        logits = self.learner(support, query, self.config.inner_steps)
+        logits = self.module(support, query)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return loss, (logits.detach().argmax(dim=-1) == labels).float().mean()
 
     def _fetch(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
-        """Features or pixels (..., D) of rows (...), turned where it says so, augmented by draws of `generator`."""
+        """Features (..., D) or pixels (..., S, S, 3) of rows (...), turned where a row says so.
+
+        The draws of the augmentation come from `generator`.
+        """
         turns, rows = np.divmod(rows, len(self.bank.labels))
         values = self.bank.take(rows)
         for q in (1, 2, 3):
@@ -156,28 +154,6 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
                 values[turned] = values[turned].rot90(q, dims=(1, 2))
         values = sent(values, self.device)
         return values if self.augmentation is None else _augmented(values, self.augmentation, generator)
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that the next step depends on, as tensors by name and plain values."""
-        tensors = {f"learner.{n}": t for n, t in self.learner.state_dict().items()}
-        tensors |= {f"best.{n}": t for n, t in self.best.items()} | adam_tensors(self.learner, self.optimiser)
-        loss, accuracy = self.seen.tolist()
-        plain = {
-            "step": self.step, "seen": [self._finite(loss), accuracy, self.count], "best": self.best_validation,
-            "history": self.history,
-        }  # fmt: skip
-        return tensors, plain
-
-    def restore(self, part: Callable[[str], dict[str, Tensor]], plain: dict[str, Any]) -> None:
-        """Go on from a `state`; `part(prefix)` gives the tensors below a prefix."""
-        self.learner.load_state_dict(part("learner"))
-        self.best = part("best")
-        restore_adam(self.learner, self.optimiser, part)
-        self.step, self.best_validation = int(plain["step"]), plain["best"]
-        self.history = [vars(InnerValidation(**row)).copy() for row in plain["history"]]  # a file has keys sorted
-        *sums, count = plain["seen"]
-        self.seen.copy_(torch.tensor(sums, dtype=torch.float64))
-        self.count = int(count)
 
 
 def _augmented(pixels: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,7 @@
-"""Trained baselines on disk: what their inner loop starts from, and on frozen features the model they belong to."""
+"""Trained baselines on disk: the learned start of the inner loop and, on frozen features, the model beside it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from metadiff_cli.core.baselines.learners import (
     InnerLearner,
     build_image_learner,
 )
-from metadiff_cli.core.baselines.tasknorm import with_task_norm
 from metadiff_cli.core.checkpoints.file import Checkpoint, load_checkpoint, save_checkpoint
 from metadiff_cli.core.checkpoints.model import (
     checkpoint_errors,
@@ -36,9 +36,10 @@ HEAD_BIAS = {"maml": "net.1.bias", "fomaml": "net.1.bias"}  # of the others: hea
 
 @dataclass(frozen=True)
 class Baseline:
-    """A gradient-based baseline. On frozen features `base` is the analytic model they belong to; on images it is None.
+    """A gradient-based baseline called `name`, with the learner `inner` and the header of its file.
 
-    `images` says how an image is read; on images its encoder is the one that is adapted, under `inner` as well.
+    `images` says how an image is read; a baseline on images shares its encoder with `inner`. A baseline on frozen
+    features has in `base` the analytic model of the same features, from which the controls are made; else it is None.
     """
 
     name: str
@@ -59,7 +60,7 @@ def save_baseline(path: Path, method: Baseline, metrics: dict[str, Any]) -> None
 
 
 def load_baseline(path: Path, device: torch.device) -> Baseline:
-    """Read a trained baseline. Raises CheckpointError for anything else."""
+    """Read a trained baseline. Raises CheckpointError when the file holds anything else."""
     checkpoint = load_checkpoint(path, "baseline")
     with checkpoint_errors(path):
         name = str(checkpoint.header["baseline"]["name"])
@@ -85,14 +86,15 @@ def _on_images(
     name: str, checkpoint: Checkpoint, device: torch.device
 ) -> tuple[ImageEncoder, InnerLearner, MetaDiff | None]:
     header = checkpoint.header
-    images = described_encoder(header, with_task_norm(build_encoder(header["encoder"])), device)
+    images = described_encoder(header, build_encoder(header["encoder"]), device)
     settings = ImageBaseline.model_validate(header["baseline"]["settings"])
     shape = (images.size, images.mean, images.std)
-    return images, build_image_learner(name, _way(name, checkpoint), images.encoder, *shape, settings), None
+    inner = build_image_learner(name, _way(name, checkpoint), partial(build_encoder, images.name), *shape, settings)
+    return replace(images, encoder=inner.backbone), inner, None
 
 
 def _way(name: str, checkpoint: Checkpoint) -> int:
-    """Number of ways, checked against the tensors before anything of that size is made."""
+    """The number of ways, checked against the tensors before anything of that size is made."""
     bias = checkpoint.tensors[f"inner.{HEAD_BIAS.get(name, 'head.bias')}"]
     way, found = checkpoint.header["baseline"]["way"], len(bias)
     if way != found:

@@ -261,7 +261,7 @@ def _denoiser(settings: DenoiserConfig, tensors: dict[str, Tensor], size: int) -
     """
 
     def build() -> nn.Module:
-        return build_denoiser(settings.kind, size, settings.width, settings.depth, settings.dropout)
+        return build_denoiser(settings.kind, size, settings.width)
 
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in build().state_dict().items()}

@@ -18,8 +18,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
-from metadiff_cli.core.training.distributed import barrier, mine, on_main
-from metadiff_cli.core.training.world import world
+from metadiff_cli.core.training.distributed import SINGLE, Group
 from metadiff_cli.errors import DataError, MetaDiffError
 from metadiff_cli.files import atomic, release, sweep, writable
 
@@ -190,68 +189,69 @@ def build_bank(
     batch: int | None = None,
     progress: Progress = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
+    group: Group = SINGLE,
 ) -> FeatureBank:
-    """The features of a data set: from `folder` if they are there, else computed and kept.
+    """The features of a data set: from `folder` if they are there, else computed and kept; a `group` shares the work.
 
     `key` identifies the images; together with the encoder's key it names the file. An interrupted extraction continues
     after its last shard. If `folder` cannot be written to, a temporary folder is used and `note` is told. Raises as
     `Encoding` does.
     """
     path, shape = folder / f"{encoder.key}-{key[:32]}.npy", (len(labels), encoder.feature_size)
-    if on_main(lambda: _open(path, shape) is None):  # no lock: files appear whole, and the folder may be read-only
-        place = on_main(lambda: writable(folder))
+    # no lock here: files appear whole, and the folder may be read-only
+    if group.on_rank_zero(lambda: _open(path, shape) is None):
+        place = group.on_rank_zero(lambda: writable(folder))
         if place != folder:
             note(f"{folder} cannot be written to: features are kept in {place}")
             path = place / path.name
-        with FileLock(f"{path}.lock") if world().main else nullcontext():
-            if on_main(lambda: _open(path, shape) is None):  # perhaps another run was faster
-                _fill(path, encoder, images, batch, progress)
+        with FileLock(f"{path}.lock") if group.rank == 0 else nullcontext():
+            if group.on_rank_zero(lambda: _open(path, shape) is None):  # perhaps another run was faster
+                _fill(path, encoder, images, batch, progress, group)
     kept = _open(path, shape)
     if kept is None:
         raise _unseen(path)
     return FeatureBank(kept, np.asarray(labels), classes)
 
 
-def _fill(path: Path, encoder: ImageEncoder, images: np.ndarray, batch: int | None, progress: Progress) -> None:
+def _fill(
+    path: Path, encoder: ImageEncoder, images: np.ndarray, batch: int | None, progress: Progress, group: Group
+) -> None:
     """Write the features of all images into one file, by way of shards that are removed in the end."""
     parts = path.with_suffix(".parts")
-    on_main(lambda: sweep(path.parent, path.name))
-    shards = _make_shards(encoder, images, parts, batch, progress)
-    barrier()
+    group.on_rank_zero(lambda: sweep(path.parent, path.name))
+    shards = _make_shards(encoder, images, parts, batch, progress, group)
+    group.barrier()
 
     def finish() -> None:
         with atomic(path) as temporary:
             _join(shards, temporary, (len(images), encoder.feature_size))
         shutil.rmtree(parts, ignore_errors=True)
 
-    on_main(finish)
+    group.on_rank_zero(finish)
 
 
 def _make_shards(
-    encoder: ImageEncoder, images: np.ndarray, folder: Path, batch: int | None, progress: Progress
+    encoder: ImageEncoder, images: np.ndarray, folder: Path, batch: int | None, progress: Progress, group: Group
 ) -> list[Path]:
-    """Files with the features of SHARD images each; those that are there already are not made again.
-
-    Several processes share the work.
-    """
+    """Files with the features of SHARD images each; those that are there already are not made again."""
     encode, done = Encoding(encoder, batch), 0
     shards = [(start, folder / f"{start // SHARD:06d}.npy") for start in range(0, len(images), SHARD)]
-    for start, path in mine(shards):
+    for start, path in group.shard(shards):
         pixels = images[start : start + SHARD]
         if _open(path, (len(pixels), encoder.feature_size)) is None:
-            further = partial(_further, progress, done, len(images))
+            further = partial(_further, progress, group.world_size, done, len(images))
             shard = np.concatenate([z.cpu().numpy() for z in extract(encode, pixels, further)])
             with atomic(path) as temporary, temporary.open("wb") as file:
                 np.save(file, shard)
         else:
-            _further(progress, done, len(images), len(pixels), 0)
+            _further(progress, group.world_size, done, len(images), len(pixels), 0)
         done += len(pixels)
     return [path for _, path in shards]
 
 
-def _further(progress: Progress, before: int, total: int, done: int, _: int) -> None:
+def _further(progress: Progress, processes: int, before: int, total: int, done: int, _: int) -> None:
     """Report the progress of a shard as progress of the whole; the other processes are about as far."""
-    progress(min(total, (before + done) * world().size), total)
+    progress(min(total, (before + done) * processes), total)
 
 
 def _unseen(path: Path) -> MetaDiffError:

@@ -19,6 +19,7 @@ from metadiff_cli.core.method.adapt import MetaDiff
 from metadiff_cli.core.method.metric import cosine_logits
 
 ITERATIONS, GRADIENT = 500, 1e-6  # of L-BFGS: at most so many, and until no entry of the gradient is larger
+LOGREG, RIDGE = 0.1, 0.3  # penalties for features of unit length, the best ones on validation classes
 SHARPNESS = 10.0  # of the softmax that turns ridge's scores, about 0 to 1, into confidences
 
 
@@ -65,7 +66,7 @@ def ridge_regression(z: Tensor, penalty: float = 1.0) -> tuple[Tensor, Tensor]:
     return _moved(dual.mT @ x, share, mean, z)
 
 
-def logreg_method(penalty: float) -> Method:
+def logreg_method(penalty: float = LOGREG) -> Method:
     """Logistic regression on the support of each episode."""
 
     def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
@@ -75,7 +76,7 @@ def logreg_method(penalty: float) -> Method:
     return run
 
 
-def ridge_method(penalty: float) -> Method:
+def ridge_method(penalty: float = RIDGE) -> Method:
     """Ridge regression on the support of each episode; its confidences are scores through a softmax, not fitted."""
 
     def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:

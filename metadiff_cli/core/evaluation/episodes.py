@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metadiff_cli.core.training.distributed import mine
 from metadiff_cli.errors import DataError
 
 
@@ -112,11 +111,9 @@ def episode_batches(
     batch: int,
     seed: int,
     imbalance: float | None = None,
-    dealt: bool = False,
 ) -> Iterator[Episodes]:
-    """Episodes 0 .. count - 1 of `seed` in batches; `dealt` leaves those that are this process's (`parallel.mine`)."""
-    starts = range(0, count, batch)
-    for start in mine(starts) if dealt else starts:
+    """Episodes 0 .. count - 1 of `seed` in batches."""
+    for start in range(0, count, batch):
         indices = range(start, min(start + batch, count))
         yield join(
             [sample_episode(class_indices, way, shot, query, seed=seed, index=i, imbalance=imbalance) for i in indices]

@@ -6,7 +6,7 @@
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,10 @@ from metadiff_cli.core.method.calibration import calibration_error, reliability
 from metadiff_cli.core.method.guidance import PoolGuidance
 from metadiff_cli.core.method.metric import cosine_logits
 from metadiff_cli.core.method.task_space import TaskSpace
-from metadiff_cli.core.training.distributed import gather_in_order, mine
-from metadiff_cli.core.training.world import world
 
 BATCH_VALUES = 24_000_000  # numbers in the features of one batch of episodes: about 100 MB
 PART = 4096  # images that are projected at once
-BATCHES = 16  # or more, where there are as many episodes: so many processes can share them
+BATCHES = 16  # or more, where there are as many episodes: progress is reported after each
 
 
 @dataclass(frozen=True)
@@ -119,30 +117,24 @@ def method_of(
 def evaluate(
     bank: Bank, methods: Mapping[str, Method], protocol: Protocol, device: torch.device
 ) -> Generator[int, None, dict[str, Scores]]:
-    """Scores of each method on the protocol's episodes. Raises DataError when the classes do not suffice.
-
-    Several processes share the batches, which are the same for any number of them, and each gets all scores.
-    """
+    """Scores of each method on the protocol's episodes. Raises DataError when the classes do not suffice."""
     indices = bank.class_indices()
     largest = None if protocol.imbalance is None else 2 * protocol.query
     check_episodes(indices, bank.classes, protocol.way, protocol.shot, protocol.query, largest)
     rows = protocol.way * (protocol.shot + protocol.query)
     batch = max(1, min(math.ceil(protocol.episodes / BATCHES), BATCH_VALUES // (rows * bank.numbers_per_image)))
-    own: list[dict[str, Scores]] = []
-    firsts = mine(range(0, protocol.episodes, batch))
-    for first, episodes in zip(firsts, episode_batches(
+    scores = {name: Scores() for name in methods}
+    for first, episodes in zip(range(0, protocol.episodes, batch), episode_batches(
         indices, protocol.way, protocol.shot, protocol.query,
-        count=protocol.episodes, batch=batch, seed=protocol.seed, imbalance=protocol.imbalance, dealt=True,
+        count=protocol.episodes, batch=batch, seed=protocol.seed, imbalance=protocol.imbalance,
     ), strict=True):  # fmt: skip
         support = sent(bank.take(episodes.support), device)  # (B, N, K, D)
         query = sent(bank.take(episodes.query), device)  # (B, M, D)
         labels = sent(torch.from_numpy(episodes.labels), device)
-        own.append({name: Scores() for name in methods})
         for name, method in methods.items():
-            own[-1][name].add(method(support, query, episodes, first), labels)
-        yield min(protocol.episodes, len(own) * batch * world().size)
-    everyone = gather_in_order(own)
-    return {name: reduce(Scores.joined, (scores[name] for scores in everyone)) for name in methods}
+            scores[name].add(method(support, query, episodes, first), labels)
+        yield min(protocol.episodes, first + batch)
+    return scores
 
 
 def summarise(

@@ -16,8 +16,6 @@ from metadiff_cli.core.evaluation.episodes import check_episodes, episode_batche
 from metadiff_cli.core.evaluation.evaluate import BATCH_VALUES, Protocol, mean_interval
 from metadiff_cli.core.method.adapt import MetaDiff, Sampling, adapt_tasks, ranks_of, seeds_of
 from metadiff_cli.core.method.rejection import rejector_of
-from metadiff_cli.core.training.distributed import gather_in_order, mine
-from metadiff_cli.core.training.world import world
 from metadiff_cli.errors import DataError
 
 
@@ -64,15 +62,11 @@ def measure_open_set(
     metadiff: MetaDiff, bank: FeatureBank, protocol: Protocol, sampling: Sampling, device: torch.device,
     progress: Callable[[int], None] = lambda done: None,
 ) -> OpenSet:  # fmt: skip
-    """Over the protocol's episodes. Raises CheckpointError when the metadiff has no fitted threshold.
-
-    Several processes share the work and get the same.
-    """
-    own: list[OpenSet] = []
+    """Over the protocol's episodes. Raises CheckpointError when the metadiff has no fitted threshold."""
+    parts: list[OpenSet] = []
     for part in _parts(metadiff, bank, protocol, sampling, device):
-        own.append(part)
-        progress(min(protocol.episodes, sum(len(p.auroc) for p in own) * world().size))
-    parts = gather_in_order(own)
+        parts.append(part)
+        progress(sum(len(p.auroc) for p in parts))
     return OpenSet(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(OpenSet)))
 
 
@@ -84,10 +78,8 @@ def _parts(
     check_episodes(indices, bank.classes, total, protocol.shot, protocol.query)
     rows = total * (protocol.shot + protocol.query)
     batch = max(1, min(protocol.episodes, 50, BATCH_VALUES // (rows * bank.features.shape[1])))
-    firsts = mine(range(0, protocol.episodes, batch))
-    for first, episodes in zip(firsts, episode_batches(
-        indices, total, protocol.shot, protocol.query, count=protocol.episodes, batch=batch, seed=protocol.seed,
-        dealt=True,
+    for first, episodes in zip(range(0, protocol.episodes, batch), episode_batches(
+        indices, total, protocol.shot, protocol.query, count=protocol.episodes, batch=batch, seed=protocol.seed
     ), strict=True):  # fmt: skip
         support = bank.take(episodes.support[:, :way]).to(device)
         query = bank.take(episodes.query).to(device)

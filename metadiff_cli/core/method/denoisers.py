@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metadiff_cli.core.device import CPU, default_noise, seeded_noise
 from metadiff_cli.core.method.support import SupportStats
+
+DEPTH, DROPOUT = 2, 0.1  # of the U-Nets: levels below the first, and share of inputs that training leaves out
 
 
 def posterior_precision(abar: Tensor, stats: SupportStats) -> Tensor:
@@ -54,9 +57,9 @@ class UNetDenoiser(nn.Module):
     pi_t^(-1/2) is the posterior's standard deviation: the correction is measured in units of what is not known.
     """
 
-    def __init__(self, size: int, width: int = 256, depth: int = 2, dropout: float = 0.1) -> None:
+    def __init__(self, size: int, width: int = 256) -> None:
         super().__init__()
-        self.net = TaskUNet(2 * size, size, width, depth, dropout)
+        self.net = TaskUNet(2 * size, size, width)
         nn.init.zeros_(self.net.out.weight)
         nn.init.zeros_(self.net.out.bias)
 
@@ -73,9 +76,9 @@ class PaperDenoiser(nn.Module):
     A time-modulated U-Net with additive skips, plus the raw gradient through a sigmoid gate.
     """
 
-    def __init__(self, size: int, width: int = 256, depth: int = 2, dropout: float = 0.0) -> None:
+    def __init__(self, size: int, width: int = 256) -> None:
         super().__init__()
-        self.net = TaskUNet(size, size, width, depth, dropout, attention=False)
+        self.net = TaskUNet(size, size, width, attention=False)
         self.gate = nn.Linear(self.net.condition, size)
 
     def epsilon(self, w: Tensor, abar: Tensor, stats: SupportStats) -> Tensor:
@@ -98,18 +101,14 @@ class TaskUNet(nn.Module):
 
     condition = 64
 
-    def __init__(
-        self, inputs: int, outputs: int, width: int, depth: int, dropout: float, attention: bool = True
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, width: int, attention: bool = True) -> None:
         super().__init__()
-        widths = [max(width >> i, 8) for i in range(depth + 1)]
+        widths = [max(width >> i, 8) for i in range(DEPTH + 1)]
         self.embedding = nn.Sequential(nn.Linear(2 * 32, self.condition), nn.SiLU())
         self.inputs = nn.Linear(inputs, width)
-        self.down = nn.ModuleList(Block(i, o, self.condition, dropout) for i, o in pairwise(widths))
+        self.down = nn.ModuleList(Block(i, o, self.condition) for i, o in pairwise(widths))
         self.middle = ClassAttention(widths[-1]) if attention else None
-        self.up = nn.ModuleList(
-            Block(i, o, self.condition, dropout) for i, o in zip(widths[:0:-1], widths[-2::-1], strict=True)
-        )
+        self.up = nn.ModuleList(Block(i, o, self.condition) for i, o in zip(widths[:0:-1], widths[-2::-1], strict=True))
         self.out = nn.Linear(width, outputs)
 
     def embed(self, abar: Tensor, count: Tensor) -> Tensor:
@@ -151,11 +150,11 @@ class TaskDropout(nn.Dropout):
 class Block(nn.Module):
     """Normalise, modulate by the condition, non-linearity, linear."""
 
-    def __init__(self, inputs: int, outputs: int, condition: int, dropout: float) -> None:
+    def __init__(self, inputs: int, outputs: int, condition: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(inputs)
         self.modulation = nn.Linear(condition, 2 * inputs)
-        self.dropout = TaskDropout(dropout)
+        self.dropout = TaskDropout(DROPOUT)
         self.linear = nn.Linear(inputs, outputs)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -180,29 +179,6 @@ class ClassAttention(nn.Module):
         return out
 
 
-class Ema:
-    """Exponential moving average of a module's parameters, warmed up so that early steps do not linger.
-
-    The published code updated nothing here and sampled with random weights.
-    """
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay, self.updates = decay, 0
-        self.average = {name: p.detach().clone() for name, p in module.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Take in the current parameters."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        current = dict(module.named_parameters())
-        torch._foreach_lerp_(list(self.average.values()), [current[name] for name in self.average], 1 - decay)
-
-    def state(self) -> dict[str, Tensor]:
-        """The averaged parameters by name."""
-        return {name: t.clone() for name, t in self.average.items()}
-
-
 def _waves(x: Tensor, count: int = 16) -> Tensor:
     """Sine and cosine features (..., 2 * count) of x (..., 1) at geometrically spaced frequencies."""
     frequencies = torch.exp(torch.linspace(math.log(0.25), math.log(8.0), count, device=x.device))
@@ -213,17 +189,16 @@ def _waves(x: Tensor, count: int = 16) -> Tensor:
 DENOISERS: dict[str, type[UNetDenoiser] | type[PaperDenoiser]] = {"unet": UNetDenoiser, "paper": PaperDenoiser}
 
 
-def build_denoiser(kind: str, size: int, width: int, depth: int, dropout: float) -> nn.Module:
+def build_denoiser(kind: str, size: int, width: int) -> nn.Module:
     """The denoiser `kind` ("analytic", "unet", "paper") for feature size D."""
     if kind == "analytic":
         return AnalyticDenoiser()
-    return DENOISERS[kind](size, width, depth, dropout)
+    return DENOISERS[kind](size, width)
 
 
 def randomise(denoiser: nn.Module, seed: int) -> nn.Module:
     """Every linear layer, the last included, at its ordinary random initialisation: the control `untrained`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with default_noise(seeded_noise(seed, CPU), CPU):
         for part in denoiser.modules():
             if isinstance(part, nn.Linear | nn.LayerNorm):
                 part.reset_parameters()

@@ -70,9 +70,8 @@ def require_rejection(metadiff: MetaDiff) -> Rejection:
     """The fitted table. Raises CheckpointError when there is none."""
     if metadiff.tuning.rejection is None or metadiff.targets is None:
         raise CheckpointError(
-            "this checkpoint has no threshold for rejection: it was made without validation classes, or by an earlier "
-            "metadiff",
-            hint="add one: `metadiff refit --checkpoint FILE --data DIR --out NEW`; or use --reject-below",
+            "this checkpoint has no threshold for rejection: it was trained without validation classes",
+            hint="train with validation classes, or use --reject-below",
         )
     return metadiff.tuning.rejection
 

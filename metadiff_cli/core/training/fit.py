@@ -21,7 +21,6 @@ from metadiff_cli.core.method.metric import cosine_logits
 from metadiff_cli.core.method.rejection import LEAVE_ONE_OUT, RATE, rejector_of
 from metadiff_cli.core.method.support import support_stats
 from metadiff_cli.core.method.task_space import ClassStatistics
-from metadiff_cli.core.training.distributed import gather_in_order, same
 
 EPISODES = 400
 SHRINKAGE = ((0.5, 0.3), (0.8, 0.3), (0.95, 0.3))  # within and between: a longer training wants more within
@@ -40,7 +39,7 @@ def paired_gain(metadiff: MetaDiff, bank: FeatureBank, protocol: Protocol, devic
 
 
 def choose_shrinkage(
-    statistics: ClassStatistics, floor: float, bank: FeatureBank, device: torch.device, *, seed: int
+    statistics: ClassStatistics, bank: FeatureBank, device: torch.device, *, seed: int
 ) -> tuple[float, float]:
     """The pair of SHRINKAGE with the best 1-shot and 5-shot accuracy of the analytic denoiser on the classes of `bank`.
 
@@ -53,17 +52,14 @@ def choose_shrinkage(
     tasks = _Tasks(bank, indices, max(1, min(15, smallest - shots[-1])), seed + SEED, device)
     totals = []
     for within, between in SHRINKAGE:
-        space = statistics.task_space(within, between, floor).to(device)
+        space = statistics.task_space(within, between).to(device)
         metadiff = MetaDiff(space, AnalyticDenoiser(), False, Tuning())
         totals.append(sum(tasks.accuracy(min(5, len(indices)), shot, _logits(metadiff, 1.0)) for shot in shots))
     return SHRINKAGE[int(np.argmax(totals))]
 
 
 def fit_tuning(metadiff: MetaDiff, bank: FeatureBank, device: torch.device, *, seed: int, query: int = 15) -> Tuning:
-    """Fit on the classes of `bank`, which should be validation classes. Too few images lower shots and queries.
-
-    Several processes share the work and get the same.
-    """
+    """Fit on the classes of `bank`, which should be validation classes. Too few images lower shots and queries."""
     indices = bank.class_indices()
     smallest = min(len(rows) for rows in indices)
     query = max(1, min(query, smallest - 1))
@@ -79,7 +75,7 @@ def fit_tuning(metadiff: MetaDiff, bank: FeatureBank, device: torch.device, *, s
     ours = {pair: best_scale(*tasks.collect(*pair, _logits(metadiff))) for pair in pairs}
     theirs = {pair: best_scale(*tasks.collect(*pair, _prototype(metadiff))) for pair in pairs}
     tuning = replace(metadiff.tuning, calibration=fit_calibration(ours), prototype_calibration=fit_calibration(theirs))
-    return same(replace(tuning, rejection=fit_rejection(metadiff.tuned(tuning), bank, device, seed=seed, query=query)))
+    return replace(tuning, rejection=fit_rejection(metadiff.tuned(tuning), bank, device, seed=seed, query=query))
 
 
 def fit_rejection(
@@ -117,18 +113,17 @@ class _Tasks:
     ) -> None:
         self.bank, self.indices, self.query, self.seed, self.device = bank, indices, query, seed, device
 
-    def collect(self, way: int, shot: int, cosines: Cosines, episodes: int = EPISODES) -> tuple[Tensor, Tensor]:
+    def collect(self, way: int, shot: int, cosines: Cosines, episodes: int | None = None) -> tuple[Tensor, Tensor]:
         """What `cosines` gives, as (M, N), of all queries of all episodes, and their labels (M,)."""
-        own = []
-        for part in episode_batches(
-            self.indices, way, shot, self.query, count=episodes, batch=25, seed=self.seed, dealt=True
-        ):
+        found = []
+        count = EPISODES if episodes is None else episodes
+        for part in episode_batches(self.indices, way, shot, self.query, count=count, batch=25, seed=self.seed):
             support = self.bank.take(part.support).to(self.device)
             query = self.bank.take(part.query).to(self.device)
-            found = cosines(support, query, part).flatten(0, 1).cpu()
-            own.append((found, torch.from_numpy(part.labels).flatten()))
-        values, labels = zip(*gather_in_order(own), strict=True)
-        return torch.cat(values), torch.cat(labels)
+            values = cosines(support, query, part).flatten(0, 1).cpu()
+            found.append((values, torch.from_numpy(part.labels).flatten()))
+        all_values, all_labels = zip(*found, strict=True)
+        return torch.cat(all_values), torch.cat(all_labels)
 
     def accuracy(self, way: int, shot: int, cosines: Cosines) -> float:
         """In percent."""

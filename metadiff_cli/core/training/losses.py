@@ -1,4 +1,4 @@
-"""What pretraining asks of an encoder: to tell the base classes by a head, or the two images of a pair from others."""
+"""The two objectives of pretraining: classify the base classes with a head, or match the two images of a pair."""
 
 import numpy as np
 import torch
@@ -9,12 +9,11 @@ from metadiff_cli.errors import DataError
 
 
 class Heads(nn.Module):
-    """Linear heads over flattened or pooled feature maps: the base classes, and optionally the 4 rotations.
+    """Linear heads over flattened or pooled feature maps: one for the base classes, one for the 4 rotations.
 
-    `classes` 0 stands for no base classes: pairs of images need no head.
-
-    With `cosine` the logits of the classes are that scale times the cosine to each class's weight (Chen et al. 2019):
-    with thousands of classes over few features a linear head hardly gets going.
+    Both are optional; `classes` = 0 leaves out the first, as pairs of images need no head. With `cosine` the logits of
+    the classes are that scale times the cosine to each class's weight (Chen et al. 2019): a linear head hardly starts
+    to learn with thousands of classes over few features.
     """
 
     def __init__(self, channels: int, side: int, classes: int, rotation: bool, cosine: float | None = None) -> None:
@@ -24,7 +23,7 @@ class Heads(nn.Module):
         self.rotation = nn.Linear(channels * side * side, 4) if rotation else None
 
     def class_logits(self, features: Tensor) -> Tensor:
-        """(B, C) of features (B, D)."""
+        """Logits (B, C) of features (B, D)."""
         assert self.classes is not None
         if self.cosine is None:
             logits: Tensor = self.classes(features)
@@ -33,7 +32,7 @@ class Heads(nn.Module):
 
     @torch.no_grad()
     def resize(self, side: int) -> None:
-        """Follow a change of image size: weights are resampled over the positions and keep their scale."""
+        """Follow a change of image size: resample the weights over the positions and keep their scale."""
         for layer in (self.classes, self.rotation):
             if layer is None or side == self.side:
                 continue
@@ -44,10 +43,10 @@ class Heads(nn.Module):
 
 
 class Pairs:
-    """Two images of each of `ways` classes, drawn anew for each batch; classes of one image are left out."""
+    """Batches of two images of each of `ways` classes; classes with one image are left out."""
 
     def __init__(self, labels: np.ndarray, turns: int, ways: int) -> None:
-        """`turns` 4 makes four classes of each. Raises DataError when there are not `ways` classes."""
+        """With `turns` = 4, quarter turns make four of each class. Raises DataError for fewer than `ways` classes."""
         self.rows = torch.from_numpy(np.argsort(labels, kind="stable"))  # class after class
         counts = torch.from_numpy(np.bincount(labels))
         self.first = torch.cumsum(counts, 0) - counts
@@ -55,12 +54,12 @@ class Pairs:
         self.turns, self.ways = turns, ways
         if len(self.classes) * turns < ways:
             raise DataError(
-                f"a batch of pairs wants {ways} classes of two images, there are {len(self.classes) * turns}",
+                f"a batch of pairs needs {ways} classes with two images; there are {len(self.classes) * turns}",
                 hint=f"lower --set pretrain.batch={2 * len(self.classes) * turns}, or use pretrain.objective=classes",
             )
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Rows (2 N,), first one image of each class and then the other, and labels: class times turns plus turn."""
+        """Rows (2 N,), one image of each class and then the other of each, and labels: class times turns plus turn."""
         chosen = torch.randperm(len(self.classes) * self.turns, generator=generator)[: self.ways]
         classes, turn = self.classes[chosen // self.turns], chosen % self.turns
         count = self.counts[classes]
@@ -72,9 +71,9 @@ class Pairs:
 
 
 def pair_logits(features: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Scaled cosines (2 N, N) of features (2 N, D) of pairs to the other half, and which one is the twin (2 N,).
+    """Scaled cosines (2 N, N) of features (2 N, D) of pairs to the other half, and the place of each one's twin (2 N,).
 
-    They are relative to the mean of the batch: features behind a ReLU have no negative side, and their cosines no room.
+    The mean of the batch is subtracted first: features behind a ReLU are never negative, so cosines differ little.
     """
     one, two = F.normalize(features - features.mean(dim=0), dim=1).chunk(2)
     cosines = one @ two.T

@@ -1,12 +1,11 @@
-"""Pretraining: an encoder by SGD on a cross-entropy, over the base classes with a head, or over those of an episode.
+"""Pretraining: SGD on a cross-entropy trains an encoder, over the base classes with a head or over pairs of images.
 
-`Pretrainer.run` is a generator of records; whoever consumes it draws the progress and writes the files. All randomness
-of an epoch comes from generators seeded by (seed, epoch), whose states within the epoch are part of `Pretrainer.state`:
-a run that goes on from there takes the same steps, bit for bit, as one that never stopped.
+All randomness of an epoch comes from generators that are seeded by (seed, epoch). Within the epoch their states are
+part of the trainer's state.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,34 +15,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metadiff_cli.config.schema import PretrainConfig
-from metadiff_cli.core.device import autocast, default_noise, sent, set_default_noise
+from metadiff_cli.core.device import CPU, Noise, autocast, default_noise, seeded_noise, sent
 from metadiff_cli.core.encoders.networks import Encoder
 from metadiff_cli.core.evaluation.episodes import mixed_seed
-from metadiff_cli.core.training.distributed import all_rows, mean_buffers, mean_of, part_of, synchronised, weight_of
+from metadiff_cli.core.training.distributed import SINGLE, Group
+from metadiff_cli.core.training.loop import Part, Trainer, optimiser_tensors, restore_optimiser
 from metadiff_cli.core.training.losses import Heads, Pairs, pair_logits
-from metadiff_cli.core.training.pixels import Pixels
 from metadiff_cli.core.training.transforms import Augmentation, Changes, augment, rotate_quarters
-from metadiff_cli.core.training.world import world
-from metadiff_cli.errors import ConfigError, MetaDiffError
+from metadiff_cli.errors import ConfigError
+from metadiff_cli.files import release
 
-REPORT_EVERY = 10  # steps between two records: reading the loss waits for the device
+SMALLEST = 16  # pixels
+MOMENTUM = 0.9  # of Nesterov
+WARM_UP = 0.15  # of the training: share in which the one-cycle schedule rises
+SHARE = 0.5  # of a GPU's free memory that images may take; the rest is for the training itself
+CHUNK = 4096  # images that are copied at a time, as the array may be a large file
 
 
 @dataclass(frozen=True)
 class PretrainStep:
-    """Means over the steps since the last record; `loss` in nats, `accuracy` on base classes in percent."""
+    """Means over the steps since the last record: `loss` in nats, `accuracy` on base classes in percent."""
 
     epoch: int
     step: int
     steps: int
     loss: float
     accuracy: float
-    lr: float
 
 
 @dataclass(frozen=True)
 class PretrainEpoch:
-    """An epoch is over; `validation` is few-shot accuracy on validation classes in percent, None without them."""
+    """The end of an epoch; `validation` is few-shot accuracy on validation classes in percent, None without them."""
 
     epoch: int
     epochs: int
@@ -54,12 +56,20 @@ class PretrainEpoch:
     best: bool
 
 
-class Pretrainer:
-    """The state of a pretraining run: encoder, heads, optimiser, and the best encoder so far."""
+class Pretrainer(Trainer[PretrainStep, PretrainEpoch]):
+    """Trains an encoder with its heads; the best encoder is kept."""
+
+    trained = "encoder"
+    remedy = (
+        "try a lower --set pretrain.lr=..., or --set pretrain.precision=fp32, with --overwrite or another --out; "
+        "--init-from ENCODER starts from the one that is kept"
+    )
+    report_every = 10
+    validation_type = PretrainEpoch
 
     def __init__(
         self,
-        encoder: Encoder,
+        build: Callable[[], Encoder],
         config: PretrainConfig,
         images: np.ndarray,
         labels: np.ndarray,
@@ -70,117 +80,114 @@ class Pretrainer:
         std: list[float],
         seed: int,
         device: torch.device,
+        weights: dict[str, Tensor] | None = None,
+        group: Group = SINGLE,
     ) -> None:
-        """`images` (n, S, S, 3) uint8, may be memory-mapped; `labels` (n,) in 0..classes - 1."""
-        self.config, self.seed, self.size, self.device = config, seed, size, device
+        """`build` makes the encoder, which starts from `weights` or else from the random ones of `seed`.
+
+        `images` (n, S, S, 3) uint8 may be memory-mapped; `labels` (n,) are in 0..classes - 1; `size` is in pixels.
+        Raises ConfigError when the processes cannot share a batch, DataError when there are too few classes for pairs.
+        """
+        super().__init__(3, seed=seed, device=device, group=group)
+        self.config, self.size = config, size
         self.pixels = Pixels(images, device)
         self.labels = torch.as_tensor(np.asarray(labels))
         self.turns = 4 if config.rotated_classes else 1
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-        self.encoder = encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        side = 1 if encoder.pooled else encoder.side(self.size_of(0))
-        self.how = Augmentation(**config.augment.model_dump())
+        self.augmentation = Augmentation(**config.augment.model_dump())
         self.pairs = Pairs(labels, self.turns, config.batch // 2) if config.objective == "pairs" else None
-        outputs = 0 if self.pairs else classes * self.turns
-        self.heads = Heads(encoder.channels, side, outputs, config.rotation_weight > 0, config.cosine_head)
+        with default_noise(seeded_noise(seed, CPU), CPU):
+            self.encoder = build()
+            side = 1 if self.encoder.pooled else self.encoder.side(self.size_of(0))
+            outputs = 0 if self.pairs else classes * self.turns
+            self.heads = Heads(self.encoder.channels, side, outputs, config.rotation_weight > 0, config.cosine_head)
+        if weights is not None:
+            self.encoder.load_state_dict(weights)
+        self.encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.heads.to(device)
-        self.part, self.weight = self._share()  # of a batch's images, those of this process; what their loss weighs
+        self.module = nn.ModuleDict({"encoder": self.encoder, "heads": self.heads})
+        self.part, self.weight = self._slice()
         self._prepare()
-        self.epoch = 0
-        self.step = 0  # of the epoch
-        self.generator = torch.Generator()
-        self.noise: dict[str, Tensor] = {}  # states of the default generators after the epoch's last step
-        self.sums = torch.zeros(3, device=device)  # loss, correct ones, images since the last record
-        self.reports: list[tuple[float, float]] = []  # loss and accuracy of the epoch's records so far
-        self.best: dict[str, Tensor] = {}
-        self.best_validation: float | None = None
-        self.history: list[dict[str, Any]] = []
-
-    def size_of(self, epoch: int) -> int:
-        """Image size of an epoch: the configured stages, smaller images first."""
-        end = 0.0
-        for share, size in self.config.stages:
-            end += share * self.config.epochs
-            if epoch < round(end):
-                return size
-        return self.size
+        self.order = torch.arange(0)  # of the images in this epoch
+        self.generator = torch.Generator()  # of this epoch
+        self.noise: Noise = {}  # of DropBlock in this epoch
+        self.reports: list[tuple[float, float]] = []  # loss and accuracy of this epoch's records
 
     @property
-    def position(self) -> str:
-        """How far the training is."""
-        done = f"epoch {self.epoch} of {self.config.epochs}"
-        return f"{done} and {self.step} of {self.steps} steps" if self.step else done
-
-    @property
-    def steps(self) -> int:
+    def epoch_steps(self) -> int:
         """Steps of an epoch; the incomplete last batch is left out, as it upsets BatchNorm."""
         return max(1, len(self.labels) // self.config.batch)
 
-    def run(self, validate: Callable[[Encoder], float | None]) -> Iterator[PretrainStep | PretrainEpoch | None]:
-        """Train the epochs that are left. After each, `validate` measures the encoder and the best one is kept.
+    @property
+    def steps(self) -> int:
+        return self.config.epochs * self.epoch_steps
 
-        None stands for a step without a record. At each yield and while `validate` runs, `state` is whole.
-        """
-        while self.epoch < self.config.epochs:
-            yield from self._train_epoch()
-            mean_buffers(self.encoder)
-            yield self._end_epoch(validate(self.encoder.eval()))
+    @property
+    def validate_every(self) -> int:
+        return self.epoch_steps
 
-    def _end_epoch(self, validation: float | None) -> PretrainEpoch:
-        best = validation is None or self.best_validation is None or validation > self.best_validation
-        if best:
-            self.best_validation = validation
-            self.best = {name: t.detach().clone() for name, t in self.encoder.state_dict().items()}
+    @property
+    def epoch(self) -> int:
+        """Epochs that are over."""
+        return self.validated // self.epoch_steps
+
+    @property
+    def position(self) -> str:
+        done, step = f"epoch {self.epoch} of {self.config.epochs}", self.step - self.validated
+        return f"{done} and {step} of {self.epoch_steps} steps" if step else done
+
+    def size_of(self, epoch: int) -> int:
+        """Image size of an epoch in pixels: the configured stages, smaller images first."""
+        end = 0.0
+        for share, scale in self.config.stages:
+            end += share * self.config.epochs
+            if epoch < round(end):
+                return scaled(self.size, scale)
+        return self.size
+
+    def _advance(self) -> None:
+        if self.step == self.validated:
+            self._begin_epoch()
+        self.encoder.train()
+        step = self.step - self.validated
+        progress = (self.epoch + step / self.epoch_steps) / self.config.epochs
+        lr, how = learning_rate(self.config, progress), self.augmentation.weakened(strength(self.config, progress))
+        index = self.order[step * self.config.batch : (step + 1) * self.config.batch]
+        if self.group.world_size > 1:  # each process has noise of its own, and only that of rank 0 is kept
+            self.noise = seeded_noise(mixed_seed(self.seed, self.epoch, step, self.group.rank), self.device)
+        with default_noise(self.noise, self.device):
+            self.sums.add(self._train_step(index, self.size_of(self.epoch), lr, how, self.generator))
+
+    def _begin_epoch(self) -> None:
+        """Set image size, the order of the images, and all generators."""
+        seed = mixed_seed(self.seed, self.epoch)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order = torch.randperm(len(self.labels), generator=self.generator)
+        self.noise = seeded_noise(seed + 1, self.device)
+        self._resize_heads(self.size_of(self.epoch))
+
+    def _report(self) -> PretrainStep:
+        loss, correct, count = self._read()
+        loss, accuracy = loss / self.sums.count, 100 * correct / count
+        self.sums.reset()
+        self.reports.append((loss, accuracy))
+        return PretrainStep(self.epoch + 1, self.step - self.validated, self.epoch_steps, loss, accuracy)
+
+    def _validate(self, validate: Callable[[Encoder], float | None]) -> PretrainEpoch:
+        self.group.mean_buffers_(self.encoder)
+        validation = validate(self.encoder.eval())
+        best = self._keep_best(validation, self.encoder.state_dict())
         losses, hits = zip(*self.reports, strict=True)
-        self.epoch, self.step, self.reports = self.epoch + 1, 0, []
-        end = PretrainEpoch(
-            self.epoch, self.config.epochs, self.size_of(self.epoch - 1),
+        self.reports = []
+        return PretrainEpoch(
+            self.epoch + 1, self.config.epochs, self.size_of(self.epoch),
             float(np.mean(losses)), float(np.mean(hits)), validation, best,
         )  # fmt: skip
-        self.history.append(vars(end).copy())
-        return end
-
-    def _train_epoch(self) -> Iterator[PretrainStep | None]:
-        """The steps that are left of the epoch."""
-        size = self.size_of(self.epoch)
-        self._resize_heads(size)
-        self.encoder.train()
-        order = self._start_generators()
-        while self.step < self.steps:
-            progress = (self.epoch + self.step / self.steps) / self.config.epochs
-            lr, how = learning_rate(self.config, progress), self.how.weakened(strength(self.config, progress))
-            index = order[self.step * self.config.batch : (self.step + 1) * self.config.batch]
-            if world().size > 1:  # each process has noise of its own, of which no state is kept but the main one's
-                torch.manual_seed(mixed_seed(self.seed, self.epoch, self.step, world().rank))
-            self.sums += self._train_step(index, size, lr, how, self.generator)
-            self.step, self.noise = self.step + 1, default_noise(self.device)
-            yield self._report(lr) if self.step % REPORT_EVERY == 0 or self.step == self.steps else None
-            set_default_noise(self.noise, self.device)  # somebody else may have drawn meanwhile
-
-    def _report(self, lr: float) -> PretrainStep:
-        loss, correct, count = self.sums.tolist()
-        loss, accuracy = loss / ((self.step - 1) % REPORT_EVERY + 1), 100 * correct / count
-        self._check(loss)
-        self.sums.zero_()
-        self.reports.append((loss, accuracy))
-        return PretrainStep(self.epoch + 1, self.step, self.steps, loss, accuracy, lr)
-
-    def _start_generators(self) -> Tensor:
-        """The order of the epoch's images (n,), and all generators as they are before its step `self.step`."""
-        seed = mixed_seed(self.seed, self.epoch)
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self.labels), generator=generator)
-        if self.step == 0:
-            self.generator = generator
-            torch.manual_seed(seed + 1)  # DropBlock draws from the default generator of the device
-        else:
-            set_default_noise(self.noise, self.device)
-        return order
 
     def _train_step(self, index: Tensor, size: int, lr: float, how: Augmentation, generator: torch.Generator) -> Tensor:
-        """One SGD step on the images `index`, or on pairs; returns loss, number of correct ones, number of images.
+        """Take one SGD step on the images `index`, or on pairs; returns loss, number of hits and of images, (3,).
 
-        Of several processes each draws for the whole batch and takes its part; loss and numbers are means over them.
+        Each process draws for the whole batch and takes its slice; the numbers are means over the processes.
         """
         if self.pairs is not None:
             index, labels = self.pairs.draw(generator)
@@ -197,155 +204,127 @@ class Pretrainer:
             batch = torch.cat([batch, rotate_quarters(batch, quarters)])
         labels, quarters = sent(labels, self.device), sent(quarters, self.device)
         with autocast(self.device, self.config.precision):
-            loss, logits, labels = self._compiled_loss(batch, labels, quarters)
+            loss, logits, labels = self.parallel_loss(batch, labels, quarters)
         loss = self.weight * loss
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
+        for parameters in self.optimiser.param_groups:
+            parameters["lr"] = lr
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimiser.step()
         correct = (logits.argmax(dim=1) == labels).sum()
         count = torch.full_like(correct, len(labels))
-        return mean_of(torch.stack([loss.detach().float(), correct.float(), count.float()]))
-
-    def _compiled_loss(self, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`_loss`, synchronised; the first call compiles where that is asked for. Raises ConfigError when it cannot."""
-        try:
-            return self.synchronised(*arguments)
-        except Exception as error:
-            if not self.config.compile or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                raise
-            reason = " ".join(str(error).strip().splitlines()[:2])
-            raise ConfigError(
-                f"torch.compile cannot compile {type(self.encoder).__name__} here ({reason})",
-                hint="leave out pretrain.compile; on a CPU it needs a C++ compiler",
-            ) from error
+        return self.group.mean_(torch.stack([loss.detach().float(), correct.float(), count.float()]))
 
     def _loss(self, batch: Tensor, labels: Tensor, quarters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, and the logits (M, N) and labels (M,) that it is of.
+        """The loss, and the logits (M, N) and labels (M,) that it is taken of.
 
-        Where turns `quarters` (B,) are to be recognised, the turned images follow the others in the batch.
+        With a rotation head, `batch` holds the images and then the same ones turned by `quarters` (B,).
         """
-        smoothing = self.config.label_smoothing
+        features = self.encoder(batch)
         if self.pairs is not None:
-            halves = [features.chunk(2) for features in all_rows(self.encode(batch).float())]
+            halves = [part.chunk(2) for part in self.group.all_gather(features.float())]
             features = torch.cat([one for one, _ in halves] + [other for _, other in halves])
             logits, labels = pair_logits(features, self.config.cosine_head or 1.0)
-            return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits, labels
-        if self.heads.rotation is None:
-            logits = self.heads.class_logits(self.encode(batch))
-            return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits, labels
-        features = self.encode(batch)
+            return F.cross_entropy(logits, labels), logits, labels
         logits = self.heads.class_logits(features[: len(labels)])
-        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        turned = F.cross_entropy(self.heads.rotation(features[len(labels) :]), quarters)
-        return loss + self.config.rotation_weight * turned, logits, labels
+        loss = F.cross_entropy(logits, labels)
+        if self.heads.rotation is not None:
+            turned = F.cross_entropy(self.heads.rotation(features[len(labels) :]), quarters)
+            loss = loss + self.config.rotation_weight * turned
+        return loss, logits, labels
 
-    def _check(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise MetaDiffError(
-                f"the loss became {loss} in epoch {self.epoch + 1}; the best encoder so far is kept",
-                hint="try a lower --set pretrain.lr=..., or --set pretrain.precision=fp32, with --overwrite or another "
-                "--out; --init-from ENCODER starts from the one that is kept",
-            )
-
-    def _share(self) -> tuple[Tensor, float]:
-        """Which images of a batch are this process's, of pairs both, and the weight of their loss.
-
-        Raises ConfigError when they cannot be shared.
-        """
+    def _slice(self) -> tuple[Tensor, float]:
+        """The rows of a batch that this process takes, with both images of a pair, and the weight of their loss."""
         if self.pairs is None:
             count = min(self.config.batch, len(self.labels))
-            part = part_of(count, "pretrain.batch")
-            return torch.arange(count)[part], weight_of(part, count)
-        if self.pairs.ways % world().size:
+            part = self.group.slice_of(count, "pretrain.batch")
+            return torch.arange(count)[part], self.group.weight_of(part, count)
+        if self.pairs.ways % self.group.world_size:
             raise ConfigError(
-                f"{world().size} processes cannot share batches of {self.pairs.ways} pairs in equal parts",
-                hint=f"set pretrain.batch to a multiple of {2 * world().size}",
+                f"{self.group.world_size} processes cannot share batches of {self.pairs.ways} pairs in equal parts",
+                hint=f"set pretrain.batch to a multiple of {2 * self.group.world_size}",
             )
-        first = torch.arange(self.pairs.ways)[part_of(self.pairs.ways, "half of pretrain.batch")]
+        first = torch.arange(self.pairs.ways)[self.group.slice_of(self.pairs.ways, "half of pretrain.batch")]
         return torch.cat([first, first + self.pairs.ways]), 1.0  # each process has the loss of the whole batch
 
     def _prepare(self) -> None:
-        """Optimiser and loss for the present parameters."""
-        weights = [*self.encoder.parameters(), *self.heads.parameters()]
-        c = self.config
+        """Set optimiser and loss for the present parameters."""
         self.optimiser = torch.optim.SGD(
-            weights, c.lr, momentum=c.momentum, nesterov=c.momentum > 0, weight_decay=c.weight_decay
-        )
-        # of an own name: what is validated and saved stays the plain module
-        self.encode = torch.compile(self.encoder, dynamic=False) if c.compile else self.encoder
-        self.synchronised = synchronised(self._loss, self.encoder, self.heads)
+            self.module.parameters(), self.config.lr, momentum=MOMENTUM, nesterov=True,
+            weight_decay=self.config.weight_decay,
+        )  # fmt: skip
+        self.parallel_loss = self.group.data_parallel(self._loss, self.encoder, self.heads)
 
     def _resize_heads(self, size: int) -> None:
         side = 1 if self.encoder.pooled else self.encoder.side(size)
-        if side == self.heads.side:
-            return
-        kept = self._momentum()
-        self.heads.resize(side)
-        self._prepare()
-        self._set_momentum(kept)  # the heads' weights have a new shape and start without momentum
-
-    def _named(self) -> dict[str, nn.Parameter]:
-        parts = {"encoder": self.encoder, "heads": self.heads}
-        return {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
-
-    def _momentum(self) -> dict[str, Tensor]:
-        states = self.optimiser.state
-        return {n: states[p]["momentum_buffer"] for n, p in self._named().items() if "momentum_buffer" in states[p]}
-
-    def _set_momentum(self, buffers: dict[str, Tensor]) -> None:
-        for name, parameter in self._named().items():
-            if name in buffers and buffers[name].shape == parameter.shape:
-                buffer = buffers[name].to(parameter.device)
-                like = torch.empty_like(parameter)  # keeps channels_last
-                self.optimiser.state[parameter]["momentum_buffer"] = like.copy_(buffer)
+        if side != self.heads.side:
+            kept = optimiser_tensors(self.module, self.optimiser)
+            self.heads.resize(side)
+            self._prepare()
+            restore_optimiser(self.module, self.optimiser, kept)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that the next step depends on, as tensors by name and plain values; read between two steps.
+        tensors, plain = super().state()
+        if self.step % self.epoch_steps:  # at its start an epoch seeds its generators
+            noise = {"images": self.generator.get_state(), **self.noise}
+            tensors |= {f"noise.{name}": t for name, t in noise.items()}
+        return tensors, {**plain, "reports": self.reports, "side": self.heads.side}
 
-        Raises MetaDiffError where the loss is no number any more: such a state is not worth keeping.
-        """
-        sums = self.sums.tolist()
-        self._check(sums[0])
-        parts = {"encoder": self.encoder.state_dict(), "heads": self.heads.state_dict()}
-        parts |= {"momentum": self._momentum(), "best": self.best, "noise": self._generators()}
-        tensors = {f"{part}.{name}": t for part, values in parts.items() for name, t in values.items()}
-        plain = {
-            "epoch": self.epoch, "step": self.step, "sums": sums, "reports": self.reports,
-            "best": self.best_validation, "side": self.heads.side, "history": self.history,
-        }  # fmt: skip
-        return tensors, plain
-
-    def _generators(self) -> dict[str, Tensor]:
-        """States of the generators; none at the start of an epoch, which seeds them."""
-        return {"images": self.generator.get_state(), **self.noise} if self.step else {}
-
-    def restore(self, part: Callable[[str], dict[str, Tensor]], plain: dict[str, Any]) -> None:
-        """Go on from a `state`; `part(prefix)` gives the tensors below a prefix."""
-        self.encoder.load_state_dict(part("encoder"))
+    def restore(self, part: Part, plain: dict[str, Any]) -> None:
         self.heads.resize(int(plain["side"]))
-        self.heads.to(self.device).load_state_dict(part("heads"))
+        self.heads.to(self.device)
         self._prepare()
-        self._set_momentum(part("momentum"))
-        self.best, self.epoch, self.step = part("best"), int(plain["epoch"]), int(plain["step"])
-        self.noise = part("noise")
-        if self.step:
-            self.generator.set_state(self.noise.pop("images"))
-        self.sums.copy_(torch.tensor(plain["sums"]))
+        super().restore(part, plain)
         self.reports = [(float(loss), float(accuracy)) for loss, accuracy in plain["reports"]]
-        self.best_validation = plain["best"]
-        self.history = [vars(PretrainEpoch(**row)).copy() for row in plain["history"]]  # a file has keys sorted
+        if noise := part("noise"):
+            self._begin_epoch()
+            self.generator.set_state(noise.pop("images"))
+            self.noise = noise
+
+
+def scaled(size: int, scale: float) -> int:
+    """`size` pixels times `scale`, but no less than encoders can see."""
+    return max(SMALLEST, round(scale * size))
 
 
 def strength(config: PretrainConfig, progress: float) -> float:
-    """Of augmentation at `progress` in 0..1: 1, and over the last `fade` of the training down to 0 in a line."""
+    """Strength of the augmentation at `progress` in 0..1: 1, and falling to 0 over the last share `fade`."""
     return 1.0 if progress <= 1 - config.fade else (1 - progress) / config.fade
 
 
 def learning_rate(config: PretrainConfig, progress: float) -> float:
-    """Rate at `progress` in 0..1. one-cycle: up from a tenth over the first 15 %, then a cosine to almost zero."""
-    warm = 0.15 if config.schedule == "one-cycle" else 0.0
+    """Learning rate at `progress` in 0..1: one-cycle rises from a tenth of it, then a cosine falls to almost zero."""
+    warm = WARM_UP if config.schedule == "one-cycle" else 0.0
     if progress < warm:
         return config.lr * (0.1 + 0.9 * (1 - math.cos(math.pi * progress / warm)) / 2)
     return config.lr * max(1e-3, (1 + math.cos(math.pi * (progress - warm) / (1 - warm))) / 2)
+
+
+class Pixels:
+    """Decoded images (n, S, S, 3) uint8, taken by rows; a GPU keeps them all when half of its free memory suffices."""
+
+    def __init__(self, images: np.ndarray, device: torch.device) -> None:
+        self.images, self.device = images, device
+        self.kept = _keep(images, device) if _fits(images, device) else None
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Images (B, S, S, 3) on the device, of rows (B,) on the CPU."""
+        if self.kept is not None:
+            return self.kept[sent(rows, self.device)]
+        return sent(torch.from_numpy(self.images[rows.numpy()]), self.device)
+
+
+def _fits(images: np.ndarray, device: torch.device) -> bool:
+    if device.type != "cuda":  # the CPU has them already
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return images.nbytes <= SHARE * free
+
+
+def _keep(images: np.ndarray, device: torch.device) -> Tensor:
+    kept = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(images), CHUNK):
+        part = slice(start, start + CHUNK)
+        kept[part] = sent(torch.from_numpy(np.array(images[part])), device)
+        release(images)
+    return kept

@@ -1,7 +1,7 @@
-"""Augmentation of whole batches of uint8 images as tensors.
+"""Augmentation of batches of uint8 images as tensors.
 
-Per image: one affine map (random resized crop, mirror, small rotation) applied by a single bilinear resampling, then
-brightness, contrast and saturation. All randomness comes from the generator that is passed.
+Each image gets one affine map (random resized crop, mirror, small rotation) by a single bilinear resampling, then a
+change of brightness, contrast and saturation. All randomness comes from the generator that is passed.
 """
 
 import math
@@ -16,7 +16,7 @@ GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What a training image may undergo. `crop` and `aspect` are ranges of area and of width / height."""
+    """Limits of the random changes of a training image: `crop` is a range of area, `aspect` one of width / height."""
 
     crop: tuple[float, float] = (0.4, 1.0)
     aspect: tuple[float, float] = (0.75, 4 / 3)
@@ -25,7 +25,7 @@ class Augmentation:
     rotate: float = 0.0  # degrees to either side
 
     def weakened(self, strength: float) -> "Augmentation":
-        """With changes of `strength` 0..1, where 1 leaves them as they are and 0 no change but the mirror."""
+        """Weaker changes: `strength` 1 keeps them as they are, 0 leaves the mirror alone."""
         smallest, largest = (area + (1 - strength) * (1 - area) for area in self.crop)
         narrow, wide = (ratio**strength for ratio in self.aspect)
         return replace(
@@ -36,23 +36,23 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Changes:
-    """What becomes of each image of a batch: maps (B, 2, 3), and factors (3, B, 1, 1, 1) where colours change."""
+    """The changes that were drawn for a batch: maps (B, 2, 3), and factors (3, B, 1, 1, 1) if colours change."""
 
     maps: Tensor
     colours: Tensor | None
 
     @classmethod
     def draw(cls, count: int, how: Augmentation, generator: torch.Generator) -> "Changes":
-        """For `count` images."""
+        """Draw the changes of `count` images."""
         maps = affine_maps(count, how, generator)
         return cls(maps, colour_factors(count, how.jitter, generator) if how.jitter > 0 else None)
 
     def part(self, rows: Tensor) -> "Changes":
-        """For some of the images."""
+        """The changes of some of the images."""
         return Changes(self.maps[rows], None if self.colours is None else self.colours[:, rows])
 
     def to(self, device: torch.device) -> "Changes":
-        """On the device of the images. They are small enough that a GPU's driver takes them without a wait."""
+        """The changes on the device of the images; they are so small that a GPU takes them without a wait."""
         quick = device.type == "cuda"
         colours = None if self.colours is None else self.colours.to(device, non_blocking=quick)
         return Changes(self.maps.to(device, non_blocking=quick), colours)
@@ -77,7 +77,7 @@ def changed(images: Tensor, size: int, changes: Changes) -> Tensor:
 def sampling_grid(maps: Tensor, size: int) -> Tensor:
     """Input coordinates (B, size, size, 2) of the centres of the output's pixels under maps (B, 2, 3).
 
-    What `affine_grid` gives; a sum of rows and columns takes a third of the time of its matrix products.
+    The same as `affine_grid` gives, in a third of its time: a sum of rows and columns takes the place of products.
     """
     centres = (torch.arange(size, device=maps.device) + 0.5) * (2 / size) - 1
     across, down, offset = maps.unsqueeze(1).unsqueeze(1).unbind(dim=-1)  # (B, 1, 1, 2) each
@@ -102,12 +102,12 @@ def affine_maps(count: int, how: Augmentation, generator: torch.Generator) -> Te
 
 
 def colour_factors(count: int, strength: float, generator: torch.Generator) -> Tensor:
-    """(3, count, 1, 1, 1): brightness, contrast and saturation of each image, 1 where they stay as they are."""
+    """Factors (3, count, 1, 1, 1) of brightness, contrast and saturation of each image, around 1."""
     return 1 + strength * (2 * torch.rand(3, count, 1, 1, 1, generator=generator) - 1)
 
 
 def colour_jitter(pixels: Tensor, factors: Tensor) -> Tensor:
-    """Brightness, then contrast, then saturation of pixels (B, 3, H, W) in 0..1, by factors (3, B, 1, 1, 1)."""
+    """Change brightness, contrast and saturation of pixels (B, 3, H, W) in 0..1 by factors (3, B, 1, 1, 1)."""
     bright, contrast, saturation = factors
     pixels = (pixels * bright).clamp_(0, 1)
     luma = torch.tensor(GREY).to(pixels.device, pixels.dtype, non_blocking=pixels.is_cuda).view(1, 3, 1, 1)

@@ -61,7 +61,7 @@ def test_python_decides_the_same(cli: CLI, photos: Path, checkpoint: Path) -> No
     assert classifier.is_known([]).tolist() == []
 
 
-def test_a_checkpoint_without_a_threshold_is_refused(cli: CLI, photos: Path, old: Path) -> None:
+def test_a_checkpoint_without_a_threshold_names_the_next_step(cli: CLI, photos: Path, old: Path) -> None:
     result = cli("adapt", "-S", photos / "support", "-Q", photos / "query", "-c", old, "--reject", "auto", "--json")
     assert result.code == 4 and "no threshold" in result.err and "--reject-below" in result.err
 

@@ -1,4 +1,4 @@
-"""Methods by name, and the result document."""
+"""The result document, and the classes that are left out."""
 
 import json
 from collections.abc import Callable
@@ -7,24 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metadiff_cli.commands.completions import CONTROLS
-from metadiff_cli.commands.evaluate.measure import parse_controls, rounded, with_enough
+from metadiff_cli.commands.evaluate.measure import rounded, with_enough
 from metadiff_cli.console import Screen
 from metadiff_cli.core.encoders.bank import FeatureBank, every_other
 from metadiff_cli.core.evaluation.evaluate import Protocol
-from metadiff_cli.errors import ConfigError, DataError
+from metadiff_cli.errors import DataError
 from tests.worlds import IMAGES, Result, bank_of
 
 CLI = Callable[..., Result]
-
-
-def test_every_control_is_measured(cli: CLI, checkpoint: Path) -> None:
-    result = cli("evaluate", "-c", checkpoint, "--query", "3", "--episodes", "4", "--controls", ",".join(CONTROLS),
-                 "--transductive", "--json")  # fmt: skip
-    assert result.code == 0, result.err
-    document = json.loads(result.out)
-    assert set(document["methods"]) == {"metadiff", *CONTROLS} and document["protocol"] == "transductive"
-    assert all("paired_to_inductive" in m for name, m in document["methods"].items() if name != "inductive")
 
 
 def test_halves_have_all_episodes_together(cli: CLI, checkpoint: Path) -> None:
@@ -33,12 +23,6 @@ def test_halves_have_all_episodes_together(cli: CLI, checkpoint: Path) -> None:
     assert result.code == 0, result.err
     document = json.loads(result.out)
     assert document["halves"] and document["open_set"]["episodes"] == 5 and list(document["methods"]) == ["metadiff"]
-
-
-def test_names_of_controls() -> None:
-    assert parse_controls(" prototype,, a.safetensors ") == ["prototype", "a.safetensors"]
-    with pytest.raises(ConfigError, match="unknown control 'magic'"):
-        parse_controls("magic")
 
 
 def test_numbers_are_rounded_at_every_depth() -> None:

@@ -20,8 +20,8 @@ METHODS = ALL[1:]  # the first is metadiff
 FEW = [
     f"--set=baselines.{part}.{key}"
     for part in ("frozen", "images")
-    for key in ("steps=4", "validate_every=2", "validation_episodes=5", "query=3", "inner_steps=2", "test_steps=3")
-]
+    for key in ("steps=4", "validate_every=2", "validation_episodes=5", "query=3")
+] + ["--set=baselines.images.inner_steps=2", "--set=baselines.images.test_steps=3"]
 EPISODES = ["--episodes", "6", "--query", "3", "--json"]
 
 

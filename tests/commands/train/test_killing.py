@@ -18,8 +18,8 @@ import pytest
 from metadiff_cli.files import LEFTOVER
 from tests.worlds import SMALL
 
-KILLS = 20  # a third of them waits for a file that is being written
-ARGUMENTS = ["metatrain", "--preset", "glyphs-5w1s", "--threads", "1", "--set", "space.shrink=[0.5,0.3]", *SMALL]
+KILLS = 8  # a third of them waits for a file that is being written
+ARGUMENTS = ["metatrain", "--preset", "glyphs-5w1s", "--threads", "1", *SMALL]
 COMPARED = ("checkpoint.safetensors", "encoder.safetensors", "state.safetensors", "metrics.csv")
 Started = Callable[..., ForkServerProcess]
 
@@ -27,9 +27,8 @@ Started = Callable[..., ForkServerProcess]
 def command(arguments: list[str], cache: str, log: str, slow: float) -> None:
     """What a process does: the command line, with a disk that takes `slow` seconds to sync a file."""
     from metadiff_cli.app import run
-    from metadiff_cli.core.training import fit as tuning
+    from tests.worlds import hasty
 
-    tuning.EPISODES = 40  # what is fitted at the end of a run is most of its time otherwise
     os.environ["METADIFF_CACHE_DIR"] = cache
     sync = os.fsync
     os.fsync = lambda handle: (time.sleep(slow), sync(handle))[1]
@@ -37,6 +36,7 @@ def command(arguments: list[str], cache: str, log: str, slow: float) -> None:
         Path(log).open("a", encoding="utf-8") as file,
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
+        hasty(),
     ):
         code = run(arguments)
     os._exit(code)
@@ -46,9 +46,7 @@ def command(arguments: list[str], cache: str, log: str, slow: float) -> None:
 def start(tmp_path_factory: pytest.TempPathFactory) -> Started:
     """start(out, cache): a process that begins a run there, or goes on with it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "metadiff_cli.app", "metadiff_cli.commands.evaluate.measure",
-                                    "metadiff_cli.core.training.metatrain",
-                                    "metadiff_cli.core.training.pretrain"])  # fmt: skip
+    context.set_forkserver_preload(["torch._dynamo", "metadiff_cli.commands.train.run", "tests.worlds"])
     log = tmp_path_factory.mktemp("logs") / "log.txt"
 
     def begin(out: Path, cache: Path, slow: float = 0.0, more: tuple[str, ...] = ()) -> ForkServerProcess:
@@ -89,7 +87,8 @@ def wait_for_a_write(process: ForkServerProcess, *folders: Path) -> None:
         time.sleep(0.001)
 
 
-def test_killed_twenty_times_it_ends_with_the_same_bytes(
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_same_bytes(
     start: Started, whole: tuple[Path, float], tmp_path: Path
 ) -> None:
     """Whenever a run gets to its end between the kills it is compared, and the next one begins with an empty cache."""
@@ -110,7 +109,7 @@ def test_killed_twenty_times_it_ends_with_the_same_bytes(
             continue
         assert process.exitcode == 0 and same(out, expected)
         seconds, rounds = min(seconds, time.monotonic() - began), rounds + 1
-    assert torn >= 3  # the moment of writing was among them
+    assert torn >= 1  # the moment of writing was among them
     assert ended(start(out, cache)) == 0
     assert same(out, expected) and not half_written(out)
 

@@ -15,12 +15,11 @@ import pytest
 import torch
 from filelock import FileLock
 
-from metadiff_cli.commands.adapt.command import adapt as inference
-from metadiff_cli.commands.train import resume as resuming
-from metadiff_cli.commands.train.signals import HeldSignals
+from metadiff_cli.commands.train import encoder, resume, stages
+from metadiff_cli.commands.train.resume import HeldSignals
 from metadiff_cli.core.baselines.train import InnerTrainer
 from metadiff_cli.core.checkpoints.file import load_checkpoint, read_header, save_checkpoint
-from metadiff_cli.core.training import fit as tuning
+from metadiff_cli.core.training.distributed import SINGLE
 from metadiff_cli.core.training.metatrain import MetaTrainer
 from metadiff_cli.core.training.pretrain import Pretrainer
 from metadiff_cli.errors import Stopped
@@ -34,16 +33,8 @@ RESULTS = ("checkpoint.safetensors", "encoder.safetensors")
 STATES = ("state.safetensors", "encoder-state.safetensors")  # with what a checkpoint leaves out: optimisers, averages
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_episodes() -> Iterator[None]:
-    """What is fitted at the end of a run is no concern of these tests, and takes most of its time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "EPISODES", 40)
-        yield
-
-
 @pytest.fixture(scope="module")
-def whole(few_episodes: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of a `metatrain` that never stopped."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     result = invoke(*METATRAIN, "--out", out)
@@ -120,8 +111,8 @@ def test_stopped_while_it_validates(
 
         monkeypatch.setattr(module, name, interrupted)
 
-    once(inference, "quick_accuracy")
-    once(tuning, "paired_gain")
+    once(encoder, "quick_accuracy")
+    once(stages, "paired_gain")
     seen = []
     each_step(monkeypatch, lambda: seen.append(1))
     codes = [cli(*METATRAIN, "--out", tmp_path / "run", "--resume").code for _ in range(3)]
@@ -144,7 +135,7 @@ def test_the_command_that_goes_on_is_said_and_does(
 
 def test_a_second_signal_stops_at_once() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with HeldSignals() as held:
+    with HeldSignals(SINGLE) as held:
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Stopped) as first:
             held.stop_if_asked()
@@ -207,12 +198,12 @@ def test_the_state_is_kept_now_and_then_within_an_epoch(
         if count == 5:
             raise MemoryError
 
-    monkeypatch.setattr(resuming, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(resume, "SAVE_EVERY", 0.0)
     with monkeypatch.context() as patch:
         each_step(patch, fail)
         assert cli(*PRETRAIN, "--out", tmp_path / "run").code == 1
     header = load_checkpoint(tmp_path / "run" / "encoder-state.safetensors", "state").header
-    assert (header["plain"]["epoch"], header["plain"]["step"]) == (0, 4)
+    assert (header["plain"]["validated"], header["plain"]["step"]) == (0, 4)
     assert cli(*PRETRAIN, "--out", tmp_path / "run", "--resume").code == 0
     assert cli(*PRETRAIN, "--out", tmp_path / "whole").code == 0
     encoders = [(tmp_path / name / "encoder.safetensors").read_bytes() for name in ("run", "whole")]
@@ -289,7 +280,7 @@ def test_a_run_directory_belongs_to_one_process(tmp_path: Path, cli: CLI) -> Non
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / ".lock"):
         result = cli(*PRETRAIN, "--out", tmp_path / "run", "--resume")
-    assert result.code == 2 and "another process works in" in result.err
+    assert result.code == 2 and "another run is writing to" in result.err
 
 
 def test_pretraining_starts_warm(whole: Path, tmp_path: Path, cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ def test_what_was_never_fitted_is_refused_with_the_next_step(metadiff: MetaDiff)
     for bare in (tuned(metadiff, None), replace(metadiff, targets=None)):
         with pytest.raises(CheckpointError) as caught:
             rejector_of(bare, classifier_of(bare, z), z)
-        assert caught.value.hint is not None and "metadiff refit" in caught.value.hint
+        assert caught.value.hint is not None and "--reject-below" in caught.value.hint
     assert fit_rejection(replace(metadiff, targets=None), bank_of(4, seed=0), CPU, seed=0) is None
 
 

@@ -1,4 +1,4 @@
-"""What two processes do in `test_parallel`: each piece of work alone, then together, and how the results differ."""
+"""What two processes do in `test_distributed`: each piece of work in one, then together, and how the results differ."""
 
 import json
 import os
@@ -19,10 +19,9 @@ from metadiff_cli.core.encoders.bank import FeatureBank, build_bank
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import Encoder, build_encoder
 from metadiff_cli.core.method.task_space import fit_task_space
-from metadiff_cli.core.training import distributed as parallel
+from metadiff_cli.core.training.distributed import SINGLE, Group, joined
 from metadiff_cli.core.training.metatrain import MetaTrainer
 from metadiff_cli.core.training.pretrain import Pretrainer
-from metadiff_cli.core.training.world import World, alone, announced, enter, world
 from metadiff_cli.errors import ConfigError, MetaDiffError
 
 CPU = torch.device("cpu")
@@ -46,43 +45,45 @@ class Plain(Encoder):
         return self.conv(images).tanh()
 
 
-def pretrained(**settings: object) -> Tensor:
+def pretrained(group: Group, **settings: object) -> Tensor:
     """The parameters after an epoch, and the losses."""
     values = {"epochs": 2, "precision": "fp32", "lr": 0.2, "augment": AugmentConfig(jitter=0.2), **settings}
-    torch.manual_seed(world().rank)  # the main process's parameters count
     trainer = Pretrainer(
-        Plain(), PretrainConfig.model_validate(values), PIXELS, LABELS, classes=8, size=16,
-        mean=[0.5] * 3, std=[0.25] * 3, seed=0, device=CPU,
+        Plain, PretrainConfig.model_validate(values), PIXELS, LABELS, classes=8, size=16, mean=[0.5] * 3,
+        std=[0.25] * 3, seed=group.rank, device=CPU, group=group,  # the parameters of rank 0 count
     )  # fmt: skip
+    trainer.seed = 0
     list(trainer.run(lambda encoder: 1.0))
     return torch.cat([flat(trainer.encoder, trainer.heads), torch.tensor([h["loss"] for h in trainer.history])])
 
 
-def metatrained(**settings: object) -> Tensor:
+def metatrained(group: Group, **settings: object) -> Tensor:
     space = fit_task_space(torch.from_numpy(BANK.features.reshape(8, 12, 6)))
     config = MetatrainConfig(steps=8, batch=5, validate_every=2, shots=(1, 3), ways=(2, 4), query=3, lr=3e-3)
-    denoiser = DenoiserConfig.model_validate({"width": 16, "depth": 1, "dropout": 0.3, **settings})
-    trainer = MetaTrainer(BANK, space, denoiser, config, seed=0, device=CPU)
+    denoiser = DenoiserConfig.model_validate({"width": 16, **settings})
+    trainer = MetaTrainer(BANK, space, denoiser, config, seed=0, device=CPU, group=group)
     list(trainer.run(lambda denoiser: None))
-    return torch.cat([flat(trainer.denoiser), torch.tensor([h["loss"] for h in trainer.history])])
+    return torch.cat([flat(trainer.module), torch.tensor([h["loss"] for h in trainer.history])])
 
 
-def inner_trained() -> Tensor:
+def inner_trained(group: Group) -> Tensor:
     config = FrozenBaseline.model_validate({"steps": 4, "batch": 3, "validate_every": 2, "query": 3, "rate": 1.0})
-    torch.manual_seed(0)
     learner = FrozenLearner("metasgd-frozen", 3, torch.from_numpy(BANK.features).mean(dim=0), config)
-    trainer = InnerTrainer(learner, BANK, config, shot=2, seed=0, device=CPU)
+    trainer = InnerTrainer(learner, BANK, config, shot=2, seed=0, device=CPU, group=group)
     list(trainer.run(lambda learner: None))
-    return torch.cat([flat(trainer.learner), torch.tensor([h["loss"] for h in trainer.history])])
+    return torch.cat([flat(trainer.module), torch.tensor([h["loss"] for h in trainer.history])])
 
 
-def bank(folder: Path) -> Tensor:
+def bank(group: Group, folder: Path) -> Tensor:
     torch.manual_seed(0)
     encoder = ImageEncoder(build_encoder("conv4"), "conv4", 16, (0.5,) * 3, (0.25,) * 3, True, CPU)
     done: list[int] = []
-    made = build_bank(encoder, PIXELS, LABELS, BANK.classes, folder=folder, key="k" * 32, batch=8,
-                      progress=lambda now, total: done.append(now))  # fmt: skip
-    assert done == sorted(done) and (done[-1] == 96 or not world().main) and not list(folder.glob("*.parts"))
+    made = build_bank(
+        encoder, PIXELS, LABELS, BANK.classes, folder=folder / f"bank-{group.world_size}", key="k" * 32, batch=8,
+        progress=lambda now, total: done.append(now), group=group,
+    )  # fmt: skip
+    assert done == sorted(done) and (not done or done[-1] == 96 or group.rank > 0)
+    assert not list(folder.glob("*.parts"))
     return torch.from_numpy(np.array(made.features))
 
 
@@ -90,11 +91,10 @@ def flat(*modules: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for module in modules for p in module.parameters()])
 
 
-def difference(work: Callable[[], Tensor]) -> float:
+def difference(group: Group, work: Callable[[Group], Tensor]) -> float:
     """How far the result of both processes is from that of one."""
-    together = work()
-    with alone():
-        expected = work()
+    together = work(group)
+    expected = group.rank_zero_first(lambda: work(SINGLE))
     return float((together - expected).abs().max())
 
 
@@ -110,36 +110,31 @@ def failing() -> None:
     raise ConfigError("no such thing", hint="try another")
 
 
-def main(found: World, folder: Path) -> dict[str, object]:
+def main(group: Group, folder: Path) -> dict[str, object]:
     file = folder / "made"
     features.SHARD = 20
-    first = parallel.main_first(lambda: file.exists() or file.write_text("x") == 0)
+    first = group.rank_zero_first(lambda: file.exists() or file.write_text("x") == 0)
     return {
-        "rank": found.rank,
-        "order": [parallel.gather_in_order(parallel.mine(range(n))) == list(range(n)) for n in (0, 1, 2, 5)],
-        "same": parallel.same(f"of {found.rank}"),
-        "main": parallel.on_main(lambda: [found.rank, world().size]),
-        "main_first": first,
-        "failing": refused(lambda: parallel.on_main(failing)),
-        "unlike": refused(lambda: parallel.check_same(f"{found.rank}", "the images")),
-        "too_few": refused(lambda: parallel.part_of(1, "batch")),
-        "largest": parallel.largest_of(found.rank),
-        "classes": difference(lambda: pretrained(batch=7)),
-        "rotation": difference(lambda: pretrained(batch=8, rotation_weight=1.0)),
-        "pairs": difference(lambda: pretrained(batch=8, objective="pairs", cosine_head=10)),
-        "odd_pairs": refused(lambda: pretrained(batch=6, objective="pairs", cosine_head=10)),
-        "unet": difference(metatrained),
-        "paper": difference(lambda: metatrained(kind="paper")),
-        "inner": difference(inner_trained),
-        "bank": difference(lambda: bank(folder / f"bank-{world().size}-{found.rank * (world().size == 1)}")),
-        "speaks": parallel.speaks(),
+        "rank": group.rank,
+        "broadcast": group.broadcast(f"of {group.rank}"),
+        "rank_zero_first": first,
+        "failing": refused(lambda: group.on_rank_zero(failing)),
+        "unlike": refused(lambda: group.check_equal(f"{group.rank}", "the images")),
+        "too_few": refused(lambda: group.slice_of(1, "batch")),
+        "max": group.max(group.rank),
+        "classes": difference(group, lambda group: pretrained(group, batch=7)),
+        "rotation": difference(group, lambda group: pretrained(group, batch=8, rotation_weight=1.0)),
+        "pairs": difference(group, lambda group: pretrained(group, batch=8, objective="pairs", cosine_head=10)),
+        "odd_pairs": refused(lambda: pretrained(group, batch=6, objective="pairs", cosine_head=10)),
+        "unet": difference(group, metatrained),
+        "paper": difference(group, lambda group: metatrained(group, kind="paper")),
+        "inner": difference(group, inner_trained),
+        "bank": difference(group, lambda group: bank(group, folder)),
+        "tells": group.is_first_to_fail(),
     }
 
 
 if __name__ == "__main__":
-    place = announced(os.environ)
-    enter(place)
-    parallel.start(place)
-    found = main(place, Path(sys.argv[1]))
-    parallel.stop()
+    with joined(os.environ) as processes:
+        found = main(processes, Path(sys.argv[1]))
     print(json.dumps(found))

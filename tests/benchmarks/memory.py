@@ -1,6 +1,7 @@
 """Memory of a step of meta-training as the number of its inner steps grows, beside MAML through the same encoder."""
 
 import weakref
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -90,13 +91,19 @@ def _metadiff(space: TaskSpace, bank: FeatureBank, steps: int, device: torch.dev
 
 def _maml(images: ImageEncoder, steps: int) -> float:
     learner = build_image_learner(
-        "maml", WAY, build_encoder(images.name), images.size, images.mean, images.std, ImageBaseline()
+        "maml",
+        WAY,
+        partial(build_encoder, images.name),
+        images.size,
+        images.mean,
+        images.std,
+        ImageBaseline(inner_steps=steps),
     ).to(META)
     learner.train()
     pixels = torch.zeros(1, WAY * (1 + QUERY), images.size**2 * 3, dtype=torch.uint8, device=META)
     labels = torch.arange(WAY, device=META).repeat_interleave(QUERY)
     live = LiveTensors()
     with live:
-        logits = learner(pixels[:, :WAY].unsqueeze(2), pixels[:, WAY:], steps)
+        logits = learner(pixels[:, :WAY].unsqueeze(2), pixels[:, WAY:])
         F.cross_entropy(logits[0], labels).backward()  # type: ignore[no-untyped-call]
     return live.megabytes

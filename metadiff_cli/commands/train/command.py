@@ -1,0 +1,116 @@
+"""`metadiff pretrain` and `metadiff metatrain`: their options."""
+
+from typing import Annotated
+
+import typer
+
+from metadiff_cli.commands import completions, options
+from metadiff_cli.commands.train.request import Request
+
+
+def pretrain(
+    preset: options.Preset = None,
+    data: options.Data = None,
+    encoder: options.EncoderOption = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            "--epochs",
+            min=1,
+            metavar="N",
+            help=options.shown("Passes over the base classes.", "the preset's"),
+            rich_help_panel=options.TRAINING,
+        ),
+    ] = None,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    resume: options.Resume = False,
+    init_from: options.InitFrom = None,
+    dry_run: options.DryRun = False,
+    config: options.ConfigFile = None,
+    settings: options.Settings = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    num_workers: options.NumWorkers = None,
+    batch_size: options.BatchSize = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Train an encoder on base classes.
+
+    After each epoch the encoder is measured on validation classes, and the
+    best one is kept. `metatrain` trains an encoder by itself if it needs one.
+
+    Examples:
+
+      metadiff pretrain --preset mini-5w1s --data ./mini-imagenet -o runs/conv4
+
+      metadiff pretrain --preset folder --data ./photos --encoder conv4
+    """
+    from metadiff_cli.commands.train.run import run_pretrain
+
+    flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
+    flags |= {"encoder": encoder, "pretrain.epochs": epochs}
+    run_pretrain(Request(
+        preset, config, settings or (), flags, data, out, overwrite, resume, init_from, dry_run, as_json, quiet, verbose
+    ))  # fmt: skip
+
+
+def metatrain(
+    preset: options.Preset = None,
+    data: options.Data = None,
+    encoder: options.EncoderOption = None,
+    encoder_weights: options.EncoderWeights = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help=f"What is trained: {', '.join(completions.METHODS)}.",
+            autocompletion=completions.methods,
+            rich_help_panel=options.TRAINING,
+        ),
+    ] = "metadiff",
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    resume: options.Resume = False,
+    init_from: options.InitFrom = None,
+    report: options.Report = None,
+    dry_run: options.DryRun = False,
+    config: options.ConfigFile = None,
+    settings: options.Settings = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    num_workers: options.NumWorkers = None,
+    batch_size: options.BatchSize = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Train MetaDiff on base classes, and measure it.
+
+    Without --encoder, it takes the encoder that the same preset and data gave
+    before, or trains it first; those of torchvision and timm come trained.
+    The checkpoint serves any number of classes and of images per class. With
+    --method, it trains a gradient-based baseline instead.
+
+    Examples:
+
+      metadiff metatrain --preset glyphs-5w1s
+
+      metadiff metatrain --preset mini-5w5s --data ./mini-imagenet -o runs/5w5s
+
+      metadiff metatrain --preset glyphs-5w1s --method anil-frozen -o runs/anil
+
+      metadiff metatrain --preset glyphs-5w1s --report glyphs.html
+    """
+    from metadiff_cli.commands.train.run import run_metatrain
+
+    flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
+    run_metatrain(Request(
+        preset, config, settings or (), flags, data, out, overwrite, resume, init_from, dry_run, as_json, quiet,
+        verbose, encoder, encoder_weights, method, report,
+    ))  # fmt: skip

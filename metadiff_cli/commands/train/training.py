@@ -1,0 +1,129 @@
+"""What the stages of one run share: settings, data, run directory, screen, device, and the files to start from."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metadiff_cli.commands.evaluate.methods import feature_bank
+from metadiff_cli.commands.settings import start as start_device
+from metadiff_cli.commands.train.run_folder import Run, depends
+from metadiff_cli.config.schema import Config
+from metadiff_cli.console import Screen
+from metadiff_cli.core.checkpoints.file import read_header
+from metadiff_cli.core.checkpoints.model import load_model
+from metadiff_cli.core.device import CPU
+from metadiff_cli.core.encoders.bank import FeatureBank
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
+from metadiff_cli.core.training.distributed import Group
+from metadiff_cli.core.training.metatrain import MetaTrainer
+from metadiff_cli.data.cache import DecodedSplit
+from metadiff_cli.data.open import Source, open_source
+from metadiff_cli.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Start:
+    """The files that a run starts from: a trained `encoder`, and weights `init` that training goes on with.
+
+    An encoder file as `init` starts the training of the encoder. A checkpoint as `init` (then `checkpoint` is true)
+    gives its encoder, unless there is another, and starts the training of the denoiser.
+    """
+
+    encoder: Path | None = None
+    init: Path | None = None
+    checkpoint: bool = False
+
+    @classmethod
+    def of(cls, encoder: Path | None, init: Path | None, method: str) -> "Start":
+        """From --encoder FILE and --init-from. Raises ConfigError when nothing would start from `init`."""
+        checkpoint = init is not None and read_header(init)["kind"] == "model"
+        if checkpoint and method != "metadiff":
+            raise ConfigError(f"--method {method} cannot start from {init}", hint="leave out --init-from")
+        if init is not None and not checkpoint and encoder is not None:
+            raise ConfigError(
+                f"--init-from {init} has no effect here: --encoder already supplies a trained encoder",
+                hint="leave out --encoder or --init-from",
+            )
+        return cls(encoder or (init if checkpoint else None), init, checkpoint)
+
+    def begin(self, trainer: MetaTrainer, kind: str) -> None:
+        """Let the training of a denoiser of `kind` begin with that of the checkpoint `init`, if it is one.
+
+        Raises ConfigError when the checkpoint holds none that this training could go on with.
+        """
+        if self.init is None or not self.checkpoint:
+            return
+        model = load_model(self.init, CPU)
+        found = model.header["denoiser"]["kind"]
+        if found == "analytic":
+            raise ConfigError(
+                f"{self.init} holds no trained denoiser", hint=f"give --encoder {self.init} to start from its encoder"
+            )
+        try:
+            if found != kind:
+                raise ValueError(f"a denoiser of kind {found}")
+            trainer.start_from(model.metadiff.denoiser)
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.init} holds {error}", hint="give its --set denoiser.kind and denoiser.width"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Training:
+    """The surroundings of a run's stages."""
+
+    config: Config
+    source: Source
+    run: Run
+    screen: Screen
+    start: Start
+    device: torch.device
+
+    @property
+    def group(self) -> Group:
+        """The processes that share the work."""
+        return self.run.group
+
+    def with_encoder(self, file: Path | None) -> "Training":
+        """The same with `file` as the encoder that the run starts from."""
+        return replace(self, start=replace(self.start, encoder=file))
+
+    def features(self, images: ImageEncoder, split: str) -> FeatureBank:
+        """The features of a split, from the cache when they are there."""
+        return feature_bank(images, self.source, split, self.config, self.screen, self.group)
+
+    def identity(self, method: str, frozen: ImageEncoder | None = None) -> dict[str, Any]:
+        """All that the result of a training depends on; `frozen` is its encoder where it does not train that."""
+        return depends(
+            self.config,
+            method=method,
+            train=self.source.split("train").key,
+            val=self.source.split("val").key if self.source.has("val") else None,
+            frozen=frozen.key[:12] if frozen else None,
+            init=file_digest(self.start.init),
+        )
+
+
+def begin(config: Config, data: Path | None, run: Run, screen: Screen, start: Start) -> Training:
+    """Open the data set, pick the device, and set threads and memory."""
+    device = start_device(config, run.group)
+
+    def in_turn(decode: Callable[[], DecodedSplit]) -> DecodedSplit:
+        decoded = run.group.rank_zero_first(decode)
+        run.group.check_equal(decoded.key, "the images")
+        return decoded
+
+    return Training(config, open_source(config, data, screen, in_turn), run, screen, start, device)
+
+
+def file_digest(path: Path | None) -> str | None:
+    """Identifies the content of a file that a training starts from."""
+    if path is None:
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
