@@ -1,28 +1,19 @@
 """The diffusion over weights: schedule, forward process, samplers.
 
-A sampler is a free generator of small steps; nothing is kept of the path, and under `inference_mode` no graph either,
-so memory does not grow with the number of steps. Weights are w (B, N, D) in task space.
+A sampler is a free generator of small steps. Nothing is kept of the path, and under `inference_mode` no graph either, so
+memory does not grow with the number of steps.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from metadiff_cli.core.device import sent
-from metadiff_cli.core.method.support import SupportStats
 from metadiff_cli.errors import ConfigError
-
-Guide = Callable[[Tensor], SupportStats]
-
-
-class Denoises(Protocol):
-    """(w_t (B, N, D), abar (B or 1,), stats) -> x0 (B, N, D), the estimate of the clean weights."""
-
-    def __call__(self, w: Tensor, abar: Tensor, stats: SupportStats, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -34,30 +25,54 @@ class Schedule:
     last: float = 0.02
 
     @property
-    def abar(self) -> Tensor:
-        """(T + 1,) in float64: products of many factors near one."""
-        beta = torch.linspace(self.first, self.last, self.steps, dtype=torch.float64)
-        return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, dim=0)])
+    def abar(self) -> list[float]:
+        """The T + 1 values, as Python floats: products of many factors near one want double precision."""
+        beta = np.linspace(self.first, self.last, self.steps)
+        return [1.0, *np.cumprod(1 - beta).tolist()]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The state of the reverse process for B tasks: class weights v (B, N, D) in task space, and the dual A (B, n, N).
+
+    Both are divided by sqrt(abar_t), so that they estimate the clean weights at any noise level. Without a task space
+    `v` is None.
+    """
+
+    v: Tensor | None
+    dual: Tensor
+
+    def mixed(self, estimate: "Weights", keep: float) -> "Weights":
+        """Return (1 - keep) times the estimate plus keep times these weights."""
+        v = None if self.v is None or estimate.v is None else torch.lerp(estimate.v, self.v, keep)
+        return Weights(v, torch.lerp(estimate.dual, self.dual, keep))
+
+    def disturbed(self, noise: Tensor) -> "Weights":
+        """Return the weights with noise (B, N, D) added to v."""
+        return self if self.v is None else Weights(self.v + noise, self.dual)
 
 
 @dataclass(frozen=True)
 class SamplerStep:
-    """One step is done: index 0..S-1, time step t before it, estimate x0 and the weights after it, both (B, N, D)."""
+    """One step is done: index 0..S-1, time step t before it, the estimate of the clean weights, the weights after it."""
 
     index: int
     t: int
-    x0: Tensor
-    w: Tensor
+    estimate: Weights
+    weights: Weights
+
+
+Denoise = Callable[[Weights, float], Weights]  # (weights_t, abar_t) -> estimate of the clean weights
 
 
 def add_noise(w0: Tensor, abar: Tensor, noise: Tensor) -> Tensor:
-    """w_t = sqrt(abar) w_0 + sqrt(1 - abar) eps; `abar` (B,), the others (B, N, D)."""
+    """Return w_t = sqrt(abar) w_0 + sqrt(1 - abar) eps; `abar` is (B,), the others are (B, N, D)."""
     a = abar.to(w0.dtype).view(-1, 1, 1)
     return a.sqrt() * w0 + (1 - a).sqrt() * noise
 
 
 def trailing_steps(total: int, steps: int) -> list[int]:
-    """S time steps from T downwards, evenly spaced, the first at T (Lin et al. 2024, "trailing").
+    """Return S time steps from T downwards, evenly spaced, the first at T (Lin et al. 2024, "trailing").
 
     Raises ConfigError unless 1 <= S <= T.
     """
@@ -67,64 +82,39 @@ def trailing_steps(total: int, steps: int) -> list[int]:
 
 
 @torch.inference_mode()
-def ddim(
-    denoiser: Denoises, w: Tensor, schedule: Schedule, steps: int, stats: SupportStats, guide: Guide | None = None
-) -> Iterator[SamplerStep]:
-    """DDIM (Song et al. 2021, eq. 12 with sigma = 0) from noise w (B, N, D); the last x0 is the result.
-
-    `guide` may replace the support statistics by others that depend on the current estimate.
-    """
-    times = trailing_steps(schedule.steps, steps)
-    abar = sent(schedule.abar, w.device).to(w.dtype)
-    for i, (t, after) in enumerate(zip(times, [*times[1:], 0], strict=True)):
-        a, b = abar[t], abar[after]
-        x0 = denoiser(w, a.view(1), stats)
-        keep = ((1 - b) / (1 - a)).sqrt()  # of eps: sqrt(1 - b) eps = keep (w - sqrt(a) x0)
-        w = (keep * w).add_((b.sqrt() - keep * a.sqrt()) * x0)
-        yield SamplerStep(i, t, x0, w)
-        if guide is not None:
-            stats = guide(x0)
+def ddim(denoise: Denoise, weights: Weights, schedule: Schedule, steps: int) -> Iterator[SamplerStep]:
+    """DDIM (Song et al. 2021, eq. 12 with sigma = 0); the last estimate is the result."""
+    for i, t, a, b in _levels(schedule, steps):
+        estimate = denoise(weights, a)
+        weights = weights.mixed(estimate, math.sqrt((1 - b) / (1 - a) * a / b))
+        yield SamplerStep(i, t, estimate, weights)
 
 
 @torch.inference_mode()
 def ddpm(
-    denoiser: Denoises,
-    w: Tensor,
-    schedule: Schedule,
-    steps: int,
-    stats: SupportStats,
-    draw: Callable[[], Tensor],
-    guide: Guide | None = None,
+    denoise: Denoise, weights: Weights, schedule: Schedule, steps: int, draw: Callable[[], Tensor]
 ) -> Iterator[SamplerStep]:
     """Ancestral sampling (Ho et al. 2020, eq. 6 and 7, for any subset of the steps); `draw` gives noise (B, N, D)."""
-    times = trailing_steps(schedule.steps, steps)
-    abar = sent(schedule.abar, w.device).to(w.dtype)
+    for i, t, a, b in _levels(schedule, steps):
+        estimate = denoise(weights, a)
+        weights = weights.mixed(estimate, a / b * (1 - b) / (1 - a))
+        if b < 1:
+            weights = weights.disturbed(math.sqrt((1 - b) / (1 - a) * (1 - a / b) / b) * draw())
+        yield SamplerStep(i, t, estimate, weights)
+
+
+def _levels(schedule: Schedule, steps: int) -> Iterator[tuple[int, int, float, float]]:
+    """Index, time step, and abar before and after each step."""
+    times, abar = trailing_steps(schedule.steps, steps), schedule.abar
     for i, (t, after) in enumerate(zip(times, [*times[1:], 0], strict=True)):
-        a, b = abar[t], abar[after]
-        ratio = a / b
-        x0 = denoiser(w, a.view(1), stats)
-        w = (b.sqrt() * (1 - ratio) * x0 + ratio.sqrt() * (1 - b) * w) / (1 - a)
-        if after > 0:
-            w = w + ((1 - b) / (1 - a) * (1 - ratio)).sqrt() * draw()
-        yield SamplerStep(i, t, x0, w)
-        if guide is not None:
-            stats = guide(x0)
-
-
-def finish(steps: Iterator[SamplerStep]) -> Tensor:
-    """Run a sampler to its end; returns the last estimate x0 (B, N, D)."""
-    last: Tensor | None = None
-    for step in steps:
-        last = step.x0
-    assert last is not None
-    return last
+        yield i, t, abar[t], abar[after]
 
 
 class Noise:
     """Noise for the classes of B tasks, drawn per task in the order of the classes' keys.
 
-    A task's noise depends on its seed and on the set of its classes, neither on their order nor on the other tasks of
-    the batch; so permuting classes permutes the result, and a batch equals its tasks one by one.
+    The noise of a task depends on its seed and on the set of its classes, neither on their order nor on the other tasks
+    of the batch. So permuting classes permutes the result, and a batch equals its tasks one by one.
     """
 
     def __init__(
@@ -135,7 +125,7 @@ class Noise:
         self.ranks, self.size, self.temperature, self.device = ranks, size, temperature, device
 
     def draw(self) -> Tensor:
-        """(B, N, D) with standard deviation `temperature`."""
+        """Return noise (B, N, D) with standard deviation `temperature`."""
         tasks, ways = self.ranks.shape
         if self.temperature == 0:
             return torch.zeros(tasks, ways, self.size, device=self.device)

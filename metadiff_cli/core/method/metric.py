@@ -1,4 +1,21 @@
-"""Logits of a classifier: cosines of plain features and of features whitened by the noise within a class."""
+"""The metric of a task: from features z to the joint feature phi, whose inner products are the logits.
+
+A feature z (D,) consists of groups (the last layer of an encoder, the layers below). Where there are base classes, each
+group also has a whitened form, in which the noise within a class is the same in every direction. These are the parts of
+the expanded feature x (J,), a linear map of z that is taken once per image:
+
+    x = [z_1, .., z_G, whitened z_1, .., whitened z_G]
+
+The joint feature is taken relative to the domain m of the task, what all its classes share, and weighs the parts:
+
+    phi_p = sqrt(r_p) (x_p - m_p) / |x_p - m_p|        sum of r_p = 1
+
+so phi . phi' is a weighted mean of cosines. The share of a group is a hyper-parameter, and within a group the guidance
+scale a says how much the plain form counts beside the whitened one. (Design, section 2b.)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -6,50 +23,83 @@ from torch import Tensor
 
 from metadiff_cli.core.method.task_space import TaskSpace
 
-SHORTEST = 1e-12  # what a length counts for at least
-HALF_TRUST = 10.0  # the guidance scale at which the two metrics weigh the same; see task_logits
+HALF_TRUST = 10.0  # the guidance scale at which the plain and the whitened form weigh the same
+SHORTEST = 1e-6  # what a length counts for at least
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The parts of the expanded feature: sizes of the groups, and the task space that whitens them.
+
+    Without a `space` there are plain parts alone. With `plain` False there are whitened parts alone.
+    """
+
+    groups: tuple[int, ...]
+    space: TaskSpace | None = None
+    plain: bool = True
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The sizes of the parts; their sum is J."""
+        return (self.groups if self.plain else ()) + (() if self.space is None else self.groups)
+
+    @property
+    def origin(self) -> Tensor:
+        """The expanded feature (J,) of the mean of the base classes; zero where there are none."""
+        if self.space is None:
+            return torch.zeros(sum(self.parts))
+        return self.expand(self.space.mean.unsqueeze(0))[0]
+
+    def expand(self, z: Tensor) -> Tensor:
+        """Return x (..., J) of features z (..., D)."""
+        if self.space is None:
+            return z
+        white = self.space.whiten(z)
+        return torch.cat([z, white], dim=-1) if self.plain else white
+
+    def whitened(self, x: Tensor) -> Tensor:
+        """Return the whitened parts (..., D) of x (..., J)."""
+        return x[..., sum(self.groups) if self.plain else 0 :]
+
+    def weights(self, shares: Tensor, guidance: Tensor) -> Tensor:
+        """Return r (B, P) from the shares of the groups (B, G) and the guidance scale (B,)."""
+        if self.space is None:
+            return shares
+        plain = (guidance / (guidance + HALF_TRUST)).unsqueeze(-1) if self.plain else shares.new_zeros(1, 1)
+        return torch.cat([shares * plain, shares * (1 - plain)] if self.plain else [shares], dim=-1)
+
+    def embed(self, x: Tensor, domain: Tensor, weights: Tensor) -> Tensor:
+        """Return phi (B, n, J) of x (B, n, J), relative to the domain (B, 1, J), with weights (B, P)."""
+        moved = x - domain
+        return moved * (weights.sqrt().unsqueeze(1) / self._lengths(moved)).repeat_interleave(
+            torch.tensor(self.parts, device=x.device), dim=-1, output_size=x.shape[-1]
+        )
+
+    def logits(self, x: Tensor, domain: Tensor, weights: Tensor, classifier: Tensor) -> Tensor:
+        """Return phi . w (B, n, N) of x (B, n, J) and a classifier w (B, N, J), without making phi."""
+        moved = x - domain
+        lengths = self._lengths(moved)  # (B, n, P)
+        products = [
+            part @ w.mT for part, w in zip(self.split(moved), self.split(classifier), strict=True)
+        ]  # P of (B, n, N)
+        factors = weights.sqrt().unsqueeze(1) / lengths
+        return sum((p * f.unsqueeze(-1) for p, f in zip(products, factors.unbind(-1), strict=True)), start=x.new_zeros(()))
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """Return the parts of x (..., J)."""
+        return torch.split(x, self.parts, dim=-1)
+
+    def _lengths(self, moved: Tensor) -> Tensor:
+        """Lengths (B, n, P) of the parts."""
+        return torch.stack([torch.linalg.vector_norm(part, dim=-1) for part in self.split(moved)], dim=-1).clamp_min(
+            SHORTEST
+        )
 
 
 def cosine_logits(z: Tensor, weights: Tensor, scale: float | Tensor = 1.0, centre: Tensor | None = None) -> Tensor:
-    """s * cos(z, w), (B, Q, N), of features z (B, Q, D) and weights (B, N, D), both relative to `centre` (D,)."""
+    """Return s cos(z, w), (B, Q, N), of features z (B, Q, D) and weights (B, N, D), relative to `centre` (B, 1, D)."""
     if centre is not None:
         z, weights = z - centre, weights - centre
     lengths = torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min(SHORTEST)  # divided by last: Q N, not Q D
-    cosines: Tensor = z @ F.normalize(weights, dim=-1).transpose(-1, -2) / lengths
+    cosines: Tensor = z @ F.normalize(weights, dim=-1).mT / lengths
     return scale * cosines
-
-
-def whitened_cosines(z: Tensor, weights: Tensor, space: TaskSpace, squares: Tensor | None = None) -> Tensor:
-    """Cosines (B, Q, N) of features z (B, Q, D) and weights (B, N, D), both relative to mu, in the metric S_w^-1.
-
-    `squares` (B, Q) are `space.squares(z)` where they are known: then no image is projected.
-    """
-    w = space.to_task(weights)
-    scaled = w * space.precision
-    direction = scaled @ space.basis.T  # (B, N, D): its product with a feature is the inner product with w
-    inner = z @ direction.mT - space.mean.view(-1, 1, z.shape[-1]) @ direction.mT
-    squares = space.squares(z) if squares is None else squares
-    lengths = squares.clamp_min(0).sqrt().unsqueeze(-1) * (w * scaled).sum(dim=-1).sqrt().unsqueeze(-2)
-    return inner / lengths.clamp_min(SHORTEST)
-
-
-def blend(whitened: Tensor, plain: Tensor, guidance: Tensor | float) -> Tensor:
-    """(1 - r) whitened + r plain cosines, both (B, Q, N), with r = a / (a + HALF_TRUST): 0 as the prior holds.
-
-    The guidance scale a, a number or one per task (B,), says how far the base classes' statistics hold.
-    """
-    a = guidance.view(-1, 1, 1) if isinstance(guidance, Tensor) else guidance
-    return whitened + a / (a + HALF_TRUST) * (plain - whitened)
-
-
-def task_logits(
-    z: Tensor, weights: Tensor, space: TaskSpace, guidance: Tensor | float, scale: float | Tensor = 1.0,
-    squares: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Logits (B, Q, N) of generated classifiers: s times the blend of the cosines of whitened and of plain features.
-
-    Whitened, the noise within a class has the same size in every direction: the metric of linear discriminant analysis.
-    `squares` are as in `whitened_cosines`.
-    """
-    whitened = whitened_cosines(z, weights, space, squares)
-    return scale * blend(whitened, cosine_logits(space.plain(z), space.plain(weights)), guidance)

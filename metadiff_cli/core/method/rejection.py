@@ -1,129 +1,122 @@
-"""Knowing what a task does not know: images that belong to none of its classes.
+"""Rejection: images that show none of the classes of a task.
 
 The known score of an image is the log odds that it shows one of the task's classes rather than a class of the world,
-for which the base classes stand: log mean_n exp(s cos(z, w_n)) - log mean_c exp(s cos(z, base_c)), in nats. Among the
-scores that were tried it tells known from unknown images best (docs/experiments.md).
+for which the base classes stand: log mean_n exp(T s w_n phi) - log mean_c exp(T s b_c phi), in nats. Without base
+classes the second term is missing. Among the scores that were tried, it separates known from unknown images best
+(docs/experiments.md).
 
-Its level moves with the world that the images are from, so the threshold is relative to the task: the support images
-are scored as if they were not in the support, and to that an offset is added that was fitted on validation classes.
-An image of a class with two or more is scored against its class made without it; an image that is alone in its class
-against the other classes only, where it is an unknown one; so offsets of one shot are of another kind, and added apart.
+Its level moves with the world that the images are from, so the threshold is relative to the task. It is the mean score
+of the support images, each scored by a classifier that was made without it, plus an offset that was fitted on
+validation classes. An image that is alone in its class is scored against the other classes, where it is unknown: such
+scores are of another kind and have offsets of their own.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from metadiff_cli.core.method.adapt import MetaDiff, TaskClassifier
 from metadiff_cli.core.method.calibration import Rejection
-from metadiff_cli.core.method.guidance import left_out_means
-from metadiff_cli.core.method.metric import blend, task_logits
+from metadiff_cli.core.method.guidance import level_shares
+from metadiff_cli.core.method.held_out import HeldOut
 from metadiff_cli.core.method.support import TaskSupport
 from metadiff_cli.errors import CheckpointError
 
 RATE = 0.05  # of images of the task's own classes, on the classes of the fit, that are rejected
 MOST_BASE = 256  # base classes that stand for the world; more cost time and say the same
-LEAVE_ONE_OUT = 2  # images of a class from which on one can be left out
+TWO = 2  # images of a class from which on one can be held out
 
 
 @dataclass(frozen=True)
 class Rejector:
-    """Of B tasks: their classifiers, base classes (C, D) in feature space, the threshold (B,) of the known score."""
+    """Rejects images of B tasks: weights of base classes (B, C, J), and the threshold (B,) of the known score."""
 
     classifier: TaskClassifier
-    base: Tensor
+    base: Tensor | None
     threshold: Tensor
 
     @torch.inference_mode()
-    def margins(self, z: Tensor) -> Tensor:
-        """Known score minus threshold, (B, Q), of features z (B, Q, D); below 0 an image is rejected."""
-        return known_scores(self.classifier, self.base, z) - self.threshold.view(-1, 1)
+    def margins(self, x: Tensor) -> Tensor:
+        """Return the known score minus the threshold (B, Q) of expanded features x (B, Q, J); below 0: rejected."""
+        return known_scores(self.classifier, self.base, x) - self.threshold.view(-1, 1)
 
 
 @torch.inference_mode()
-def rejector_of(metadiff: MetaDiff, classifier: TaskClassifier, support: Tensor | TaskSupport) -> Rejector:
-    """For classifiers that `metadiff` made of support features (B, N, K, D), or of a `TaskSupport` where shots differ.
+def rejector_of(metadiff: MetaDiff, classifier: TaskClassifier, support: TaskSupport) -> Rejector:
+    """Return the rejector for classifiers that `metadiff` made of expanded support features (B, n, J).
 
-    Raises CheckpointError when the metadiff's checkpoint has no fitted threshold.
+    Raises CheckpointError when the checkpoint has no fitted threshold.
     """
     table = require_rejection(metadiff).offsets
-    if isinstance(support, Tensor):
-        support = TaskSupport.even(support)
-    alone = support.count.squeeze(1) < LEAVE_ONE_OUT  # (N,)
-    if table.shots[-1] < LEAVE_ONE_OUT:
-        alone = torch.ones_like(alone)
-    base, way = base_classes(metadiff), len(support.count)
-    shot = max(float(support.count.mean()), LEAVE_ONE_OUT)
-    threshold = torch.where(alone, table.at(way, 1), table.at(way, shot)).mean()
-    for part in support.parts():
-        scores = left_out_scores(classifier, base, part, alone)
-        threshold = threshold + (scores / (support.count[part.labels, 0] * way)).sum(
-            dim=1
-        )  # each class counts the same
-    return Rejector(classifier, base, threshold)
+    base = base_weights(metadiff, classifier)
+    scores, alone = support_scores(metadiff, classifier, support, base)
+    counts = support.counts
+    per_class = scores @ (support.one_hot() / counts)  # (B, N): each class counts the same
+    offsets = torch.where(
+        alone, table.at(support.ways, 1), table.at(support.ways, max(support.shots, TWO))
+    )  # (N,)
+    return Rejector(classifier, base, per_class.mean(dim=1) + offsets.to(scores).mean())
 
 
 def require_rejection(metadiff: MetaDiff) -> Rejection:
-    """The fitted table. Raises CheckpointError when there is none."""
-    if metadiff.tuning.rejection is None or metadiff.targets is None:
+    """Return the fitted table. Raises CheckpointError when there is none."""
+    if metadiff.tuning.rejection is None:
         raise CheckpointError(
-            "this checkpoint has no threshold for rejection: it was trained without validation classes",
-            hint="train with validation classes, or use --reject-below",
+            "this checkpoint has no threshold for rejection: it was made without validation classes",
+            hint="make one with validation classes by `metadiff metatrain`, or use --reject-below",
         )
     return metadiff.tuning.rejection
 
 
-def base_classes(metadiff: MetaDiff) -> Tensor:
-    """Weights (C, D) of base classes in feature space, evenly chosen where there are many."""
-    assert metadiff.targets is not None
+def base_weights(metadiff: MetaDiff, classifier: TaskClassifier) -> Tensor | None:
+    """Return the weights (B, C, J) of base classes in the metric of each task; evenly chosen where there are many."""
+    if metadiff.targets is None:
+        return None
     step = math.ceil(len(metadiff.targets) / MOST_BASE)
-    return metadiff.space.to_feature(metadiff.targets[::step])
+    x = metadiff.metric.expand(metadiff.targets[::step]).unsqueeze(0)
+    return metadiff.metric.embed(x, classifier.domain, classifier.parts)
 
 
-def known_scores(classifier: TaskClassifier, base: Tensor, z: Tensor) -> Tensor:
-    """(B, Q) of features z (B, Q, D), averaged over the samples inside the logarithm."""
-    squares = classifier.space.squares(z)
-    own = [_log_mean_exp(classifier.scale * classifier.logits(z, m, squares)) for m in range(len(classifier.weights))]
-    return _log_mean_exp(torch.stack(own, dim=-1)) - _base_scores(classifier, base, z, squares)
+def known_scores(classifier: TaskClassifier, base: Tensor | None, x: Tensor) -> Tensor:
+    """Return the known scores (B, Q) of x (B, Q, J), averaged over the samples inside the logarithm."""
+    sharp = classifier.temperature.view(-1, 1, 1)
+    own = [_log_mean_exp(sharp * classifier.logits(x, m)) for m in range(len(classifier.weights))]
+    return _log_mean_exp(torch.stack(own, dim=-1)) - _base_scores(classifier, base, x)
 
 
-def left_out_scores(classifier: TaskClassifier, base: Tensor, support: TaskSupport, alone: Tensor) -> Tensor:
-    """Known scores (B, n) of the support as if each image were not in it.
+def support_scores(
+    metadiff: MetaDiff, classifier: TaskClassifier, support: TaskSupport, base: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the known scores (B, n) of the support as if each image were not in it, and which classes (N,) are alone.
 
-    Classes that are `alone` (N,) are left out altogether for their own images, the others keep what is left: the
-    analytic posterior mean of their other images.
+    An image of a class of one is scored against the other classes alone.
     """
-    z, labels, ways = support.z, support.labels, len(support.count)
-    squares = classifier.space.squares(z)
-    index = labels.view(1, -1, 1).expand(len(z), -1, 1)
-    own = _own_cosines(classifier, support).masked_fill(alone[labels], -torch.inf).unsqueeze(-1)
-    # a class left out altogether counts neither in the sum nor in the number of classes
-    fewer = torch.where(alone[labels], math.log(ways / (ways - 1)), 0.0)
-    each = [
-        _log_mean_exp(classifier.scale * classifier.logits(z, m, squares).scatter(2, index, own)) + fewer
-        for m in range(len(classifier.weights))
-    ]
-    return _log_mean_exp(torch.stack(each, dim=-1)) - _base_scores(classifier, base, z, squares)
+    tuning, target = metadiff.tuning, support.one_hot()
+    alone = support.counts < TWO
+    logits = classifier.logits(support.x)  # for the images of classes of one
+    if bool((~alone).any()):
+        held = HeldOut(metadiff.metric, support)
+        shares = level_shares(classifier.level, len(metadiff.metric.groups))
+        share, scale, prior = (
+            table.at(support.ways, support.shots) for table in (tuning.domain, tuning.scale, tuning.prior)
+        )
+        found = held.logits(shares, classifier.guidance, share, scale, prior)
+        logits = torch.where(held.folds.left_out.view(1, -1, 1), found, logits)
+    own = (target.bool() & alone).unsqueeze(0)  # (1, n, N): entries that say nothing
+    sharp = classifier.temperature.view(-1, 1, 1)
+    ways = (~own).sum(dim=-1).to(logits)  # classes that count for each image
+    scores = (sharp * logits).masked_fill(own, -torch.inf).logsumexp(dim=-1) - ways.log()
+    return scores - _base_scores(classifier, base, support.x), alone
 
 
-def _own_cosines(classifier: TaskClassifier, support: TaskSupport) -> Tensor:
-    """Logits (B, n) of the support's images for their own class made without them."""
-    space, a, z = classifier.space, classifier.guidance, support.z
-    without = left_out_means(space.to_task(z), space.to_task(support.means), support)
-    scale = a.view(-1, 1, 1) if isinstance(a, Tensor) else a
-    evidence = (support.count[support.labels] - 1) * scale * space.precision
-    own = space.to_feature(evidence / (1 + evidence) * without)
-    whitened = F.cosine_similarity(space.whiten(z), space.whiten(own), dim=-1).unsqueeze(-1)
-    return blend(whitened, F.cosine_similarity(space.plain(z), space.plain(own), dim=-1).unsqueeze(-1), a).squeeze(-1)
-
-
-def _base_scores(classifier: TaskClassifier, base: Tensor, z: Tensor, squares: Tensor) -> Tensor:
-    """log mean exp of the logits of the base classes, (B, Q) of features z (B, Q, D) with `squares` (B, Q)."""
-    c = classifier
-    return _log_mean_exp(task_logits(z, base.unsqueeze(0), c.space, c.guidance, c.scale, squares))
+def _base_scores(classifier: TaskClassifier, base: Tensor | None, x: Tensor) -> Tensor:
+    """Log mean exp of the logits of the base classes, (B, Q) of x (B, Q, J)."""
+    if base is None:
+        return x.new_zeros(x.shape[:2])
+    logits = classifier.scale * classifier.metric.logits(x, classifier.domain, classifier.parts, base)
+    return _log_mean_exp(classifier.temperature.view(-1, 1, 1) * logits)
 
 
 def _log_mean_exp(values: Tensor) -> Tensor:

@@ -1,44 +1,54 @@
-"""The support of a batch of tasks as features: what a classifier is adapted to, and what a denoiser sees of it."""
+"""The support of a batch of tasks, and what adaptation sees of it."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class TaskSupport:
-    """Support features z (B, n, D) of B tasks that have the same numbers of images per class.
+    """Support features x (B, n, D) of B tasks with the same labels (n,), numbers 0 .. N - 1 each of which occurs."""
 
-    `labels` (n,) are the classes of the images, `means` (B, N, D) the means of the classes, and `count` (N, 1) the
-    images per class, which may differ from class to class.
-    """
-
-    z: Tensor
+    x: Tensor
     labels: Tensor
-    means: Tensor
-    count: Tensor
 
     @classmethod
-    def of(cls, z: Tensor, labels: Tensor) -> "TaskSupport":
-        """From features (B, n, D) and labels (n,) in 0 .. N - 1; every class has an image."""
-        means = torch.stack([z[:, labels == c].mean(dim=1) for c in range(int(labels.max()) + 1)], dim=1)
-        return cls(z, labels, means, torch.bincount(labels).unsqueeze(1).to(z))
+    def even(cls, x: Tensor) -> "TaskSupport":
+        """Return the support of features (B, N, K, D), where all classes have K images."""
+        _, ways, shots, _ = x.shape
+        return cls(x.flatten(1, 2), torch.arange(ways, device=x.device).repeat_interleave(shots))
 
-    @classmethod
-    def even(cls, z: Tensor) -> "TaskSupport":
-        """From features (B, N, K, D): every class has K images."""
-        _, ways, shots, _ = z.shape
-        labels = torch.arange(ways, device=z.device).repeat_interleave(shots)
-        return cls(z.flatten(1, 2), labels, z.mean(dim=2), z.new_full((ways, 1), shots))
+    @property
+    def counts(self) -> Tensor:
+        """Images per class, (N,)."""
+        return torch.bincount(self.labels)
 
-    def parts(self, values: int = 16_000_000) -> Iterator["TaskSupport"]:
-        """Split the images, but not the classes, into parts whose features are at most about `values` numbers."""
-        step = max(1, values // (len(self.z) * self.z.shape[2]))
-        for start in range(0, len(self.labels), step):
-            rows = slice(start, start + step)
-            yield TaskSupport(self.z[:, rows], self.labels[rows], self.means, self.count)
+    @property
+    def ways(self) -> int:
+        """N."""
+        return int(self.labels.max()) + 1
+
+    @property
+    def shots(self) -> float:
+        """K, the mean over the classes where they differ."""
+        return len(self.labels) / self.ways
+
+    def one_hot(self) -> Tensor:
+        """Return the labels as (n, N)."""
+        return F.one_hot(self.labels, self.ways).to(self.x)
+
+    def means(self) -> Tensor:
+        """Return the class means (B, N, D)."""
+        share = self.one_hot() / self.counts.clamp_min(1)
+        return share.T @ self.x
+
+    def take(self, rows: Tensor | Sequence[int]) -> "TaskSupport":
+        """Return the support with the images in `rows` alone; every class keeps one or more."""
+        rows = torch.as_tensor(rows, device=self.labels.device)
+        return TaskSupport(self.x[:, rows], self.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -62,3 +72,9 @@ class SupportStats:
 def support_stats(v: Tensor, precision: Tensor) -> SupportStats:
     """Return the statistics of support images v (B, N, K, D) in task space with precision lambda (D,)."""
     return SupportStats(v.mean(dim=2), v.new_full((1, 1, 1), v.shape[2]), precision.view(1, 1, -1))
+
+
+def count_of(counts: Tensor) -> Tensor:
+    """Return images per class (N,) in the form of `SupportStats.count`: (1, 1, 1) where all are alike."""
+    shared = bool((counts == counts[0]).all())
+    return (counts[:1] if shared else counts).view(1, -1, 1).float()

@@ -1,15 +1,18 @@
 """The task space: features re-expressed so that the classes of the world look like N(0, I).
 
-The basis of linear discriminant analysis. From base features: mean of the class means mu, within-class covariance S_w,
-between-class covariance S_b = Cov(class means) - S_w / n, both shrunk toward a multiple of the identity. A solves
-A' S_b A = I and A' S_w A = diag(1 / lambda). In v = A'(z - mu) a class mean has unit variance under the shrunk model,
-and an image is its class mean plus noise of variance 1 / lambda_d. (Design, section 2.)
+The basis of linear discriminant analysis. From base features follow the mean mu of the class means, the within-class
+covariance S_w and the between-class covariance S_b = Cov(class means) - S_w / n, both shrunk toward a multiple of the
+identity. A solves A' S_b A = I and A' S_w A = diag(1 / lambda). In v = A'(z - mu) a class mean has unit variance under
+the shrunk model, and an image is its class mean plus noise of variance 1 / lambda_d. (Design, section 2.)
+
+Features may consist of groups, such as the last layer of an encoder and the layers below. Each group has a basis of its
+own: A is block diagonal, and covariances between groups are not estimated.
 """
 
 import math
 from array import array
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,142 +21,121 @@ from metadiff_cli.errors import DataError
 
 CHUNK = 4096  # images whose products are summed at once
 BLOCKS = 4  # of the rows of a scatter matrix
+FLOOR = 1e-3  # of the largest lambda: below it a direction tells nothing about new classes
+LEAST = 1e-3  # of tr(S_w): what tr(S_b) counts for at least, where so few classes are given that it is negative
 
 
 @dataclass(frozen=True)
 class TaskSpace:
-    """Affine map between features z (D,) and task space v (D,)."""
+    """Linear map between features z (D,) and task space v (D,)."""
 
-    mean: Tensor  # (D,) mu; (B, 1, D) in the spaces of B tasks
-    basis: Tensor  # (D, D) A
-    inverse: Tensor  # (D, D) A^-T
+    mean: Tensor  # (D,) mu
+    bases: tuple[Tensor, ...]  # (D_g, D_g) for each group: the blocks of A
     precision: Tensor  # (D,) lambda, of an image around its class mean
-    centre: Tensor | None = None  # as `mean`, what plain cosines are relative to; None: the origin
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The sizes D_g of the groups of features; their sum is D."""
+        return tuple(len(basis) for basis in self.bases)
 
     def to_task(self, z: Tensor) -> Tensor:
-        """v (..., D) of features z (..., D)."""
-        return (z - self.mean) @ self.basis
-
-    def to_feature(self, v: Tensor) -> Tensor:
-        """z (..., D) of points v (..., D) in task space."""
-        return v @ self.inverse.T + self.mean
+        """Return v (..., D) of features z (..., D)."""
+        parts = torch.split(z - self.mean, self.groups, dim=-1)
+        products = [part @ basis for part, basis in zip(parts, self.bases, strict=True)]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
     def whiten(self, z: Tensor) -> Tensor:
-        """Task space in units of the noise of an image, (..., D) of features z (..., D): the metric S_w^-1."""
+        """Return v in units of the noise of an image, (..., D) of features z (..., D): there S_w is the identity."""
         return self.to_task(z) * self.precision.sqrt()
 
-    def squares(self, z: Tensor) -> Tensor:
-        """Squared lengths (...) of whitened features z (..., D)."""
-        return self.to_task(z).square() @ self.precision
-
-    def squares_around(self, mean: Tensor, z: Tensor, squares: Tensor) -> Tensor:
-        """`squares` (B, Q) of z (B, Q, D) as they are in the spaces `around(mean)`, without a projection of z."""
-        moved = (mean - self.mean) @ self.basis  # (B, 1, D)
-        scaled = moved * self.precision
-        direction = scaled @ self.basis.T
-        inner = (z @ direction.mT).squeeze(-1) - self.mean @ direction.mT  # (B, Q)
-        return squares - 2 * inner + (moved * scaled).sum(dim=-1)
-
-    def plain(self, z: Tensor) -> Tensor:
-        """Features z (..., D) as plain cosines take them."""
-        return z if self.centre is None else z - self.centre
-
-    def centred(self, yes: bool) -> "TaskSpace":
-        """With plain cosines relative to mu, or to the origin."""
-        return replace(self, centre=self.mean if yes else None)
-
-    def around(self, mean: Tensor) -> "TaskSpace":
-        """With the prior's mean elsewhere: at the points mean (B, 1, D) in feature space, one for each of B tasks."""
-        return replace(self, mean=mean, centre=None if self.centre is None else mean)
-
-    def of_task(self, task: int) -> "TaskSpace":
-        """The space of one of the B tasks."""
-        return self.around(self.mean[task, 0])
-
     def to(self, device: torch.device) -> "TaskSpace":
-        """The same space on another device."""
-        moved = TaskSpace(*(t.to(device) for t in (self.mean, self.basis, self.inverse, self.precision)))
-        return moved.centred(self.centre is not None)
+        """Return the same space on another device."""
+        return TaskSpace(self.mean.to(device), tuple(b.to(device) for b in self.bases), self.precision.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint stores."""
-        return {"mean": self.mean, "basis": self.basis, "inverse": self.inverse, "precision": self.precision}
+        """Return what a checkpoint stores, by name."""
+        return {
+            "mean": self.mean,
+            "precision": self.precision,
+            **{f"basis.{g}": b for g, b in enumerate(self.bases)},
+        }
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "TaskSpace":
-        """From what `tensors` gave. Raises ValueError when the shapes do not belong together."""
-        size = len(tensors["mean"])
-        square, line = [(size, size)] * 2, [(size,)] * 2
-        if [tuple(tensors[name].shape) for name in ("basis", "inverse", "mean", "precision")] != square + line:
-            raise ValueError("the tensors of its task space do not fit each other")
-        return cls(tensors["mean"], tensors["basis"], tensors["inverse"], tensors["precision"])
+        """Return the space that `tensors` describes."""
+        bases = tuple(tensors[f"basis.{g}"].float() for g in range(len(tensors) - 2))
+        return cls(tensors["mean"].float(), bases, tensors["precision"].float())
 
 
 @dataclass(frozen=True)
 class ClassStatistics:
-    """Of the features of base classes, in float64: class means (C, D), their mean (D,), S_w and S_b (D, D)."""
+    """Statistics of the features of base classes, in float64: class means (C, D), and S_w and S_b per group."""
 
     means: Tensor
-    mean: Tensor
-    within: Tensor
-    between: Tensor
+    within: tuple[Tensor, ...]  # (D_g, D_g) for each group
+    between: tuple[Tensor, ...]
 
-    def task_space(self, shrink_within: float = 0.5, shrink_between: float = 0.3, floor: float = 1e-3) -> TaskSpace:
-        """`shrink_*` is the share (0..1) of tr(S)/D times the identity; lambda is floored at `floor` of its maximum."""
-        within, between = _shrink(self.within, shrink_within), _shrink(self.between, shrink_between)
-        return _solve(self.mean, within, between, floor, len(self.mean))
+    def task_space(self, shrink_within: float = 0.5, shrink_between: float = 0.3) -> TaskSpace:
+        """Return the task space; `shrink_*` is the share (0..1) of tr(S)/D_g times the identity in each group."""
+        solved = [
+            _solve(_shrink(within, shrink_within), _shrink(_at_least(between, within), shrink_between))
+            for within, between in zip(self.within, self.between, strict=True)
+        ]
+        precision = torch.cat([values for _, values in solved])
+        return TaskSpace(
+            self.means.mean(dim=0).float(), tuple(b.float().contiguous() for b, _ in solved), precision.float()
+        )
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the class means of a group vary less than their noise: too few classes, or images without classes."""
+        return any(bool(_at_least(b, w) is not b) for w, b in zip(self.within, self.between, strict=True))
 
 
-def class_statistics(classes: Iterable[Tensor]) -> ClassStatistics:
-    """From the features of base classes, one tensor (n_c, D) a class; they are read once, one after the other.
+def class_statistics(classes: Iterable[Tensor], groups: Sequence[int] = ()) -> ClassStatistics:
+    """Return the statistics of base classes, one tensor (n_c, D) per class; they are read once, one after the other.
 
-    Raises DataError for features that are not finite, a class without images, and fewer than two classes.
+    `groups` are the sizes of the groups of features; empty: one group. Raises DataError for features that are not
+    finite, a class without images, and fewer than two classes.
     """
-    means, scatter, total, inverse_counts = _moments(classes)
+    means, scatter, total, inverse_counts = _moments(classes, tuple(groups))
     count = len(means)
-    within = scatter / max(total - count, 1)
-    mean = means.mean(dim=0)
-    centred = means - mean
-    return ClassStatistics(means, mean, within, centred.T @ centred / (count - 1) - within * inverse_counts)
-
-
-def fit_task_space(
-    classes: Iterable[Tensor], *, shrink_within: float = 0.5, shrink_between: float = 0.3, floor: float = 1e-3
-) -> TaskSpace:
-    """The task space of base classes; see `class_statistics` and `ClassStatistics.task_space`."""
-    return class_statistics(classes).task_space(shrink_within, shrink_between, floor)
+    within = [s / max(total - count, 1) for s in scatter]
+    centred = torch.split(means - means.mean(dim=0), [len(s) for s in scatter], dim=1)
+    between = [c.T @ c / (count - 1) - w * inverse_counts for c, w in zip(centred, within, strict=True)]
+    return ClassStatistics(means, tuple(within), tuple(between))
 
 
 def class_means(classes: Iterable[Tensor]) -> Tensor:
-    """Means (C, D) in float64 of classes of features (n_c, D). Raises DataError as `class_statistics` does."""
+    """Return the means (C, D) in float64 of classes of features (n_c, D). Raises DataError as `class_statistics`."""
     means = _Means()
     for features in classes:
         means.add(_mean(features))
     return means.stacked()
 
 
-def identity_space(classes: Iterable[Tensor]) -> TaskSpace:
-    """Features as they are, but for one common scale that gives class means unit mean square (denoiser `paper`)."""
-    means = class_means(classes)
+def identity_space(means: Tensor) -> TaskSpace:
+    """Return features as they are, times one number that gives class means (C, D) unit mean square (`paper`)."""
     scale = 1.0 / means.pow(2).mean().sqrt().clamp_min(1e-12)
-    eye = torch.eye(means.shape[1], dtype=torch.float64)
-    zero, one = torch.zeros_like(means[0]), torch.ones_like(means[0])
-    return TaskSpace(*(t.float() for t in (zero, eye * scale, eye / scale, one)))
+    size = means.shape[1]
+    return TaskSpace(torch.zeros(size), ((torch.eye(size) * scale).float(),), torch.ones(size))
 
 
-def _moments(classes: Iterable[Tensor]) -> tuple[Tensor, Tensor, int, float]:
-    """Class means (C, D), within-class scatter (D, D), number of images, mean of 1 / n_c; in float64."""
-    means, within, total, inverse = _Means(), None, 0, 0.0
+def _moments(classes: Iterable[Tensor], groups: tuple[int, ...]) -> tuple[Tensor, list[Tensor], int, float]:
+    """Class means (C, D), within-class scatter per group, number of images, mean of 1 / n_c; in float64."""
+    means, total, inverse = _Means(), 0, 0.0
+    scatter: list[Tensor] = []
     for features in classes:
         mean = _mean(features)
-        within = torch.zeros(len(mean), len(mean), dtype=torch.float64) if within is None else within
-        _add_scatter(within, features, mean)
+        groups = groups or (len(mean),)
+        scatter = scatter or [torch.zeros(size, size, dtype=torch.float64) for size in groups]
+        for s, part, m in zip(scatter, torch.split(features, groups, dim=1), torch.split(mean, groups), strict=True):
+            _add_scatter(s, part, m)
         means.add(mean)
         total += len(features)
         inverse += 1.0 / len(features)
     stacked = means.stacked()
-    assert within is not None
-    return stacked, within.triu() + within.triu(1).T, total, inverse / len(stacked)
+    return stacked, [s.triu() + s.triu(1).T for s in scatter], total, inverse / len(stacked)
 
 
 class _Means:
@@ -168,7 +150,7 @@ class _Means:
         self.count += 1
 
     def stacked(self) -> Tensor:
-        """(C, D). Raises DataError for fewer than two classes."""
+        """Return all means (C, D). Raises DataError for fewer than two classes."""
         if self.count < 2:
             raise DataError(
                 "a task space needs at least 2 base classes", hint="add class folders to the training split"
@@ -189,13 +171,21 @@ def _mean(features: Tensor) -> Tensor:
 def _add_scatter(scatter: Tensor, features: Tensor, mean: Tensor) -> None:
     """Add the sum of (z - mean)(z - mean)' over features (n, D) to the upper blocks of `scatter` (D, D) in float64.
 
-    Products are taken in the features' own precision: the differences have no more digits than that.
+    Products are taken in the precision of the features: the differences have no more digits than that.
     """
     step = math.ceil(len(scatter) / BLOCKS)
     for part in torch.split(features, CHUNK):
         rest = part - mean.to(part.dtype)
-        for start in range(0, len(scatter), step):  # below lies the same once more, which takes time
+        for start in range(0, len(scatter), step):  # the lower half is its mirror image
             scatter[start : start + step, start:] += rest[:, start : start + step].T @ rest[:, start:]
+
+
+def _at_least(between: Tensor, within: Tensor) -> Tensor:
+    """S_b, or where its trace is below LEAST of that of S_w, a multiple of the identity with just that trace."""
+    least = LEAST * within.diagonal().sum()
+    if between.diagonal().sum() >= least:
+        return between
+    return torch.eye(len(between), dtype=between.dtype) * (least / len(between))
 
 
 def _shrink(s: Tensor, share: float) -> Tensor:
@@ -205,15 +195,13 @@ def _shrink(s: Tensor, share: float) -> Tensor:
     return (1 - share) * s + (share * variance + 1e-9 * variance) * torch.eye(size, dtype=s.dtype)
 
 
-def _solve(mean: Tensor, s_w: Tensor, s_b: Tensor, floor: float, size: int) -> TaskSpace:
-    """The generalised eigenproblem S_b a = lambda S_w a, by whitening S_w; A scaled so that A' S_b A = I."""
+def _solve(s_w: Tensor, s_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Basis A and lambda (D,) of S_b a = lambda S_w a, by whitening S_w; A is scaled so that A' S_b A = I."""
     factor = torch.linalg.cholesky(s_w)
     inner = torch.linalg.solve_triangular(factor, s_b, upper=False)
     inner = torch.linalg.solve_triangular(factor, inner.T, upper=False)  # L^-1 S_b L^-T
     values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
     values, vectors = values.flip(0), vectors.flip(1)
-    lam = values.clamp_min(floor * values[0].clamp_min(1e-12))
+    lam = values.clamp_min(FLOOR * values[0].clamp_min(1e-12))
     # with U orthonormal, A = L^-T U diag(lam^-1/2) gives A' S_w A = 1/lam, and A' S_b A = 1 where lam is not floored
-    basis = torch.linalg.solve_triangular(factor.T, vectors, upper=True) * lam.rsqrt()
-    inverse = factor @ vectors * lam.sqrt()
-    return TaskSpace(*(t.float().contiguous() for t in (mean, basis, inverse, lam)))
+    return torch.linalg.solve_triangular(factor.T, vectors, upper=True) * lam.rsqrt(), lam

@@ -1,0 +1,133 @@
+"""The inner problem: gradient descent on the cross-entropy of the support, from a prior over the classifier.
+
+A classifier is a matrix W (N, J) over joint features phi (J,), with logits s W phi. The inner loss is
+
+    F(W) = sum_k a_k CE(softmax(s W phi_k), y_k) + rho/2 |W - W_0|^2
+
+with an importance a_k per image: 1, 0 for an image that is left out, or 2 for one that counts twice. Its minimum lies
+in the span of the support, W = W_0 + s A' Phi, so the unknown is the dual A (n, N). A problem needs the Gram matrix
+G = Phi Phi' and the logits Phi W_0' of its start.
+
+One step of the reverse diffusion is one proximal Newton step of F, with the bound s^2/2 on the curvature of the
+cross-entropy (Boehning 1992): it never overshoots. It starts at the noisy weights. In units of the prior's standard
+deviation, rho^(-1/2), the deviation W - W_0 is N(0, I), so w_t observes it with the precision rho abar / (1 - abar):
+
+    A <- A_t - (rho / (1 - abar) I + s^2/2 G)^-1 [a (P - Y) + rho A_t]       P = softmax(s Phi W_0' + s^2 G A_t)
+
+(Design, section 2b.)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NEAREST = 1e-9  # of 1 - abar: at t = 0 nothing is noise, and the step vanishes
+
+
+Solver = Callable[[Tensor], Tensor]
+
+
+class Gram:
+    """G = Phi Phi' of B tasks, as the matrix (B, n, n)."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    def times(self, dual: Tensor) -> Tensor:
+        """Return G A for A (B, n, N)."""
+        return self.matrix @ dual
+
+    def solver(self, shift: float, factor: float, root: Tensor) -> Solver:
+        """Return r -> (b I + c D G D)^-1 r for r (B, n, N), with b `shift`, c `factor`, D = diag(`root` (B or 1, n))."""
+        system = factor * root.unsqueeze(-1) * self.matrix * root.unsqueeze(-2)
+        system.diagonal(dim1=-2, dim2=-1).add_(shift)
+        triangle = torch.linalg.cholesky(system)
+        return lambda right: torch.cholesky_solve(right, triangle)
+
+
+class LowRankGram(Gram):
+    """G by Phi (B, n, J), where there are more images than numbers per image: all systems are (J, J)."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+
+    def times(self, dual: Tensor) -> Tensor:
+        """Return G A for A (B, n, N)."""
+        return self.features @ (self.features.mT @ dual)
+
+    def solver(self, shift: float, factor: float, root: Tensor) -> Solver:
+        """Return the solver of `Gram.solver`, by the identity of Woodbury."""
+        scaled = root.unsqueeze(-1) * self.features  # (B, n, J)
+        system = scaled.mT @ scaled
+        system.diagonal(dim1=-2, dim2=-1).add_(shift / factor)
+        triangle = torch.linalg.cholesky(system)
+        return lambda right: (right - scaled @ torch.cholesky_solve(scaled.mT @ right, triangle)) / shift
+
+
+def gram_of(features: Tensor) -> Gram:
+    """Return G of joint features (B, n, J), in the smaller of its two forms."""
+    _, count, size = features.shape
+    return Gram(features @ features.mT) if count <= size else LowRankGram(features)
+
+
+@dataclass(frozen=True)
+class InnerProblem:
+    """F of B tasks. `start` (B, n, N) is Phi W_0', `target` (n, N) has the labels one-hot.
+
+    `scale` is s and `prior` rho. `importance` a (B or 1, n) is at least 0; None: 1 for every image. A dual A and all
+    that is of its kind has the shape (B, n, N).
+    """
+
+    gram: Gram
+    start: Tensor
+    target: Tensor
+    scale: float
+    prior: float
+    importance: Tensor | None = None
+
+    def logits(self, dual: Tensor) -> Tensor:
+        """Return the logits s Phi W' of the support images."""
+        return self.scale * self.start + self.scale**2 * self.gram.times(dual)
+
+    def loss(self, dual: Tensor) -> Tensor:
+        """Return F (B,) in nats."""
+        entropy = -(self.target * F.log_softmax(self.logits(dual), dim=-1)).sum(dim=-1)  # (B, n)
+        distance = (dual * self.gram.times(dual)).sum(dim=(1, 2))  # |W - W_0|^2 / s^2
+        return (self._importance * entropy).sum(dim=1) + 0.5 * self.prior * self.scale**2 * distance
+
+    def residual(self, dual: Tensor) -> Tensor:
+        """Return a (P - Y) + rho A: the gradient of F with respect to W is s times its transpose times Phi."""
+        error = self.logits(dual).softmax(dim=-1) - self.target
+        return self._importance.unsqueeze(-1) * error + self.prior * dual
+
+    def step(self, dual: Tensor, abar: float = 0.0, solve: Solver | None = None) -> Tensor:
+        """Return the dual after one proximal Newton step.
+
+        `dual` is an observation at the noise level `abar`: at 0, pure noise, the step is that of plain descent, and
+        near 1 it vanishes. An image that is left out keeps its dual of 0. `solve` is the solver at `abar`, where it is
+        known from a step before.
+        """
+        root = self._importance.sqrt()  # (B or 1, n)
+        inverse = torch.where(root > 0, 1 / root, 0.0).unsqueeze(-1)
+        solve = solve or self._solver(abar)
+        return dual - root.unsqueeze(-1) * solve(inverse * self.residual(dual))
+
+    def descend(self, steps: int) -> Tensor:
+        """Return the dual after `steps` steps of plain descent from W_0."""
+        dual, solve = torch.zeros_like(self.start), self._solver(0.0)
+        for _ in range(steps):
+            dual = self.step(dual, solve=solve)
+        return dual
+
+    def _solver(self, abar: float) -> Solver:
+        return self.gram.solver(
+            self.prior / max(1 - abar, NEAREST), 0.5 * self.scale**2, self._importance.sqrt()
+        )
+
+    @cached_property
+    def _importance(self) -> Tensor:
+        return self.start.new_ones(1, self.start.shape[1]) if self.importance is None else self.importance
