@@ -4,9 +4,8 @@
 """
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,12 @@ from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.evaluation.episodes import Episodes, check_episodes, episode_batches
 from metadiff_cli.core.method.adapt import MetaDiff, Sampling, adapt_tasks, ranks_of, seeds_of
 from metadiff_cli.core.method.calibration import calibration_error, reliability
-from metadiff_cli.core.method.guidance import PoolGuidance
-from metadiff_cli.core.method.metric import cosine_logits
-from metadiff_cli.core.method.task_space import TaskSpace
+from metadiff_cli.core.method.metric import Metric, cosine_logits
+from metadiff_cli.core.method.support import TaskSupport
 
 BATCH_VALUES = 24_000_000  # numbers in the features of one batch of episodes: about 100 MB
-PART = 4096  # images that are projected at once
+PART = 4096  # images that are expanded at once
+IN_MEMORY = 2 << 30  # bytes of expanded features that may be kept
 BATCHES = 16  # or more, where there are as many episodes: progress is reported after each
 
 
@@ -70,46 +69,28 @@ class Scores:
         return Scores(self.accuracy + other.accuracy, self.confidence + other.confidence, self.correct + other.correct)
 
 
-class Lengths:
-    """Squared lengths of a bank's images in a task space, for many episodes: a projection an image, none a query."""
-
-    def __init__(self, space: TaskSpace, bank: FeatureBank, device: torch.device) -> None:
-        self.space, self.bank, self.device = space, bank, device
-
-    def of(self, episodes: Episodes, query: Tensor, mean: Tensor) -> Tensor:
-        """`squares` (B, M) of the queries (B, M, D) in the tasks' own spaces, which are around `mean` (B, 1, D)."""
-        squares = sent(self._squares[torch.from_numpy(episodes.query)], query.device)
-        return self.space.squares_around(mean, query, squares)
-
-    @cached_property
-    def _squares(self) -> Tensor:
-        parts = np.array_split(np.arange(len(self.bank.labels)), math.ceil(len(self.bank.labels) / PART))
-        return torch.cat([self.space.squares(sent(self.bank.take(rows), self.device)).cpu() for rows in parts])
-
-
-def lengths_for(space: TaskSpace, bank: FeatureBank, protocol: Protocol, device: torch.device) -> Lengths | None:
-    """`Lengths`, or None where the protocol has fewer queries than the bank has images."""
-    queries = protocol.episodes * protocol.way * protocol.query
-    return Lengths(space, bank, device) if queries > len(bank.labels) else None
+def expanded(metric: Metric, bank: FeatureBank, device: torch.device) -> Callable[[np.ndarray], Tensor]:
+    """Return what gives expanded features x (..., J) of rows (...): all at once, where they fit into IN_MEMORY."""
+    if 4 * sum(metric.parts) * len(bank.labels) > IN_MEMORY:
+        return lambda rows: metric.expand(sent(bank.take(rows), device))
+    parts = np.array_split(np.arange(len(bank.labels)), math.ceil(len(bank.labels) / PART))
+    x = torch.cat([metric.expand(sent(bank.take(rows), device)) for rows in parts])
+    return lambda rows: F.embedding(sent(torch.from_numpy(rows), device), x)  # faster than an index
 
 
 def method_of(
-    metadiff: MetaDiff, sampling: Sampling, protocol: Protocol, pool: PoolGuidance | None = None,
-    lengths: Lengths | None = None,
-) -> Method:  # fmt: skip
-    """Adaptation with a metadiff as a method: (support z, query z, episodes, first) -> probabilities (B, M, N).
-
-    `lengths` are those of the bank that is evaluated, in the metadiff's space.
-    """
+    metadiff: MetaDiff, bank: FeatureBank, sampling: Sampling, protocol: Protocol, device: torch.device
+) -> Method:
+    """Return adaptation with a metadiff as a method for episodes of `bank`."""
+    x = expanded(metadiff.metric, bank, device)
 
     def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
-        seeds = seeds_of(protocol.seed, first, len(support))
+        queries = x(episodes.query)
         classifier = adapt_tasks(
-            metadiff, support, sampling, ranks=ranks_of(episodes.classes), seeds=seeds,
-            pool=query if protocol.transductive else None, pool_guidance=pool,
+            metadiff, TaskSupport.even(x(episodes.support)), sampling, ranks=ranks_of(episodes.classes),
+            seeds=seeds_of(protocol.seed, first, len(queries)), pool=queries if protocol.transductive else None,
         )  # fmt: skip
-        squares = None if lengths is None else lengths.of(episodes, query, classifier.space.mean)
-        return classifier.probabilities(query, squares)
+        return classifier.probabilities(queries)
 
     return run
 
@@ -138,14 +119,18 @@ def evaluate(
 
 
 def summarise(
-    scores: Mapping[str, Scores], against: Sequence[str] = ("prototype", "analytic")
+    scores: Mapping[str, Scores], against: Sequence[str] = ("prototype", "analytic"), calibrated: Container[str] = ()
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy with 95 % interval, calibration error and paired differences of each method, in percent."""
+    """Accuracy with 95 % interval, calibration error and paired differences of each method, in percent.
+
+    The calibration error is None for a method whose temperature was not fitted: it would say nothing about the method.
+    """
     per_episode = {name: 100 * torch.cat(s.accuracy) for name, s in scores.items()}
     summary: dict[str, dict[str, Any]] = {}
     for name, values in per_episode.items():
         mean, half = mean_interval(values)
         ece = calibration_error(torch.cat(scores[name].confidence), torch.cat(scores[name].correct))
+        ece = ece if name in calibrated else None
         summary[name] = {"accuracy": mean, "ci95": half, "ece": ece}
         for other in against:
             if other in per_episode and other != name:

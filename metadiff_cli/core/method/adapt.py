@@ -11,6 +11,7 @@ support's cross-entropy (descent.py).
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,19 +19,19 @@ from torch import Tensor, nn
 
 from metadiff_cli.core.method.calibration import Rejection, TaskTable, task_temperatures
 from metadiff_cli.core.method.denoisers import AnalyticDenoiser
-from metadiff_cli.core.method.descent import Gram, InnerProblem, gram_of
+from metadiff_cli.core.method.descent import NO_DESCENT, Gram, InnerProblem, gram_of
 from metadiff_cli.core.method.diffusion import Noise, SamplerStep, Schedule, Weights, ddim, ddpm
 from metadiff_cli.core.method.guidance import (
-    Choice,
     Evidence,
     PoolGuidance,
     Usual,
-    level_shares,
+    chosen_by,
+    doubt_of,
+    doubted_guidance,
     pool_evidence,
-    trusted_guidance,
 )
 from metadiff_cli.core.method.held_out import HeldOut
-from metadiff_cli.core.method.metric import Metric
+from metadiff_cli.core.method.metric import Metric, TaskSettings
 from metadiff_cli.core.method.support import SupportStats, TaskSupport, count_of
 
 
@@ -83,6 +84,10 @@ class MetaDiff:
         """Return the same without the learned part."""
         return replace(self, denoiser=AnalyticDenoiser(), learned=False)
 
+    def without_descent(self, temperature: TaskTable) -> "MetaDiff":
+        """Return the posterior mean alone, without a learned part either; its confidences have a table of their own."""
+        return self.analytic().tuned(prior=TaskTable.constant(NO_DESCENT), temperature=temperature)
+
     def denoiser_for(self, shots: float) -> nn.Module:
         """Return the denoiser for tasks of K shots."""
         known = self.most_shots is None or shots <= self.most_shots
@@ -91,24 +96,37 @@ class MetaDiff:
 
 @dataclass(frozen=True)
 class TaskClassifier:
-    """Classifiers of B tasks: weights W (M, B, N, J) over joint features, and what makes these of expanded features.
+    """Classifiers of B tasks: weights W (M, B, N, J) of M samples, and what makes joint features of expanded ones.
 
-    `domain` is (B, 1, J), `parts` (B, P) the weights r of the parts, `temperature` (B,) the factor T of the
-    confidences. `guidance` and `level` (B,) are the values that the metric was chosen with.
+    `domain` is (B, 1, J).
     """
 
     metric: Metric
-    weights: Tensor
+    settings: TaskSettings
     domain: Tensor
-    parts: Tensor
-    scale: float
-    temperature: Tensor
-    guidance: Tensor
-    level: Tensor
+    weights: Tensor
+
+    @cached_property
+    def parts(self) -> Tensor:
+        """The weights r (B, P) of the parts of the joint feature."""
+        return self.metric.weights(self.settings)
+
+    @property
+    def sharpness(self) -> Tensor:
+        """The factor (B, 1, 1) from W phi to logits whose softmax is calibrated, s T."""
+        return self.settings.scale * self.settings.temperature.view(-1, 1, 1)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Return phi (B, Q, J) of expanded features x (B, Q, J)."""
+        return self.metric.embed(x, self.domain, self.parts)
 
     def logits(self, x: Tensor, sample: int = 0) -> Tensor:
-        """Return s W phi (B, Q, N) of expanded features x (B, Q, J) under one of the M samples."""
-        return self.scale * self.metric.logits(x, self.domain, self.parts, self.weights[sample])
+        """Return s T W phi (B, Q, N) of expanded features x (B, Q, J) under one of the M samples."""
+        return self.logits_of(self.weights[sample], x)
+
+    def logits_of(self, weights: Tensor, x: Tensor) -> Tensor:
+        """Return s T W phi (B, Q, C) of expanded features x (B, Q, J) under any weights (B, C, J)."""
+        return self.sharpness * self.metric.logits(x, self.domain, self.parts, weights)
 
     @torch.inference_mode()
     def probabilities(self, x: Tensor) -> Tensor:
@@ -117,8 +135,7 @@ class TaskClassifier:
 
     def traceable(self, x: Tensor) -> Tensor:
         """The computation of `probabilities`, in a form that the ONNX exporter can trace."""
-        sharp = self.temperature.view(-1, 1, 1)
-        each = [(sharp * self.logits(x, m)).softmax(dim=-1) for m in range(len(self.weights))]
+        each = [self.logits(x, m).softmax(dim=-1) for m in range(len(self.weights))]
         return each[0] if len(each) == 1 else torch.stack(each).mean(dim=0)
 
 
@@ -140,16 +157,15 @@ def adapt_tasks(
     ranks: Tensor,
     seeds: Sequence[int],
     pool: Tensor | None = None,
-    pool_guidance: PoolGuidance | None = None,
 ) -> TaskClassifier:
     """Return the classifiers of tasks, from expanded features of their support (B, n, J).
 
     `ranks` (B, N) are the positions of the classes in an order that does not depend on how they are given; `seeds` are
     one per task. `pool` (B, P, J) are unlabelled images of the same tasks. (Design, sections 2 and 2b.)
     """
-    process = _process(metadiff, support, sampling, pool, pool_guidance)
+    process = _process(metadiff, support, sampling, pool)
     noise = Noise(seeds, ranks, sum(metadiff.metric.groups), sampling.temperature, support.x.device)
-    samples = [process.classifier(process.run(noise)) for _ in range(sampling.samples)]
+    samples = [process.run(noise) for _ in range(sampling.samples)]
     return replace(process.task, weights=torch.stack(samples))
 
 
@@ -158,22 +174,19 @@ def trace_tasks(
     metadiff: MetaDiff, support: TaskSupport, sampling: Sampling, *, ranks: Tensor, seeds: Sequence[int]
 ) -> Iterator[tuple[TaskClassifier, PathStep]]:
     """Yield the classifier of one sample after each step, with its loss; arguments are those of `adapt_tasks`."""
-    process = _process(metadiff, support, sampling, None, None)
+    process = _process(metadiff, support, sampling, None)
     noise = Noise(seeds, ranks, sum(metadiff.metric.groups), sampling.temperature, support.x.device)
     for step in process.steps(noise):
         weights = process.classifier(step)
-        loss = process.problem(process.start).loss(step.estimate.dual)
-        yield replace(process.task, weights=weights.unsqueeze(0)), PathStep(step.index, weights, loss)
+        yield replace(process.task, weights=weights.unsqueeze(0)), PathStep(step.index, weights, process.loss(step))
 
 
 class _Process:
     """The reverse process of B tasks: what it is conditioned on, and where it stands."""
 
-    def __init__(
-        self, metadiff: MetaDiff, support: TaskSupport, sampling: Sampling, task: TaskClassifier, prior: float
-    ) -> None:
-        self.metadiff, self.sampling, self.task, self.prior = metadiff, sampling, task, prior
-        self.phi = task.metric.embed(support.x, task.domain, task.parts)  # (B, n, J)
+    def __init__(self, metadiff: MetaDiff, support: TaskSupport, sampling: Sampling, task: TaskClassifier) -> None:
+        self.metadiff, self.sampling, self.task = metadiff, sampling, task
+        self.phi = task.embed(support.x)  # (B, n, J)
         self.gram: Gram = gram_of(self.phi)
         self.target = support.one_hot()
         self.evidence = Evidence(support.means(), count_of(support.counts))
@@ -183,34 +196,33 @@ class _Process:
 
     def guided_by(self, pool: Tensor, how: PoolGuidance) -> None:
         """Let unlabelled images (B, P, J) guide the process."""
-        phi = self.task.metric.embed(pool, self.task.domain, self.task.parts)
+        phi = self.task.embed(pool)
         update = pool_evidence(self.evidence, pool, how)
-        sharp = self.task.temperature.view(-1, 1, 1) * self.task.scale
-        self.guide = lambda weights: update(sharp * (phi @ self._weights(weights.dual).mT))
+        self.guide = lambda weights: update(self.task.sharpness * (phi @ self._classifier(weights.dual).mT))
 
-    def run(self, noise: Noise) -> SamplerStep:
-        """Return the last step of one sample."""
+    def run(self, noise: Noise) -> Tensor:
+        """Return the classifier W (B, N, J) of one sample."""
         *_, last = self.steps(noise)
-        return last
+        return self.classifier(last)
 
     def steps(self, noise: Noise) -> Iterator[SamplerStep]:
         """Run one sample of the reverse process."""
-        schedule, s = self.metadiff.schedule, self.sampling
+        schedule, sampling = self.metadiff.schedule, self.sampling
         v = None
         if self.task.metric.space is not None:
             v = noise.draw() / schedule.abar[schedule.steps] ** 0.5
         weights = Weights(v, self.phi.new_zeros(*self.phi.shape[:2], self.target.shape[1]))
-        if s.method == "ddpm":
-            return ddpm(self._denoise, weights, schedule, s.steps, noise.draw)
-        return ddim(self._denoise, weights, schedule, s.steps)
+        if sampling.method == "ddpm":
+            return ddpm(self._denoise, weights, schedule, sampling.steps, noise.draw)
+        return ddim(self._denoise, weights, schedule, sampling.steps)
 
     def classifier(self, step: SamplerStep) -> Tensor:
         """Return W (B, N, J) of the estimate of a step."""
-        return self._weights(step.estimate.dual)
+        return self._classifier(step.estimate.dual)
 
-    def problem(self, start: Tensor) -> InnerProblem:
-        """Return the inner problem from W_0 (B, N, J)."""
-        return InnerProblem(self.gram, self.phi @ start.mT, self.target, self.task.scale, self.prior)
+    def loss(self, step: SamplerStep) -> Tensor:
+        """Return the inner loss F (B,) of the estimate of a step."""
+        return self._problem().loss(step.estimate.dual)
 
     def _denoise(self, weights: Weights, abar: float) -> Weights:
         """One step: the pool, then the denoiser in task space, then the proximal Newton step."""
@@ -220,14 +232,16 @@ class _Process:
             level = weights.v.new_tensor([abar])
             v = self.denoiser(abar**0.5 * weights.v, level, self._stats(evidence))
         self.start = self._start(evidence, v)
-        return Weights(v, self.problem(self.start).step(weights.dual, abar))
+        return Weights(v, self._problem().step(weights.dual, abar))
+
+    def _problem(self) -> InnerProblem:
+        settings = self.task.settings
+        return InnerProblem(self.gram, self.phi @ self.start.mT, self.target, settings.scale, settings.prior)
 
     def _stats(self, evidence: Evidence) -> SupportStats:
         """The evidence in task space, relative to the domain."""
-        metric, space = self.task.metric, self.task.metric.space
-        assert space is not None
-        mean = metric.whitened(evidence.means - self.task.domain) / space.precision.sqrt()
-        return SupportStats(mean, evidence.count, space.precision.view(1, 1, -1)).scaled(self.task.guidance)
+        stats = self.task.metric.stats(evidence.means - self.task.domain, evidence.count)
+        return stats.scaled(self.task.settings.guidance)
 
     def _start(self, evidence: Evidence, v: Tensor | None) -> Tensor:
         """W_0 (B, N, J): class means in the plain parts, the weights v (B, N, D) in the whitened ones."""
@@ -236,57 +250,50 @@ class _Process:
         if v is not None and metric.space is not None:
             white = v * metric.space.precision.sqrt() + metric.whitened(self.task.domain)
             x = torch.cat([x[..., : x.shape[-1] - white.shape[-1]], white], dim=-1)
-        return metric.embed(x, self.task.domain, self.task.parts)
+        return self.task.embed(x)
 
-    def _weights(self, dual: Tensor) -> Tensor:
+    def _classifier(self, dual: Tensor) -> Tensor:
         """W = W_0 + s A' Phi."""
-        return self.start + self.task.scale * (dual.mT @ self.phi)
+        return self.start + self.task.settings.scale * (dual.mT @ self.phi)
 
 
-def _process(
-    metadiff: MetaDiff,
-    support: TaskSupport,
-    sampling: Sampling,
-    pool: Tensor | None,
-    pool_guidance: PoolGuidance | None,
-) -> _Process:
-    """Choose the metric and the confidence of each task, and make its reverse process."""
-    tuning, metric, ways, shots = metadiff.tuning, metadiff.metric, support.ways, support.shots
-    tasks = len(support.x)
-    origin = metric.origin.to(support.x.device)
-    share, scale, prior = (table.at(ways, shots) for table in (tuning.domain, tuning.scale, tuning.prior))
-    usual = tuning.temperature.at(ways, shots)
-    domain = torch.lerp(origin.view(1, 1, -1), support.means().mean(dim=1, keepdim=True), share)
-    choice = Choice(
-        _guidance(metadiff, support, sampling, origin), tuning.level.at(ways, shots), share, scale, prior, usual
-    )
-    level, guidance = support.x.new_full((tasks,), choice.level), choice.guidance
-    temperature = support.x.new_full((tasks,), usual)
-    if len(support.labels) > ways:  # some class has an image to hold out
+def _process(metadiff: MetaDiff, support: TaskSupport, sampling: Sampling, pool: Tensor | None) -> _Process:
+    """Settle the hyper-parameters of each task, and make its reverse process."""
+    metric = metadiff.metric
+    settings = fitted_settings(metadiff, support, sampling.guidance)
+    if len(support.labels) > support.ways:  # some class has an image to hold out
         held = HeldOut(metric, support)
-        level, guidance = choice.by_held_out(held, fixed=sampling.guidance is not None)
-        logits = held.logits(level_shares(level, len(metric.groups)), guidance, share, scale, prior)
+        settings = chosen_by(held, settings, keep_guidance=sampling.guidance is not None)
         rows = held.folds.left_out
-        temperature = task_temperatures(logits[:, rows], support.one_hot()[rows], usual)
-    parts = metric.weights(level_shares(level, len(metric.groups)), guidance)
-    task = TaskClassifier(metric, origin, domain, parts, scale, temperature, guidance, level)
-    process = _Process(metadiff, support, sampling, task, prior)
+        logits, usual = held.logits(settings)[:, rows], float(settings.temperature[0])
+        settings = replace(settings, temperature=task_temperatures(logits, support.one_hot()[rows], usual))
+    middle = support.means().mean(dim=1, keepdim=True)
+    domain = torch.lerp(metric.origin.expand_as(middle), middle, settings.domain.view(-1, 1, 1))
+    process = _Process(metadiff, support, sampling, TaskClassifier(metric, settings, domain, middle.unsqueeze(0)))
     if pool is not None and pool.shape[1] > 0:
-        process.guided_by(pool, pool_guidance or tuning.pool)
+        process.guided_by(pool, metadiff.tuning.pool)
     return process
 
 
-def _guidance(metadiff: MetaDiff, support: TaskSupport, sampling: Sampling, origin: Tensor) -> Tensor:
-    """The scale a (B,): as asked for, else what was fitted, or what an unusual task wants."""
-    tuning, space, tasks = metadiff.tuning, metadiff.metric.space, len(support.x)
-    home = tuning.guidance.at(support.ways, support.shots)
-    if sampling.guidance is not None:
-        return support.x.new_full((tasks,), sampling.guidance)
-    if tuning.usual is None or space is None:
-        return support.x.new_full((tasks,), home)
-    mean = metadiff.metric.whitened(support.means() - origin) / space.precision.sqrt()
-    stats = SupportStats(mean, count_of(support.counts), space.precision.view(1, 1, -1))
-    return trusted_guidance(stats, tuning.usual, home)
+def fitted_settings(metadiff: MetaDiff, support: TaskSupport, guidance: float | None = None) -> TaskSettings:
+    """Return the hyper-parameters that were fitted for tasks like these; `guidance` is a where the caller asks for one.
+
+    Tasks that lie unusually far from the base classes give up most of their statistics.
+    """
+    tuning, metric, ways, shots = metadiff.tuning, metadiff.metric, support.ways, support.shots
+    doubt = support.x.new_zeros(len(support.x))
+    if tuning.usual is not None and metric.space is not None:
+        stats = metric.stats(support.means() - metric.origin, count_of(support.counts))
+        doubt = doubt_of(stats, tuning.usual)
+    ones = torch.ones_like(doubt)
+    return TaskSettings(
+        guidance=doubted_guidance(doubt, tuning.guidance.at(ways, shots)) if guidance is None else guidance * ones,
+        level=tuning.level.at(ways, shots) * ones,
+        domain=torch.lerp(tuning.domain.at(ways, shots) * ones, ones, doubt),
+        temperature=tuning.temperature.at(ways, shots) * ones,
+        scale=tuning.scale.at(ways, shots),
+        prior=tuning.prior.at(ways, shots),
+    )
 
 
 def seeds_of(seed: int, first: int, count: int) -> list[int]:

@@ -63,13 +63,13 @@ class Rejection:
 
 def best_temperature(logits: Tensor, labels: Tensor) -> float:
     """Return the factor T in 0.05..50 that minimises the cross-entropy of T * logits (M, N) against labels (M,)."""
-    low, high = math.log(0.05), math.log(50.0)
+    low, high = math.log(1e-4), math.log(1e3)
     ratio = (math.sqrt(5) - 1) / 2
 
     def loss(log_factor: float) -> float:
         return float(F.cross_entropy(logits * math.exp(log_factor), labels))
 
-    for _ in range(40):  # golden-section search
+    for _ in range(50):  # golden-section search
         left, right = high - ratio * (high - low), low + ratio * (high - low)
         if loss(left) < loss(right):
             high = right

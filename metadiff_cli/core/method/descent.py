@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NO_DESCENT = 1e6  # a rho that holds the classifier at W_0
 NEAREST = 1e-9  # of 1 - abar: at t = 0 nothing is noise, and the step vanishes
 
 
@@ -45,8 +46,7 @@ class Gram:
         """Return r -> (b I + c D G D)^-1 r for r (B, n, N), with b `shift`, c `factor`, D = diag(`root` (B or 1, n))."""
         system = factor * root.unsqueeze(-1) * self.matrix * root.unsqueeze(-2)
         system.diagonal(dim1=-2, dim2=-1).add_(shift)
-        triangle = torch.linalg.cholesky(system)
-        return lambda right: torch.cholesky_solve(right, triangle)
+        return _solver(system)
 
 
 class LowRankGram(Gram):
@@ -64,8 +64,17 @@ class LowRankGram(Gram):
         scaled = root.unsqueeze(-1) * self.features  # (B, n, J)
         system = scaled.mT @ scaled
         system.diagonal(dim1=-2, dim2=-1).add_(shift / factor)
-        triangle = torch.linalg.cholesky(system)
-        return lambda right: (right - scaled @ torch.cholesky_solve(scaled.mT @ right, triangle)) / shift
+        solve = _solver(system)
+        return lambda right: (right - scaled @ solve(scaled.mT @ right)) / shift
+
+
+def _solver(system: Tensor) -> Solver:
+    """r -> system^-1 r for positive definite systems (B, n, n)."""
+    triangle = torch.linalg.cholesky(system)
+    if len(system) == 1:
+        return lambda right: torch.cholesky_solve(right, triangle)
+    inverse = torch.cholesky_inverse(triangle)  # for batches torch solves one system after the other
+    return lambda right: inverse @ right
 
 
 def gram_of(features: Tensor) -> Gram:

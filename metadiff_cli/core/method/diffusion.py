@@ -7,6 +7,7 @@ memory does not grow with the number of steps.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ class Schedule:
     first: float = 1e-4
     last: float = 0.02
 
-    @property
+    @cached_property
     def abar(self) -> list[float]:
         """The T + 1 values, as Python floats: products of many factors near one want double precision."""
         beta = np.linspace(self.first, self.last, self.steps)

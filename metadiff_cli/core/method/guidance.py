@@ -15,20 +15,20 @@ shared out among the classes by its responsibilities.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from metadiff_cli.core.method.calibration import TaskTable
 from metadiff_cli.core.method.held_out import HeldOut
+from metadiff_cli.core.method.metric import TaskSettings
 from metadiff_cli.core.method.support import SupportStats
 
 PROTOTYPE = 1e6  # a guidance scale at which nothing is left of the prior
 GUIDANCE_GRID = (1.0, 4.0, 16.0, PROTOTYPE)
 LEVEL_GRID = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7)
-GUIDANCE_PENALTY = 0.25  # nats of held-out cross-entropy per factor of four away from the fitted scale
+GUIDANCE_PENALTY, MOST_CHARGED = 0.25, 4.0  # nats of held-out cross-entropy per factor of four away from the fitted scale, up to four
 LEVEL_PENALTY = 1.0  # the same per unit of the level share
 
 FOREIGN = 16.0  # the guidance scale of a task from elsewhere: most of the prior is given up
@@ -66,50 +66,28 @@ class Evidence:
     count: Tensor
 
 
-def level_shares(share: Tensor, groups: int) -> Tensor:
-    """Return the shares (B, G) of the groups of features, given that (B,) of all but the first one."""
-    if groups == 1:
-        return torch.ones_like(share).unsqueeze(-1)
-    rest = (share / (groups - 1)).unsqueeze(-1).expand(-1, groups - 1)
-    return torch.cat([(1 - share).unsqueeze(-1), rest], dim=-1)
+def chosen_by(held: HeldOut, fitted: TaskSettings, *, keep_guidance: bool = False) -> TaskSettings:
+    """Return the settings with the level share and the guidance scale of the lowest held-out cross-entropy.
+
+    Values away from the fitted ones are charged the penalties above.
+    """
+    settings = fitted
+    if len(held.metric.groups) > 1:
+        tried = [fitted.level, *(torch.full_like(fitted.level, w) for w in LEVEL_GRID)]
+        charges = [LEVEL_PENALTY * (w - fitted.level).abs() for w in tried]
+        settings = replace(settings, level=_best(held, settings, "level", tried, charges))
+    if held.metric.space is not None and held.metric.plain and not keep_guidance:
+        tried = [fitted.guidance, *(torch.full_like(fitted.guidance, a) for a in GUIDANCE_GRID)]
+        away = [(a / fitted.guidance).log().abs() / math.log(4) for a in tried]
+        charges = [GUIDANCE_PENALTY * distance.clamp(max=MOST_CHARGED) for distance in away]
+        settings = replace(settings, guidance=_best(held, settings, "guidance", tried, charges))
+    return settings
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How the metric of a task is chosen: fitted values, and the constants of the descent that is tried with them."""
-
-    guidance: Tensor  # (B,) the fitted a, or that of an unusual task
-    level: float  # the fitted w
-    domain: float
-    scale: float
-    prior: float
-    temperature: float
-
-    def by_held_out(self, held: HeldOut, *, fixed: bool) -> tuple[Tensor, Tensor]:
-        """Return the level share (B,) and the guidance scale (B,) with the lowest held-out cross-entropy.
-
-        Values away from the fitted ones are charged the penalties above. `fixed` keeps the guidance scale.
-        """
-        level, guidance = torch.full_like(self.guidance, self.level), self.guidance
-        if len(held.metric.groups) > 1:
-            tried = torch.tensor(sorted({*LEVEL_GRID, self.level}), device=guidance.device)
-            losses = [self._loss(held, w.expand_as(level), guidance) for w in tried]
-            charged = torch.stack(losses) + LEVEL_PENALTY * (tried - self.level).abs().unsqueeze(1)
-            level = tried[charged.argmin(dim=0)]
-        if held.metric.space is not None and held.metric.plain and not fixed:
-            grid = torch.tensor(GUIDANCE_GRID, device=guidance.device)
-            losses = [self._loss(held, level, a.expand_as(guidance)) for a in grid]
-            distance = (grid.unsqueeze(1) / guidance).log().abs() / math.log(4)
-            charged = torch.stack(losses) + GUIDANCE_PENALTY * distance.clamp(max=len(grid))
-            guidance = grid[charged.argmin(dim=0)]
-        return level, guidance
-
-    def _loss(self, held: HeldOut, level: Tensor, guidance: Tensor) -> Tensor:
-        """Held-out cross-entropy (B,) in nats, summed over the images that are left out."""
-        shares = level_shares(level, len(held.metric.groups))
-        logits = held.logits(shares, guidance, self.domain, self.scale, self.prior)
-        losses = -(held.support.one_hot() * F.log_softmax(self.temperature * logits, dim=-1)).sum(dim=-1)  # (B, n)
-        return (losses * held.folds.left_out).sum(dim=1)
+def _best(held: HeldOut, settings: TaskSettings, name: str, tried: list[Tensor], charges: list[Tensor]) -> Tensor:
+    """The values (B,) among those `tried` with the lowest held-out cross-entropy plus charge."""
+    losses = [held.loss(replace(settings, **{name: value})) + charge for value, charge in zip(tried, charges, strict=True)]
+    return torch.stack(tried).gather(0, torch.stack(losses).argmin(dim=0, keepdim=True))[0]
 
 
 def shift_of(stats: SupportStats) -> Tensor:
@@ -123,11 +101,15 @@ def shift_of(stats: SupportStats) -> Tensor:
     return (stats.mean.mean(dim=1).square() / variance).mean(dim=1).clamp_min(1e-12).log()
 
 
-def trusted_guidance(stats: SupportStats, usual: Usual, home: float) -> Tensor:
-    """Return the guidance scale (B,) for tasks of which nothing but their shift is known: `home` up to FOREIGN."""
+def doubt_of(stats: SupportStats, usual: Usual) -> Tensor:
+    """Return how far (B,), 0 to 1, the statistics of the base classes are doubted for tasks with this shift."""
     ways, shots = stats.mean.shape[1], float(stats.count.mean())
     unusual = (shift_of(stats) - usual.shift.at(ways, shots)) / usual.deviation
-    doubt = ((unusual - DOUBT[0]) / (DOUBT[1] - DOUBT[0])).clamp(0, 1)
+    return ((unusual - DOUBT[0]) / (DOUBT[1] - DOUBT[0])).clamp(0, 1)
+
+
+def doubted_guidance(doubt: Tensor, home: float) -> Tensor:
+    """Return the guidance scale (B,): `home` where there is no doubt (B,), up to FOREIGN."""
     scale = torch.exp(math.log(home) + doubt * max(0.0, math.log(FOREIGN / home)))
     return scale.clamp(max=max(home, FOREIGN))  # rounding takes the largest scale that a file may hold beyond itself
 

@@ -15,16 +15,41 @@ scale a says how much the plain form counts beside the whitened one. (Design, se
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metadiff_cli.core.method.support import SupportStats
 from metadiff_cli.core.method.task_space import TaskSpace
 
 HALF_TRUST = 10.0  # the guidance scale at which the plain and the whitened form weigh the same
 SHORTEST = 1e-6  # what a length counts for at least
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """The hyper-parameters of B tasks: tensors (B,), and two numbers that all of them share.
+
+    `guidance` is a, how far the statistics of the base classes are distrusted (1: not at all; large: the support alone
+    counts). `level` is w, the share of all groups of features but the first. `domain` is the share of a task's mean in
+    its domain; the mean of the base classes has the rest. `temperature` is the factor T of the confidences. `scale` is
+    s and `prior` rho of the inner problem.
+    """
+
+    guidance: Tensor
+    level: Tensor
+    domain: Tensor
+    temperature: Tensor
+    scale: float
+    prior: float
+
+    def of(self, task: int) -> "TaskSettings":
+        """Return those of one of the tasks."""
+        tensors = {name: value[task : task + 1] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)
@@ -43,12 +68,10 @@ class Metric:
         """The sizes of the parts; their sum is J."""
         return (self.groups if self.plain else ()) + (() if self.space is None else self.groups)
 
-    @property
+    @cached_property
     def origin(self) -> Tensor:
-        """The expanded feature (J,) of the mean of the base classes; zero where there are none."""
-        if self.space is None:
-            return torch.zeros(sum(self.parts))
-        return self.expand(self.space.mean.unsqueeze(0))[0]
+        """The expanded feature (J,) of the mean of the base classes; 0 where there are none."""
+        return torch.zeros(()) if self.space is None else self.expand(self.space.mean)
 
     def expand(self, z: Tensor) -> Tensor:
         """Return x (..., J) of features z (..., D)."""
@@ -61,12 +84,21 @@ class Metric:
         """Return the whitened parts (..., D) of x (..., J)."""
         return x[..., sum(self.groups) if self.plain else 0 :]
 
-    def weights(self, shares: Tensor, guidance: Tensor) -> Tensor:
-        """Return r (B, P) from the shares of the groups (B, G) and the guidance scale (B,)."""
-        if self.space is None:
+    def stats(self, moved: Tensor, count: Tensor) -> SupportStats:
+        """Return the statistics in task space of classes whose means are `moved` (B, N, J) away from a domain."""
+        assert self.space is not None
+        precision = self.space.precision
+        return SupportStats(self.whitened(moved) / precision.sqrt(), count, precision.view(1, 1, -1))
+
+    def weights(self, settings: TaskSettings) -> Tensor:
+        """Return r (B, P), the weights of the parts."""
+        level, guidance = settings.level.unsqueeze(-1), settings.guidance.unsqueeze(-1)
+        further = len(self.groups) - 1
+        shares = torch.cat([1 - level, *[level / further] * further], dim=-1) if further else torch.ones_like(level)
+        if self.space is None or not self.plain:
             return shares
-        plain = (guidance / (guidance + HALF_TRUST)).unsqueeze(-1) if self.plain else shares.new_zeros(1, 1)
-        return torch.cat([shares * plain, shares * (1 - plain)] if self.plain else [shares], dim=-1)
+        plain = guidance / (guidance + HALF_TRUST)
+        return torch.cat([shares * plain, shares * (1 - plain)], dim=-1)
 
     def embed(self, x: Tensor, domain: Tensor, weights: Tensor) -> Tensor:
         """Return phi (B, n, J) of x (B, n, J), relative to the domain (B, 1, J), with weights (B, P)."""

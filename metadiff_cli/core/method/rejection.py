@@ -19,7 +19,6 @@ from torch import Tensor
 
 from metadiff_cli.core.method.adapt import MetaDiff, TaskClassifier
 from metadiff_cli.core.method.calibration import Rejection
-from metadiff_cli.core.method.guidance import level_shares
 from metadiff_cli.core.method.held_out import HeldOut
 from metadiff_cli.core.method.support import TaskSupport
 from metadiff_cli.errors import CheckpointError
@@ -51,7 +50,7 @@ def rejector_of(metadiff: MetaDiff, classifier: TaskClassifier, support: TaskSup
     """
     table = require_rejection(metadiff).offsets
     base = base_weights(metadiff, classifier)
-    scores, alone = support_scores(metadiff, classifier, support, base)
+    scores, alone = support_scores(classifier, support, base)
     counts = support.counts
     per_class = scores @ (support.one_hot() / counts)  # (B, N): each class counts the same
     offsets = torch.where(
@@ -75,48 +74,37 @@ def base_weights(metadiff: MetaDiff, classifier: TaskClassifier) -> Tensor | Non
     if metadiff.targets is None:
         return None
     step = math.ceil(len(metadiff.targets) / MOST_BASE)
-    x = metadiff.metric.expand(metadiff.targets[::step]).unsqueeze(0)
-    return metadiff.metric.embed(x, classifier.domain, classifier.parts)
+    return classifier.embed(metadiff.metric.expand(metadiff.targets[::step]).unsqueeze(0))
 
 
 def known_scores(classifier: TaskClassifier, base: Tensor | None, x: Tensor) -> Tensor:
     """Return the known scores (B, Q) of x (B, Q, J), averaged over the samples inside the logarithm."""
-    sharp = classifier.temperature.view(-1, 1, 1)
-    own = [_log_mean_exp(sharp * classifier.logits(x, m)) for m in range(len(classifier.weights))]
+    own = [_log_mean_exp(classifier.logits(x, m)) for m in range(len(classifier.weights))]
     return _log_mean_exp(torch.stack(own, dim=-1)) - _base_scores(classifier, base, x)
 
 
 def support_scores(
-    metadiff: MetaDiff, classifier: TaskClassifier, support: TaskSupport, base: Tensor | None
+    classifier: TaskClassifier, support: TaskSupport, base: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the known scores (B, n) of the support as if each image were not in it, and which classes (N,) are alone.
 
     An image of a class of one is scored against the other classes alone.
     """
-    tuning, target = metadiff.tuning, support.one_hot()
-    alone = support.counts < TWO
+    target, alone = support.one_hot(), support.counts < TWO
     logits = classifier.logits(support.x)  # for the images of classes of one
     if bool((~alone).any()):
-        held = HeldOut(metadiff.metric, support)
-        shares = level_shares(classifier.level, len(metadiff.metric.groups))
-        share, scale, prior = (
-            table.at(support.ways, support.shots) for table in (tuning.domain, tuning.scale, tuning.prior)
-        )
-        found = held.logits(shares, classifier.guidance, share, scale, prior)
+        held = HeldOut(classifier.metric, support)
+        found = classifier.settings.temperature.view(-1, 1, 1) * held.logits(classifier.settings)
         logits = torch.where(held.folds.left_out.view(1, -1, 1), found, logits)
     own = (target.bool() & alone).unsqueeze(0)  # (1, n, N): entries that say nothing
-    sharp = classifier.temperature.view(-1, 1, 1)
     ways = (~own).sum(dim=-1).to(logits)  # classes that count for each image
-    scores = (sharp * logits).masked_fill(own, -torch.inf).logsumexp(dim=-1) - ways.log()
+    scores = logits.masked_fill(own, -torch.inf).logsumexp(dim=-1) - ways.log()
     return scores - _base_scores(classifier, base, support.x), alone
 
 
 def _base_scores(classifier: TaskClassifier, base: Tensor | None, x: Tensor) -> Tensor:
     """Log mean exp of the logits of the base classes, (B, Q) of x (B, Q, J)."""
-    if base is None:
-        return x.new_zeros(x.shape[:2])
-    logits = classifier.scale * classifier.metric.logits(x, classifier.domain, classifier.parts, base)
-    return _log_mean_exp(classifier.temperature.view(-1, 1, 1) * logits)
+    return x.new_zeros(x.shape[:2]) if base is None else _log_mean_exp(classifier.logits_of(base, x))
 
 
 def _log_mean_exp(values: Tensor) -> Tensor:

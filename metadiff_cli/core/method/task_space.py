@@ -87,6 +87,11 @@ class ClassStatistics:
         )
 
     @property
+    def groups(self) -> tuple[int, ...]:
+        """The sizes of the groups of features."""
+        return tuple(len(within) for within in self.within)
+
+    @property
     def collapsed(self) -> bool:
         """Whether the class means of a group vary less than their noise: too few classes, or images without classes."""
         return any(bool(_at_least(b, w) is not b) for w, b in zip(self.within, self.between, strict=True))

@@ -1,196 +1,299 @@
-"""What is fitted on validation classes once the denoiser stands: centring, guidance default, calibration, the threshold
-of rejection, and whether the learned part is kept."""
+"""The outer loop: the hyper-parameters of the descent by ways and shots, fitted on validation classes and domains.
+
+Each bank holds the classes of one validation domain. A candidate is scored on the same episodes of every domain by
+`HeldOut`, with the queries as the images that are left out: all products of features are taken once, and a candidate
+costs arithmetic on small matrices. The score is the mean gain over the class mean, and a domain that loses counts more.
+"""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from metadiff_cli.core.encoders.bank import FeatureBank
+from metadiff_cli.core.evaluation.controls import ANALYTIC, CONTROLS, ControlSettings, Fitted, fit_control
 from metadiff_cli.core.evaluation.episodes import Episodes, episode_batches
-from metadiff_cli.core.evaluation.evaluate import Protocol, evaluate, lengths_for, mean_interval, method_of, run_through
-from metadiff_cli.core.method.adapt import MetaDiff, Sampling, Tuning, adapt_tasks, ranks_of, seeds_of
-from metadiff_cli.core.method.calibration import Rejection, TaskTable, best_scale, fit_calibration
-from metadiff_cli.core.method.denoisers import AnalyticDenoiser
-from metadiff_cli.core.method.guidance import GUIDANCE_GRID, PROTOTYPE, Usual, shift_of
-from metadiff_cli.core.method.metric import cosine_logits
-from metadiff_cli.core.method.rejection import LEAVE_ONE_OUT, RATE, rejector_of
-from metadiff_cli.core.method.support import support_stats
+from metadiff_cli.core.evaluation.evaluate import Protocol, evaluate, expanded, mean_interval, method_of, run_through
+from metadiff_cli.core.method.adapt import (
+    MetaDiff,
+    Sampling,
+    TaskClassifier,
+    Tuning,
+    adapt_tasks,
+    ranks_of,
+    seeds_of,
+)
+from metadiff_cli.core.method.calibration import Rejection, TaskTable, best_temperature
+from metadiff_cli.core.method.guidance import GUIDANCE_GRID, LEVEL_GRID, Usual, shift_of
+from metadiff_cli.core.method.held_out import Folds, HeldOut
+from metadiff_cli.core.method.metric import Metric, TaskSettings, cosine_logits
+from metadiff_cli.core.method.rejection import RATE, rejector_of
+from metadiff_cli.core.method.support import TaskSupport, count_of
 from metadiff_cli.core.method.task_space import ClassStatistics
 
-EPISODES = 400
-SHRINKAGE = ((0.5, 0.3), (0.8, 0.3), (0.95, 0.3))  # within and between: a longer training wants more within
-KEPT = 0.8  # of the gain over the prototype: the default guidance is the largest scale that keeps this share of it
+WAYS, SHOTS = (5, 10, 20), (1, 2, 5, 10)
+QUERIES = 75  # of a task, at most
+EPISODES, FEWEST, FEW = 400, 60, 100  # of all domains together, of each one at least, and of all for the controls
+NUMBERS = 250_000_000  # in the features of the episodes that are in memory at once
 SEED = 7919  # added to the seed: these episodes are neither those of selection nor those of the final table
+
+SHRINKAGE = ((0.5, 0.3), (0.8, 0.3), (0.95, 0.3))  # within and between: a longer training wants more within
+DOMAIN_GRID = (0.0, 0.5, 1.0)
+DESCENT_GRID = ((3.0, 0.1), (3.0, 0.3), (5.0, 0.3), (5.0, 1.0), (8.0, 1.0), (8.0, 3.0), (10.0, 10.0))  # s and rho
+TENSORS = ("guidance", "level", "domain", "temperature")  # of the hyper-parameters; the others are numbers
+START = {"guidance": 4.0, "level": 0.2, "domain": 0.5, "temperature": 2.0, "scale": 5.0, "prior": 1.0}
+BETTER = 0.1  # points that a candidate has to be ahead by: a standard error over the episodes
+LOSS, BURDEN = 0.2, 3.0  # points below the class mean that a domain may lose, and what further ones count more
+
+Note = Callable[[str], None]
+Expanded = Callable[[np.ndarray], Tensor]
 
 
 def paired_gain(metadiff: MetaDiff, bank: FeatureBank, protocol: Protocol, device: torch.device) -> tuple[float, float]:
-    """Accuracy of a metadiff minus that of its analytic form on the same episodes: points and half-width of 95 %."""
-    ours = partial(method_of, sampling=Sampling(), protocol=protocol)
-    lengths = lengths_for(metadiff.space, bank, protocol, device)
-    methods = {"learned": ours(metadiff, lengths=lengths), "analytic": ours(metadiff.analytic(), lengths=lengths)}
+    """Return the accuracy of a metadiff minus that without its learned part: points and half-width of 95 %."""
+    pair = {"learned": metadiff, "analytic": metadiff.analytic()}
+    methods = {name: method_of(m, bank, Sampling(), protocol, device) for name, m in pair.items()}
     scores = run_through(evaluate(bank, methods, protocol, device))
-    first, second = (100 * torch.cat(scores[name].accuracy) for name in ("learned", "analytic"))
+    first, second = (100 * torch.cat(scores[name].accuracy) for name in pair)
     return mean_interval(first - second)
 
 
 def choose_shrinkage(
-    statistics: ClassStatistics, bank: FeatureBank, device: torch.device, *, seed: int
+    statistics: ClassStatistics, banks: Sequence[FeatureBank], device: torch.device, *, seed: int
 ) -> tuple[float, float]:
-    """The pair of SHRINKAGE with the best 1-shot and 5-shot accuracy of the analytic denoiser on the classes of `bank`.
+    """Return the pair of SHRINKAGE with the best 1-shot and 5-shot score on `banks`, all else at the start.
 
     An encoder that fits its base classes closely pulls their images together as it does not those of new classes, and
     their covariance says less about new ones.
     """
-    indices = bank.class_indices()
-    smallest = min(len(rows) for rows in indices)
-    shots = [shot for shot in (1, 5) if shot < smallest] or [1]
-    tasks = _Tasks(bank, indices, max(1, min(15, smallest - shots[-1])), seed + SEED, device)
     totals = []
     for within, between in SHRINKAGE:
-        space = statistics.task_space(within, between).to(device)
-        metadiff = MetaDiff(space, AnalyticDenoiser(), False, Tuning())
-        totals.append(sum(tasks.accuracy(min(5, len(indices)), shot, _logits(metadiff, 1.0)) for shot in shots))
+        metric = Metric(statistics.groups, statistics.task_space(within, between).to(device))
+        pairs = Pairs(metric, banks, device, seed)
+        searches = [_Search(metric, pairs.tasks(pairs.ways[0], shot)) for shot in pairs.shots[::2]]
+        totals.append(sum(search.score(search.settings) for search in searches))
     return SHRINKAGE[int(np.argmax(totals))]
 
 
-def fit_tuning(metadiff: MetaDiff, bank: FeatureBank, device: torch.device, *, seed: int, query: int = 15) -> Tuning:
-    """Fit on the classes of `bank`, which should be validation classes. Too few images lower shots and queries."""
-    indices = bank.class_indices()
-    smallest = min(len(rows) for rows in indices)
-    query = max(1, min(query, smallest - 1))
-    ways = [way for way in (5, 10, 20) if way <= len(indices)] or [len(indices)]
-    shots = [shot for shot in (1, 2, 5, 10) if shot + query <= smallest] or [1]
-    tasks = _Tasks(bank, indices, query, seed + SEED, device)
-    tuning = replace(metadiff.tuning, centred_prototype=_centre_helps(metadiff, tasks, ways[0], shots))
-    metadiff = metadiff.tuned(tuning)
-    metadiff = metadiff.tuned(replace(tuning, guidance=_default_guidance(metadiff, tasks, ways[0])))
-    pairs = [(way, shot) for way in ways for shot in shots]
-    if tuning.shared > 0:
-        metadiff = metadiff.tuned(replace(metadiff.tuning, usual=_usual(metadiff, tasks, pairs)))
-    ours = {pair: best_scale(*tasks.collect(*pair, _logits(metadiff))) for pair in pairs}
-    theirs = {pair: best_scale(*tasks.collect(*pair, _prototype(metadiff))) for pair in pairs}
-    tuning = replace(metadiff.tuning, calibration=fit_calibration(ours), prototype_calibration=fit_calibration(theirs))
-    return replace(tuning, rejection=fit_rejection(metadiff.tuned(tuning), bank, device, seed=seed, query=query))
+def fit_tuning(
+    metadiff: MetaDiff, banks: Sequence[FeatureBank], device: torch.device, *, seed: int, note: Note = lambda text: None
+) -> tuple[Tuning, Fitted]:
+    """Fit the tuning, and the settings of the controls, on `banks`. Too few images lower shots and queries.
 
-
-def fit_rejection(
-    metadiff: MetaDiff, bank: FeatureBank, device: torch.device, *, seed: int, query: int = 15
-) -> Rejection | None:
-    """The threshold below which RATE of the images of a task's own classes fall, for a grid of ways and shots.
-
-    No unknown image is needed. None when the metadiff does not have the weights of its base classes. Fit last: the
-    threshold depends on all other tuning.
+    `note` is told what was chosen for each combination of ways and shots.
     """
-    if metadiff.targets is None:
-        return None
-    indices = bank.class_indices()
-    smallest = min(len(rows) for rows in indices)
-    query = max(1, min(query, smallest - LEAVE_ONE_OUT))
-    ways = sorted({min(way, len(indices)) for way in (2, 5, 10, 20)})
-    shots = [shot for shot in (1, 2, 5, 10) if shot + query <= smallest] or [1]
-    tasks = _Tasks(bank, indices, query, seed + SEED, device)
-    margins = {
-        (way, shot): tasks.collect(way, shot, _margins(metadiff, way), max(100, 1000 // way))[0]
-        for way in ways
-        for shot in shots
-    }
-    return Rejection(TaskTable.of({pair: float(values.quantile(RATE)) for pair, values in margins.items()}), RATE)
+    metric = metadiff.metric
+    pairs = Pairs(metric, banks, device, seed)
+    found: dict[tuple[int, int], TaskSettings] = {}
+    for way, shot in pairs:
+        search = _Search(metric, pairs.tasks(way, shot), found.get((pairs.ways[0], shot)) or _last(found))
+        search.run()
+        found[way, shot] = search.settings
+        note(search.describe(way, shot))
+    metadiff = metadiff.tuned(
+        usual=_usual(metric, pairs),
+        **{name: TaskTable.of({pair: float(getattr(s, name)) for pair, s in found.items()}) for name in START},
+    )
+    # what was fitted without the choice for each task is corrected by a factor with it
+    factors = {pair: _factor(metadiff, pairs.tasks(*pair)) for pair in pairs}
+    corrected = {pair: factor * float(found[pair].temperature) for pair, factor in factors.items()}
+    metadiff = metadiff.tuned(temperature=TaskTable.of(corrected))
+    metadiff = metadiff.tuned(rejection=fit_rejection(metadiff, pairs))
+    return metadiff.tuning, fit_controls(metadiff, pairs)
 
 
-Cosines = Callable[[Tensor, Tensor, Episodes], Tensor]
+def _last(found: dict[tuple[int, int], TaskSettings]) -> TaskSettings | None:
+    return list(found.values())[-1] if found else None
 
 
-class _Tasks:
-    """Episodes of validation classes, drawn again for each measurement so that every one sees the same."""
+def fit_rejection(metadiff: MetaDiff, pairs: "Pairs") -> Rejection:
+    """Return the offsets of the threshold below which RATE of the images of a task's own classes fall.
 
-    def __init__(
-        self, bank: FeatureBank, indices: list[np.ndarray], query: int, seed: int, device: torch.device
-    ) -> None:
-        self.bank, self.indices, self.query, self.seed, self.device = bank, indices, query, seed, device
-
-    def collect(self, way: int, shot: int, cosines: Cosines, episodes: int | None = None) -> tuple[Tensor, Tensor]:
-        """What `cosines` gives, as (M, N), of all queries of all episodes, and their labels (M,)."""
-        found = []
-        count = EPISODES if episodes is None else episodes
-        for part in episode_batches(self.indices, way, shot, self.query, count=count, batch=25, seed=self.seed):
-            support = self.bank.take(part.support).to(self.device)
-            query = self.bank.take(part.query).to(self.device)
-            values = cosines(support, query, part).flatten(0, 1).cpu()
-            found.append((values, torch.from_numpy(part.labels).flatten()))
-        all_values, all_labels = zip(*found, strict=True)
-        return torch.cat(all_values), torch.cat(all_labels)
-
-    def accuracy(self, way: int, shot: int, cosines: Cosines) -> float:
-        """In percent."""
-        values, labels = self.collect(way, shot, cosines)
-        return 100 * float((values.argmax(dim=1) == labels).float().mean())
+    No unknown image is needed. Fit last: the threshold depends on all other tuning.
+    """
+    none = Rejection(TaskTable.constant(0.0), RATE)
+    fitted = metadiff.tuned(rejection=none)
+    offsets: dict[tuple[int, int], float] = {}
+    for way in sorted({2, *pairs.ways}):
+        for shot in pairs.shots:
+            margins = []
+            for task in pairs.tasks(way, shot):
+                classifier = adapted(fitted, task)
+                margins.append(rejector_of(fitted, classifier, task.support).margins(task.query).flatten())
+            if margins:
+                offsets[way, shot] = float(torch.cat(margins).quantile(RATE))
+    return Rejection(TaskTable.of(offsets), RATE)
 
 
-def _logits(metadiff: MetaDiff, guidance: float | None = None) -> Cosines:
-    sampling = Sampling(guidance=guidance)
+def fit_controls(metadiff: MetaDiff, pairs: "Pairs") -> Fitted:
+    """Return what was fitted for each control, and the temperatures of the posterior mean without descent."""
+    found: dict[str, list[ControlSettings]] = {name: [] for name in (*CONTROLS, ANALYTIC)}
+    for way, shot in pairs:
+        tasks = pairs.tasks(way, shot)
+        domains = [task.plain(FEW // len(tasks) + 1) for task in tasks]
+        for name in CONTROLS:
+            found[name].append(fit_control(name, metadiff.metric, domains, way, shot))
+        temperature = _factor(metadiff.without_descent(TaskTable.constant(1.0)), tasks)
+        found[ANALYTIC].append(ControlSettings(way, shot, temperature=temperature))
+    return {name: tuple(settings) for name, settings in found.items()}
 
-    def logits(support: Tensor, query: Tensor, episodes: Episodes) -> Tensor:
-        classifier = adapt_tasks(
-            metadiff, support, sampling, ranks=ranks_of(episodes.classes), seeds=seeds_of(0, 0, len(support))
+
+@dataclass(frozen=True)
+class DomainTasks:
+    """Episodes of one domain: support and query (B, M, J) as expanded features, labels (M,) of the queries."""
+
+    bank: FeatureBank
+    support: TaskSupport
+    query: Tensor
+    labels: Tensor
+    episodes: Episodes
+
+    def plain(self, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return support (B, N, K, D), query (B, M, D) and labels of at most so many tasks, as features z."""
+        part = self.episodes.part(slice(0, most))
+        device = self.query.device
+        return self.bank.take(part.support).to(device), self.bank.take(part.query).to(device), self.labels
+
+    def held_out(self, metric: Metric) -> HeldOut:
+        """Return what scores the queries for any hyper-parameters."""
+        x = torch.cat([self.support.x, self.query], dim=1)
+        labels = torch.cat([self.support.labels, self.labels])
+        query = torch.arange(len(labels), device=labels.device) >= len(self.support.labels)
+        return HeldOut(metric, TaskSupport(x, labels), Folds.apart(query))
+
+
+class Pairs:
+    """The combinations of ways and shots that the banks of some domains have images for, and their episodes."""
+
+    def __init__(self, metric: Metric, banks: Sequence[FeatureBank], device: torch.device, seed: int) -> None:
+        self.size, self.seed, self.device = sum(metric.parts), seed + SEED, device
+        self.banks = [(bank, bank.class_indices(), expanded(metric, bank, device)) for bank in banks]
+        most = max(len(indices) for _, indices, _ in self.banks)
+        largest = max(min(len(rows) for rows in indices) for _, indices, _ in self.banks)
+        self.ways = [way for way in WAYS if way <= most] or [most]
+        self.shots = [shot for shot in SHOTS if shot < largest] or [1]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((way, shot) for way in self.ways for shot in self.shots)
+
+    def tasks(self, way: int, shot: int) -> list[DomainTasks]:
+        """Return the episodes of each domain that has the classes and images; the same ones whenever asked."""
+        able = [
+            (bank, indices, x, query)
+            for bank, indices, x in self.banks
+            if len(indices) >= way and (query := self._queries(indices, way, shot)) > 0
+        ]
+        return [self._episodes(bank, indices, x, way, shot, query, len(able)) for bank, indices, x, query in able]
+
+    def _queries(self, indices: list[np.ndarray], way: int, shot: int) -> int:
+        """Queries per class, as far as the images go."""
+        return min(QUERIES // 5, max(1, QUERIES // way), min(len(rows) for rows in indices) - shot)
+
+    def _episodes(
+        self, bank: FeatureBank, indices: list[np.ndarray], x: Expanded, way: int, shot: int, query: int, domains: int
+    ) -> DomainTasks:
+        fitting = NUMBERS // (domains * way * (shot + query) * self.size)
+        count = max(1, min(max(EPISODES // domains, FEWEST), fitting))
+        (part,) = episode_batches(indices, way, shot, query, count=count, batch=count, seed=self.seed)
+        labels = torch.from_numpy(part.labels[0]).to(self.device)
+        return DomainTasks(bank, TaskSupport.even(x(part.support)), x(part.query), labels, part)
+
+
+class _Search:
+    """Coordinate search for the hyper-parameters of one combination of ways and shots."""
+
+    def __init__(self, metric: Metric, tasks: Sequence[DomainTasks], start: TaskSettings | None = None) -> None:
+        self.tasks, self.held = tasks, [task.held_out(metric) for task in tasks]
+        self.reference = torch.stack([_class_mean(metric, task) for task in tasks])
+        self.device = self.reference.device
+        self.settings = start or TaskSettings(**{n: self._single(v) if n in TENSORS else v for n, v in START.items()})
+        self.grids = {"scale": DESCENT_GRID} if metric.plain else {}
+        if len(metric.groups) > 1:
+            self.grids["level"] = LEVEL_GRID
+        if metric.space is not None and metric.plain:
+            self.grids |= {"domain": DOMAIN_GRID, "guidance": GUIDANCE_GRID}
+
+    def run(self) -> None:
+        """Settle all hyper-parameters."""
+        best = self.score(self.settings)
+        for name, grid in self.grids.items():
+            candidates = [self._changed(name, value) for value in grid]
+            scores = [self.score(candidate) for candidate in candidates]
+            if max(scores) > best + BETTER:
+                best, self.settings = max(scores), candidates[int(np.argmax(scores))]
+        logits = torch.cat([self._logits(held, self.settings).flatten(0, 1) for held in self.held])
+        labels = torch.cat([task.labels.repeat(len(task.query)) for task in self.tasks])
+        self.settings = replace(self.settings, temperature=self._single(best_temperature(logits, labels)))
+
+    def score(self, settings: TaskSettings) -> float:
+        """Return the mean gain over the class mean; what a domain loses beyond LOSS counts more."""
+        gains = self.gains(settings)
+        return float((gains + BURDEN * (gains + LOSS).clamp(max=0)).mean())
+
+    def gains(self, settings: TaskSettings) -> Tensor:
+        """Return the points over the class mean, of each domain."""
+        found = [_accuracy(self._logits(h, settings), t.labels) for h, t in zip(self.held, self.tasks, strict=True)]
+        return torch.stack(found) - self.reference
+
+    def describe(self, way: int, shot: int) -> str:
+        """Return what was chosen as one line of text."""
+        s, gains = self.settings, self.gains(self.settings)
+        return (
+            f"{way}-way {shot}-shot: s {s.scale:g}, rho {s.prior:g}, level {float(s.level):g}, domain "
+            f"{float(s.domain):g}, guidance {float(s.guidance):g}, temperature {float(s.temperature):.2f}; over the "
+            f"class mean {float(gains.mean()):+.2f} points, least {float(gains.min()):+.2f}"
         )
-        return classifier.logits(query)
 
-    return logits
+    def _logits(self, held: HeldOut, settings: TaskSettings) -> Tensor:
+        return held.logits(settings)[:, held.folds.left_out]
 
+    def _changed(self, name: str, value: Any) -> TaskSettings:
+        if name == "scale":
+            return replace(self.settings, scale=value[0], prior=value[1])
+        return replace(self.settings, **{name: self._single(value)})
 
-def _margins(metadiff: MetaDiff, way: int) -> Cosines:
-    """Known scores relative to the left-out ones of the support, (B, Q)."""
-    none = Rejection(TaskTable((way,), (1, LEAVE_ONE_OUT), ((0.0, 0.0),)), RATE)
-    metadiff = metadiff.tuned(replace(metadiff.tuning, rejection=none))
-
-    def margins(support: Tensor, query: Tensor, episodes: Episodes) -> Tensor:
-        classifier = adapt_tasks(
-            metadiff, support, Sampling(), ranks=ranks_of(episodes.classes), seeds=seeds_of(0, 0, len(support))
-        )
-        return rejector_of(metadiff, classifier, support).margins(query)
-
-    return margins
+    def _single(self, value: float) -> Tensor:
+        """A hyper-parameter of all tasks."""
+        return torch.tensor([value], device=self.device)
 
 
-def _prototype(metadiff: MetaDiff) -> Cosines:
-    centre = metadiff.space.mean if metadiff.tuning.centred_prototype else None
-    return lambda support, query, episodes: cosine_logits(query, support.mean(dim=2), centre=centre)
+def adapted(metadiff: MetaDiff, task: DomainTasks) -> TaskClassifier:
+    """Return the classifiers of the episodes of a domain."""
+    count = len(task.query)
+    ranks = ranks_of(task.episodes.classes)
+    return adapt_tasks(metadiff, task.support, Sampling(), ranks=ranks, seeds=seeds_of(0, 0, count))
 
 
-def _usual(metadiff: MetaDiff, tasks: _Tasks, pairs: Sequence[tuple[int, int]]) -> Usual:
+def _factor(metadiff: MetaDiff, tasks: Sequence[DomainTasks]) -> float:
+    """The factor on the logits of a metadiff that fits them best."""
+    logits = torch.cat([adapted(metadiff, task).logits(task.query).flatten(0, 1) for task in tasks])
+    return best_temperature(logits, torch.cat([task.labels.repeat(len(task.query)) for task in tasks]))
+
+
+def _class_mean(metric: Metric, task: DomainTasks) -> Tensor:
+    """Accuracy in percent of the better of the raw and the centred class mean, on the first group of features."""
+    x, q = (metric.split(t)[0] for t in (task.support.x, task.query))
+    means = metric.split(task.support.means())[0]
+    origins = [x.new_zeros(1, 1, x.shape[-1]), means.mean(dim=1, keepdim=True)]
+    return torch.stack([_accuracy(cosine_logits(q, means, centre=origin), task.labels) for origin in origins]).amax()
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """In percent, of logits (B, M, N) and labels (M,)."""
+    return 100 * (logits.argmax(dim=-1) == labels).float().mean()
+
+
+def _usual(metric: Metric, pairs: Pairs) -> Usual | None:
     """The shift of tasks of validation classes, from which that of a task from elsewhere is told."""
-
-    def shift(support: Tensor, query: Tensor, episodes: Episodes) -> Tensor:
-        found = shift_of(support_stats(metadiff.space.to_task(support), metadiff.space.precision))
-        return found.view(-1, 1, 1).expand(-1, query.shape[1], 1)
-
-    found = {pair: tasks.collect(*pair, shift)[0] for pair in pairs}
+    if metric.space is None or not metric.plain:
+        return None
+    found = {}
+    for pair in pairs:
+        each = [metric.stats(t.support.means() - metric.origin, count_of(t.support.counts)) for t in pairs.tasks(*pair)]
+        found[pair] = torch.cat([shift_of(stats) for stats in each])
     deviation = math.sqrt(float(torch.stack([values.var() for values in found.values()]).mean()))
     return Usual(TaskTable.of({pair: float(values.mean()) for pair, values in found.items()}), max(deviation, 1e-3))
-
-
-def _centre_helps(metadiff: MetaDiff, tasks: _Tasks, way: int, shots: list[int]) -> bool:
-    totals = []
-    for centred in (False, True):
-        chosen = replace(metadiff, tuning=replace(metadiff.tuning, centred_prototype=centred))
-        totals.append(sum(tasks.accuracy(way, shot, _prototype(chosen)) for shot in shots))
-    return totals[1] > totals[0]
-
-
-def _default_guidance(metadiff: MetaDiff, tasks: _Tasks, way: int) -> float:
-    """The largest scale that keeps KEPT of the best 1-shot gain over the prototype.
-
-    Images from another world than the base classes want a large scale, and with one image per class the support does
-    not tell; so as much of the prior is given up as costs next to nothing at home.
-    """
-    prototype = tasks.accuracy(way, 1, _prototype(metadiff))
-    gains = {a: tasks.accuracy(way, 1, _logits(metadiff, a)) - prototype for a in GUIDANCE_GRID}
-    best = max(gains.values())
-    if best <= 0:
-        return PROTOTYPE
-    return max(a for a, gain in gains.items() if gain >= KEPT * best)
