@@ -103,10 +103,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def copy_file(source: Path, path: Path, *, new: bool = False) -> None:
-    """Copy a file's content, times and permissions to `path`, see `atomic`."""
+    """Copy a file's content to `path`, see `atomic`, and its times and permissions as far as possible."""
     with atomic(path, new=new) as temporary:
         shutil.copyfile(source, temporary)
-        shutil.copystat(source, temporary)
+    with suppress(OSError):  # last: a read-only file could not be opened again, and some file systems keep neither
+        shutil.copystat(source, path)
 
 
 def reserve(path: Path) -> None:

@@ -13,6 +13,11 @@ from metadiff_cli.core.method.adapt import Sampling, TaskClassifier, adapt_tasks
 from metadiff_cli.core.method.rejection import Rejector, rejector_of
 from metadiff_cli.data.listing import class_name
 
+STEPS = 10  # denoising steps of a prediction
+# and of draws from the posterior: in the Gaussian case their standard deviation is 0.70 to 0.80 of the true one after
+# 10 steps, and 0.96 to 0.99 after 100
+DRAWING_STEPS = 100
+
 
 @dataclass(frozen=True)
 class Classifier:
@@ -56,6 +61,21 @@ class Classifier:
         images, pool = stored.support, stored.pool
         support = SupportSet(stored.classes, images.features, stored.labels, images.digests, stored.names)
         return cls(stored.model, support, None if pool is None else Pool(pool.features, pool.digests), stored.task)
+
+
+def default_steps(temperature: float) -> int:
+    """Denoising steps where nobody asks for a number."""
+    return DRAWING_STEPS if temperature > 0 else STEPS
+
+
+def narrow_draws(sampling: Sampling) -> str:
+    """A warning about too few steps for draws, or an empty text."""
+    if sampling.temperature <= 0 or sampling.steps >= DRAWING_STEPS:
+        return ""
+    return (
+        f"at temperature {sampling.temperature:g}, {sampling.steps} steps draw classifiers that differ too little: "
+        f"the posterior needs {DRAWING_STEPS} steps or more"
+    )
 
 
 def adapt(model: Model, support: SupportSet, sampling: Sampling, *, seed: int, pool: Pool | None = None) -> Classifier:

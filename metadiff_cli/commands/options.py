@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from metadiff_cli.commands import completions
+from metadiff_cli.commands.paths import path_option
 from metadiff_cli.config.load import resolve
 from metadiff_cli.config.schema import ENCODERS, Config
 from metadiff_cli.errors import ConfigError
@@ -112,7 +113,11 @@ InitFrom = Annotated[
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
-        "--config", help=shown("YAML file laid over the preset.", "none"), metavar="FILE", rich_help_panel=COMMON
+        "--config",
+        parser=path_option,
+        help=shown("YAML file laid over the preset.", "none"),
+        metavar="FILE",
+        rich_help_panel=COMMON,
     ),
 ]
 Settings = Annotated[
@@ -167,7 +172,11 @@ BatchSize = Annotated[
 Report = Annotated[
     Path | None,
     typer.Option(
-        "--report", help="Write a self-contained HTML page here, replacing it.", metavar="FILE", rich_help_panel=PLACES
+        "--report",
+        parser=path_option,
+        help="Write a self-contained HTML page here, replacing it.",
+        metavar="FILE",
+        rich_help_panel=PLACES,
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=COMMON)]
@@ -178,6 +187,7 @@ CheckpointFile = Annotated[
     typer.Option(
         "--checkpoint",
         "-c",
+        parser=path_option,
         help=shown("checkpoint.safetensors of a run.", "the package's"),
         metavar="FILE",
         rich_help_panel=PLACES,

@@ -1,6 +1,7 @@
 """Folders of images -> splits of classes: which files belong to which class of which split. No pixels are read here."""
 
 import difflib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -146,7 +147,11 @@ def from_folders(folders: dict[str, Path], *, name: str, root: Path, scan: Scan)
     for label, cls in enumerate(classes):
         found = list(walk_images(folders[cls], scan))
         if not found and not scan.keep_empty:
-            raise DataError(f"class '{cls}' in {root} has no images", hint="add images to its folder, or remove it")
+            locked = [why for path, why in scan.unreadable or () if path.is_relative_to(folders[cls])]
+            why = f": its folder {locked[0]}" if locked else ""
+            raise DataError(
+                f"class '{cls}' in {root} has no images{why}", hint="add images to its folder, or remove it"
+            )
         scan.add(len(found))
         paths += [str(path) for path in found]
         labels += [label] * len(found)
@@ -179,6 +184,8 @@ def _walk(
             yield from _walk(path, scan, (*above, identity), ways)
         elif is_image(path) and not _is_special(path):
             yield path
+        elif scan.unreadable is not None and (reason := _locked(path)):
+            scan.unreadable.append((path, reason))
         else:
             scan.skipped += 1
 
@@ -198,8 +205,16 @@ def _check_walk(folder: Path, depth: int, ways: Counter[tuple[int, int]], identi
 
 
 def _is_dir(path: Path) -> bool:
-    with _readable(path):
-        return path.is_dir()
+    return os.path.isdir(path)  # unlike Path.is_dir, false for a path that cannot be looked at
+
+
+def _locked(path: Path) -> str:
+    """Why a path cannot be looked at, such as a link into a folder without permission; empty if it can."""
+    try:
+        path.stat()
+    except OSError as error:
+        return "" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+    return ""
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -222,8 +237,7 @@ def _has_loose_images(root: Path) -> bool:
 
 def _is_special(path: Path) -> bool:
     """A pipe, socket or device: reading one could wait for ever. A dangling link is none: it is reported as broken."""
-    with _readable(path):
-        return path.exists() and not path.is_file()
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def is_image(path: Path) -> bool:

@@ -53,7 +53,7 @@ def to_square(image: Image.Image, size: int) -> np.ndarray:
 
 def load_square(path: Path, size: int) -> np.ndarray:
     """Pixels (size, size, 3) uint8 of an image file; raises DataError as `load_rgb` does."""
-    return to_square(load_rgb(path, size), size)
+    return to_square(load_rgb(path), size)
 
 
 class _QuietPillow:

@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from metadiff_cli.commands import options
+from metadiff_cli.commands.adapt.options import Options
+from metadiff_cli.commands.paths import path_option, path_text
 from metadiff_cli.console import Screen
 
 INPUT, OUTPUT, SORTING, TOGETHER = "Input", "Output", "Sorting", "Unlabelled images"
@@ -17,16 +19,24 @@ def adapt(
         typer.Option(
             "--query",
             "-Q",
+            parser=path_text,
             help="A folder, a file, a glob, a CSV with a column path, or - for paths on stdin; repeatable.",
             metavar="PATH",
             rich_help_panel=INPUT,
         ),
     ],
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PATH]...", parser=path_text, help="More query images, as the shell expands a pattern."
+        ),
+    ] = None,
     support: Annotated[
         Path | None,
         typer.Option(
             "--support",
             "-S",
+            parser=path_option,
             help="A folder with one folder of images per class, or a CSV of path,label.",
             metavar="DIR",
             rich_help_panel=INPUT,
@@ -36,6 +46,7 @@ def adapt(
         Path | None,
         typer.Option(
             "--classifier",
+            parser=path_option,
             help="A classifier that --save wrote; --support adds classes and images to it.",
             metavar="FILE",
             rich_help_panel=INPUT,
@@ -48,14 +59,25 @@ def adapt(
         ),
     ] = False,
     format: Annotated[
-        str, typer.Option("--format", "-f", metavar="NAME", help="table, json, jsonl or csv.", rich_help_panel=OUTPUT)
-    ] = "table",
-    top_k: Annotated[
-        int,
+        str | None,
         typer.Option(
-            "--top-k", min=1, metavar="N", help="Classes shown per image; a CSV shows one.", rich_help_panel=OUTPUT
+            "--format",
+            "-f",
+            metavar="NAME",
+            help=options.shown("table, json, jsonl or csv.", "table"),
+            rich_help_panel=OUTPUT,
         ),
-    ] = 3,
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--top-k",
+            min=1,
+            metavar="N",
+            help=options.shown("Classes shown per image; a CSV shows one.", "3"),
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     reject_below: Annotated[
         float | None,
         typer.Option(
@@ -92,6 +114,7 @@ def adapt(
         Path | None,
         typer.Option(
             "--sort-into",
+            parser=path_option,
             help="Copy each query image to DIR/<class>/, never over another file.",
             metavar="DIR",
             rich_help_panel=SORTING,
@@ -112,6 +135,7 @@ def adapt(
         Path | None,
         typer.Option(
             "--unlabeled",
+            parser=path_option,
             help="A folder of unlabelled images that guide the classifier.",
             metavar="DIR",
             rich_help_panel=TOGETHER,
@@ -160,18 +184,16 @@ def adapt(
 
       metadiff adapt -S ./imgs -Q ./q --reject auto
     """
-    from metadiff_cli.commands.adapt.run import Options, run
+    from metadiff_cli.commands.adapt.run import run
 
-    run(
-        Options(
-            query=query, null=null, support=support, classifier=classifier, checkpoint=checkpoint,
-            format="json" if as_json else format, top_k=top_k, reject_below=reject_below, reject=reject,
-            labelled=labelled, strict=strict, sort_into=sort_into, move=move, transductive=transductive,
-            unlabeled=unlabeled, save=save, report=report, overwrite=overwrite, config_file=config, set=settings,
-            settings={
-                **options.runtime_flags(seed, device, threads, num_workers, batch_size),
-                **options.sampler_flags(steps, samples, temperature, guidance),
-            },
-        ),
-        Screen(quiet=quiet, verbose=verbose),
+    given = Options(
+        query=query, more=more or [], null=null, support=support, classifier=classifier, checkpoint=checkpoint,
+        format=format, as_json=as_json, top_k=top_k, reject_below=reject_below, reject=reject, labelled=labelled,
+        strict=strict, sort_into=sort_into, move=move, transductive=transductive, unlabeled=unlabeled, save=save,
+        report=report, overwrite=overwrite, config=config, set=settings or [],
+        flags={
+            **options.runtime_flags(seed, device, threads, num_workers, batch_size),
+            **options.sampler_flags(steps, samples, temperature, guidance),
+        },
     )  # fmt: skip
+    run(given, Screen(quiet=quiet, verbose=verbose))
