@@ -1,6 +1,6 @@
 """An adapted classifier with all that it was made of: adapted, saved, loaded, and asked for predictions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from metadiff_cli.classify.support_set import Pool, SupportSet, require_classes
 from metadiff_cli.core.checkpoints.classifier import StoredClassifier, StoredImages, load_classifier, save_classifier
 from metadiff_cli.core.checkpoints.model import Model
 from metadiff_cli.core.method.adapt import Sampling, TaskClassifier, adapt_tasks, seeds_of
+from metadiff_cli.core.method.guidance import PROTOTYPE
 from metadiff_cli.core.method.rejection import Rejector, rejector_of
 from metadiff_cli.data.listing import class_name
 
@@ -84,6 +85,8 @@ def adapt(model: Model, support: SupportSet, sampling: Sampling, *, seed: int, p
     Raises DataError when the support has fewer than two classes.
     """
     require_classes(support)
+    if sampling.guidance is not None:  # beyond this scale nothing of the prior is left
+        sampling = replace(sampling, guidance=min(sampling.guidance, PROTOTYPE))
     unlabelled = None if pool is None else pool.without(support.digests)
     task = adapt_tasks(
         model.metadiff,
