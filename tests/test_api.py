@@ -277,7 +277,8 @@ def test_cross_validation_search_and_pipelines(tmp_path: Path, checkpoint: Path)
     ({"temperature": "hot"}, "give a number"), ({"random_state": None}, "give a whole number"),
     ({"temperature": float("nan")}, "give a number"), ({"temperature": float("inf")}, "give a number"),
     ({"guidance": float("nan")}, "above 0"), ({"guidance": np.float32("inf")}, "above 0"),
-    ({"guidance": True}, "above 0"),     ({"steps": 2.5}, "give a whole number"), ({"batch_size": "all"}, "give a whole number"),
+    ({"guidance": True}, "above 0"), ({"steps": 2.5}, "give a whole number"),
+    ({"batch_size": "all"}, "give a whole number"),
     ({"device": "tpu"}, "unknown device"), ({"device": 3}, "device is 3"), ({"checkpoint": 3}, "3 is not a path"),
 ])  # fmt: skip
 def test_bad_parameters_are_named_by_fit(checkpoint: Path, photos: Path, change: dict[str, Any], words: str) -> None:
