@@ -15,7 +15,8 @@ import typer
 from metadiff_cli import __version__
 from metadiff_cli.commands.adapt import command as adapt
 from metadiff_cli.commands.evaluate import command as evaluate
-from metadiff_cli.commands.look import cache, config, data, doctor, export, inspect, presets
+from metadiff_cli.commands.look import command as look
+from metadiff_cli.commands.parsing import Commands
 from metadiff_cli.commands.train import metatrain, pretrain, refit
 from metadiff_cli.console import Screen
 from metadiff_cli.core.training.world import ALONE, announced, enter, world
@@ -25,7 +26,7 @@ SEVERAL = ("pretrain", "metatrain", "evaluate")  # commands that several process
 
 USE, TRAIN, LOOK = "Use", "Train and measure", "Look around"
 
-app = typer.Typer(
+app = Commands(
     name="metadiff",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -37,14 +38,14 @@ app.command("adapt", rich_help_panel=USE)(adapt.adapt)
 app.command("pretrain", rich_help_panel=TRAIN)(pretrain.pretrain)
 app.command("metatrain", rich_help_panel=TRAIN)(metatrain.metatrain)
 app.command("evaluate", rich_help_panel=TRAIN)(evaluate.evaluate)
-app.command("export", rich_help_panel=USE)(export.export)
+app.command("export", rich_help_panel=USE)(look.export)
 app.command("refit", rich_help_panel=TRAIN)(refit.refit)
-app.command("inspect", rich_help_panel=LOOK)(inspect.inspect)
-app.add_typer(presets.app, name="presets", rich_help_panel=LOOK)
-app.add_typer(data.app, name="data", rich_help_panel=LOOK)
-app.add_typer(config.app, name="config", rich_help_panel=LOOK)
-app.add_typer(cache.app, name="cache", rich_help_panel=LOOK)
-app.command("doctor", rich_help_panel=LOOK)(doctor.doctor)
+app.command("inspect", rich_help_panel=LOOK)(look.inspect)
+app.add_typer(look.presets, name="presets", rich_help_panel=LOOK)
+app.add_typer(look.data, name="data", rich_help_panel=LOOK)
+app.add_typer(look.config, name="config", rich_help_panel=LOOK)
+app.add_typer(look.cache, name="cache", rich_help_panel=LOOK)
+app.command("doctor", rich_help_panel=LOOK)(look.doctor)
 
 
 def _version(asked: bool) -> None:

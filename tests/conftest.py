@@ -18,8 +18,7 @@ def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ[key]
     os.environ["METADIFF_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["METADIFF_DATA_DIR"] = str(tmp_path_factory.mktemp("data"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(min(2, cores))  # two threads on one core wait for each other, and take many times as long
+    torch.set_num_threads(1)  # threads of several processes on the same cores wait for each other
     yield
     os.environ.update(kept)
 

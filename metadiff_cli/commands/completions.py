@@ -1,14 +1,14 @@
-"""Shell completion of names: presets, data sets, splits, controls. Called at every press of Tab, so nothing heavy."""
+"""Names that options take, and their completion in the shell. Every Tab and every `--help` imports this module.
 
-from collections.abc import Iterator
+The lists repeat what heavier modules define; tests compare the two.
+"""
 
-from metadiff_cli.config.load import preset_names, read_preset
-from metadiff_cli.config.schema import ENCODERS
-from metadiff_cli.data.known import KNOWN
+from collections.abc import Iterator, Sequence
+
 from metadiff_cli.errors import ConfigError
 
+ENCODERS = ("conv4", "conv4-padded", "resnet10", "resnet12")
 SPLITS = ("train", "val", "test", "all")
-# those of commands/learning.py, which loads torch
 CONTROLS = (
     "prototype", "analytic", "untrained", "logreg", "ridge", "posterior", "inductive", "soft-kmeans",
     "label-propagation",
@@ -18,42 +18,49 @@ CACHE_KINDS = ("images", "features", "encoders")
 
 
 def presets(incomplete: str) -> Iterator[tuple[str, str]]:
-    """Names of presets with what they are for."""
-    for name in preset_names():
-        if name.startswith(incomplete):
-            try:
-                yield name, str(read_preset(name).get("summary", ""))
-            except ConfigError:  # a damaged one is told when it is used
-                yield name, ""
+    """Names of presets, each with its summary."""
+    from metadiff_cli.config.load import preset_names, read_preset
+
+    for name in _beginning(preset_names(), incomplete):
+        try:
+            yield name, str(read_preset(name).get("summary", ""))
+        except ConfigError:  # a damaged preset is reported when it is used
+            yield name, ""
 
 
 def data(incomplete: str) -> Iterator[tuple[str, str]]:
-    """Names of the known data sets with what they are."""
+    """Names of the known data sets, each with a description."""
+    from metadiff_cli.data.known import KNOWN
+
     yield from ((name, known.what) for name, known in KNOWN.items() if name.startswith(incomplete))
 
 
 def splits(incomplete: str) -> list[str]:
     """Names of splits."""
-    return [name for name in SPLITS if name.startswith(incomplete)]
+    return _beginning(SPLITS, incomplete)
 
 
 def encoders(incomplete: str) -> list[str]:
-    """Names of our encoders, and how those of libraries begin."""
-    return [name for name in (*ENCODERS, "torchvision:", "timm:") if name.startswith(incomplete)]
+    """Names of our encoders, and the prefixes of those from libraries."""
+    return _beginning((*ENCODERS, "torchvision:", "timm:"), incomplete)
 
 
 def methods(incomplete: str) -> list[str]:
-    """Names of what `metatrain` trains."""
-    return [name for name in METHODS if name.startswith(incomplete)]
-
-
-def controls(incomplete: str) -> list[str]:
-    """Names of controls, the last one of a comma-separated list."""
-    before, comma, last = incomplete.rpartition(",")
-    given = before.split(",")
-    return [f"{before}{comma}{name}" for name in CONTROLS if name.startswith(last) and name not in given]
+    """Names of the methods that `metatrain` trains."""
+    return _beginning(METHODS, incomplete)
 
 
 def cache_kinds(incomplete: str) -> list[str]:
-    """Kinds of things in the cache."""
-    return [name for name in CACHE_KINDS if name.startswith(incomplete)]
+    """Kinds of files in the cache."""
+    return _beginning(CACHE_KINDS, incomplete)
+
+
+def controls(incomplete: str) -> list[str]:
+    """Names of controls for the last item of a comma-separated list, without those before it."""
+    before, comma, last = incomplete.rpartition(",")
+    given = before.split(",")
+    return [f"{before}{comma}{name}" for name in _beginning(CONTROLS, last) if name not in given]
+
+
+def _beginning(names: Sequence[str], incomplete: str) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]

@@ -1,244 +1,141 @@
-"""Options that several commands share, declared once."""
+"""Options that several commands share, declared once. Every `--help` imports this module: nothing heavy here."""
 
-import operator
-import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from metadiff_cli.commands import completions
 from metadiff_cli.commands.paths import path_option
-from metadiff_cli.config.load import resolve
-from metadiff_cli.config.schema import ENCODERS, Config
 from metadiff_cli.errors import ConfigError
 
-if TYPE_CHECKING:
-    import torch
-
-COMMON = "Common"  # groups of the help
-PLACES = "Places"
-TRAINING = "Training"
-SAMPLER = "Sampler"
+COMMON, PLACES, TRAINING, SAMPLER = "Common", "Places", "Training", "Sampler"  # groups of the help
 
 
 def shown(text: str, default: object) -> str:
-    """The help of an option whose own default, None, stands for `default`: that of a setting, or said in words."""
-    value = f"{default:g}" if isinstance(default, float) else default
-    return f"{text} \\[default: {value}]"  # a bare bracket would be taken for markup, and vanish
+    """The help `text` of an option, followed by its default: a value, or words for what happens without the option."""
+    return f"{text} \\[default: {default}]"  # a bare bracket would be taken for markup, and vanish
 
 
-def _of_setting(text: str, key: str) -> str:
-    """The help of an option that sets the configuration key `key`."""
-    return shown(text, operator.attrgetter(key)(Config()))
+def option(panel: str, *names: str, help: str, default: object = None, **more: Any) -> Any:
+    """An option in the group `panel` of the help. `default` is shown where the parameter's own default is None."""
+    return typer.Option(*names, help=help if default is None else shown(help, default), rich_help_panel=panel, **more)
+
+
+def path(panel: str, *names: str, help: str, metavar: str, **more: Any) -> Any:
+    """An option that takes a path, see `option`. An empty path is refused."""
+    return option(panel, *names, help=help, metavar=metavar, parser=path_option, **more)
 
 
 Preset = Annotated[
     str | None,
-    typer.Option(
-        "--preset",
-        "-p",
-        metavar="NAME",
-        help=shown("Named settings; `metadiff presets list` shows all.", "none"),
-        autocompletion=completions.presets,
-        rich_help_panel=TRAINING,
+    option(
+        TRAINING, "--preset", "-p", metavar="NAME", default="none", autocompletion=completions.presets,
+        help="Start from the settings of this preset; `metadiff presets list` names all.",
     ),
-]
+]  # fmt: skip
 DryRun = Annotated[
     bool,
-    typer.Option(
-        "--dry-run",
-        help="Show the plan, with data, steps and an estimate of the time, and leave.",
-        rich_help_panel=TRAINING,
-    ),
-]
-Data = Annotated[
-    Path | None,
-    typer.Option(
-        "--data",
-        help=shown("Folder of the data set.", "$METADIFF_DATA_DIR/NAME"),
-        metavar="DIR",
-        rich_help_panel=PLACES,
-    ),
-]
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        "-o",
-        help=shown("Run directory to write.", "runs/PRESET, of `pretrain` runs/PRESET-encoder"),
-        metavar="DIR",
-        rich_help_panel=PLACES,
-    ),
+    option(TRAINING, "--dry-run", help="Print the plan (data, steps, an estimate of the time) and train nothing."),
 ]
 EncoderOption = Annotated[
     str | None,
-    typer.Option(
-        "--encoder",
-        "-e",
-        metavar="ENCODER",
-        help=shown(
-            f"{', '.join(ENCODERS)}, an encoder.safetensors, or for metatrain torchvision:MODEL or timm:MODEL.",
-            "the preset's",
-        ),
-        autocompletion=completions.encoders,
-        rich_help_panel=TRAINING,
+    option(
+        TRAINING, "--encoder", "-e", metavar="ENCODER", default="the preset's", autocompletion=completions.encoders,
+        help=f"{', '.join(completions.ENCODERS)} or an encoder.safetensors; metatrain also takes torchvision:MODEL "
+        "and timm:MODEL.",
     ),
-]
+]  # fmt: skip
 EncoderWeights = Annotated[
     Path | None,
-    typer.Option(
-        "--encoder-weights",
-        metavar="FILE",
-        help=shown("Weights of a torchvision: or timm: encoder, .safetensors or .pth.", "the library downloads them"),
-        rich_help_panel=TRAINING,
+    path(
+        TRAINING, "--encoder-weights", metavar="FILE", default="downloaded by the library",
+        help="Weights of a torchvision: or timm: encoder, as .safetensors or .pth.",
     ),
+]  # fmt: skip
+
+Data = Annotated[
+    Path | None,
+    path(PLACES, "--data", metavar="DIR", default="$METADIFF_DATA_DIR/NAME", help="Folder of the data set."),
 ]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what is in the run directory.", rich_help_panel=PLACES)
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with the run in the run directory.", rich_help_panel=PLACES)
-]
+Out = Annotated[
+    Path | None,
+    path(
+        PLACES, "--out", "-o", metavar="DIR", default="runs/PRESET, for pretrain runs/PRESET-encoder",
+        help="Run directory to write.",
+    ),
+]  # fmt: skip
+Overwrite = Annotated[bool, option(PLACES, "--overwrite", help="Replace the results in the run directory.")]
+Resume = Annotated[bool, option(PLACES, "--resume", help="Continue the run in the run directory.")]
 InitFrom = Annotated[
     Path | None,
-    typer.Option(
-        "--init-from",
-        metavar="FILE",
-        help="Start from the weights in an encoder or checkpoint file.",
-        rich_help_panel=PLACES,
-    ),
+    path(PLACES, "--init-from", metavar="FILE", help="Start from the weights of an encoder or checkpoint file."),
 ]
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        parser=path_option,
-        help=shown("YAML file laid over the preset.", "none"),
-        metavar="FILE",
-        rich_help_panel=COMMON,
-    ),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", help="A setting, as pretrain.epochs=3; repeatable.", metavar="KEY=VALUE", rich_help_panel=COMMON
-    ),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option("--seed", metavar="N", help=_of_setting("Seed of everything random.", "seed"), rich_help_panel=COMMON),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        help=_of_setting("auto, cpu, cuda or mps.", "runtime.device"),
-        rich_help_panel=COMMON,
-    ),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        "--threads",
-        min=1,
-        metavar="N",
-        help=shown("CPU threads of one operation.", "torch's choice"),
-        rich_help_panel=COMMON,
-    ),
-]
-NumWorkers = Annotated[
-    int | None,
-    typer.Option(
-        "--num-workers",
-        min=1,
-        metavar="N",
-        help=shown("Threads that decode images.", "one per core"),
-        rich_help_panel=COMMON,
-    ),
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        "--batch-size",
-        min=1,
-        metavar="N",
-        help=_of_setting("Images of one forward pass of the encoder.", "runtime.batch_size"),
-        rich_help_panel=COMMON,
-    ),
-]
-Report = Annotated[
-    Path | None,
-    typer.Option(
-        "--report",
-        parser=path_option,
-        help="Write a self-contained HTML page here, replacing it.",
-        metavar="FILE",
-        rich_help_panel=PLACES,
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=COMMON)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Results and errors only.", rich_help_panel=COMMON)]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More about what happens.", rich_help_panel=COMMON)]
 CheckpointFile = Annotated[
     Path | None,
-    typer.Option(
-        "--checkpoint",
-        "-c",
-        parser=path_option,
-        help=shown("checkpoint.safetensors of a run.", "the package's"),
-        metavar="FILE",
-        rich_help_panel=PLACES,
+    path(
+        PLACES, "--checkpoint", "-c", metavar="FILE", default="the one in the package",
+        help="The checkpoint.safetensors of a run.",
     ),
+]  # fmt: skip
+Report = Annotated[
+    Path | None,
+    path(PLACES, "--report", metavar="FILE", help="Write a self-contained HTML page, replacing an earlier one."),
 ]
+
 Steps = Annotated[
-    int | None,
-    typer.Option(
-        "--steps",
-        min=1,
-        metavar="N",
-        max=1000,
-        help=_of_setting("Denoising steps S.", "sampler.steps"),
-        rich_help_panel=SAMPLER,
-    ),
+    int | None, option(SAMPLER, "--steps", metavar="N", min=1, max=1000, default=10, help="Number of denoising steps.")
 ]
 Samples = Annotated[
     int | None,
-    typer.Option(
-        "--samples",
-        min=1,
-        metavar="N",
-        help=_of_setting("Classifiers M that are averaged.", "sampler.samples"),
-        rich_help_panel=SAMPLER,
-    ),
+    option(SAMPLER, "--samples", metavar="N", min=1, default=1, help="Number of sampled classifiers to average."),
 ]
 Temperature = Annotated[
     float | None,
-    typer.Option(
-        "--temperature",
-        min=0,
-        metavar="TAU",
-        help=_of_setting("Noise temperature tau: 0 predicts, 1 draws.", "sampler.temperature"),
-        rich_help_panel=SAMPLER,
+    option(
+        SAMPLER, "--temperature", metavar="TAU", min=0, default=0,
+        help="Noise temperature: 0 gives the most probable classifier, 1 samples the posterior.",
     ),
-]
+]  # fmt: skip
 Guidance = Annotated[
     str | None,
-    typer.Option(
-        "--guidance",
-        metavar="A",
-        help=_of_setting("Scale of the support gradient: auto, or a number.", "sampler.guidance"),
-        rich_help_panel=SAMPLER,
-    ),
+    option(SAMPLER, "--guidance", metavar="A", default="auto", help="Scale of the support gradient: auto or a number."),
 ]
+
+ConfigFile = Annotated[
+    Path | None,
+    path(COMMON, "--config", metavar="FILE", default="none", help="YAML file of settings, applied over a preset."),
+]
+Settings = Annotated[
+    list[str] | None,
+    option(COMMON, "--set", metavar="KEY=VALUE", help="Change one setting, as in seed=1; repeatable."),
+]
+Seed = Annotated[int | None, option(COMMON, "--seed", metavar="N", default=0, help="Seed of all random numbers.")]
+Device = Annotated[
+    str | None,
+    option(COMMON, "--device", metavar="NAME", default="auto", help="Compute device: auto, cpu, cuda or mps."),
+]
+Threads = Annotated[
+    int | None,
+    option(COMMON, "--threads", metavar="N", min=1, default="torch's choice", help="CPU threads per operation."),
+]
+NumWorkers = Annotated[
+    int | None,
+    option(COMMON, "--num-workers", metavar="N", min=1, default="one per core", help="Threads that decode images."),
+]
+BatchSize = Annotated[
+    int | None,
+    option(COMMON, "--batch-size", metavar="N", min=1, default=256, help="Images per forward pass of the encoder."),
+]
+AsJson = Annotated[bool, option(COMMON, "--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, option(COMMON, "--quiet", "-q", help="Print results and errors only.")]
+Verbose = Annotated[bool, option(COMMON, "--verbose", "-v", help="Print more details.")]
 
 
 def runtime_flags(
     seed: int | None, device: str | None, threads: int | None, num_workers: int | None, batch_size: int | None
 ) -> dict[str, object]:
-    """The shared flags as configuration keys."""
+    """The common flags by configuration key."""
     return {
         "seed": seed,
         "runtime.device": device,
@@ -251,50 +148,14 @@ def runtime_flags(
 def sampler_flags(
     steps: int | None, samples: int | None, temperature: float | None, guidance: str | None
 ) -> dict[str, object]:
-    """The sampler's flags as configuration keys."""
-    scale: object = guidance
-    if guidance is not None and guidance != "auto":
-        try:
-            scale = float(guidance)
-        except ValueError:
-            raise ConfigError(f"--guidance {guidance} is no number", hint="give auto or a number above 0") from None
+    """The sampler's flags by configuration key. Raises ConfigError when `guidance` is neither auto nor a number."""
+    try:
+        scale = guidance if guidance in (None, "auto") else float(guidance)
+    except ValueError:
+        raise ConfigError(f"--guidance {guidance} is not a number", hint="give auto or a number above 0") from None
     return {
         "sampler.steps": steps,
         "sampler.samples": samples,
         "sampler.temperature": temperature,
         "sampler.guidance": scale,
     }
-
-
-def model_config(file: Path | None, settings: list[str] | None, *flags: Mapping[str, object]) -> Config:
-    """Configuration of a command that works with a finished model."""
-    merged: dict[str, object] = {}
-    for part in flags:
-        merged.update(part)
-    return resolve(None, file, settings or (), merged)
-
-
-def check_split(name: str) -> None:
-    """Raises ConfigError for a split that there is not."""
-    if name not in completions.SPLITS:
-        raise ConfigError(f"unknown split '{name}'", hint=f"choose one of {', '.join(completions.SPLITS)}")
-
-
-def check_new(file: Path, *, overwrite: bool) -> None:
-    """Raises ConfigError when writing would replace a file without leave, or a folder, or cannot be done there."""
-    place = next((parent for parent in file.absolute().parents if parent.exists()), file)
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ConfigError(
-            f"{file} cannot be written: {place} is no folder that you may write to", hint="give another place"
-        )
-    if file.is_dir() or (file.exists() and not overwrite):
-        raise ConfigError(f"{file} exists already", hint="add --overwrite or give another name")
-
-
-def start(config: Config) -> "torch.device":
-    """Set threads and memory, and pick the device."""
-    from metadiff_cli.core.device import keep_freed_memory, pick_device, set_threads
-
-    keep_freed_memory()
-    set_threads(config.runtime.threads)
-    return pick_device(config.runtime.device)

@@ -1,14 +1,17 @@
 """Bad input: every case has a message that names the thing and the next step, and the exit code of the design."""
 
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from metadiff_cli import files
+from metadiff_cli.commands.look import inspect
 from metadiff_cli.core.checkpoints.file import load_checkpoint, save_checkpoint
 from tests.worlds import COLOURS, SMALL, Result, paint
 
@@ -133,10 +136,6 @@ def test_checkpoint_of_another_kind(cli: CLI, small_run: Path) -> None:
 
 
 def test_checkpoint_of_another_version(cli: CLI, checkpoint: Path, tmp_path: Path) -> None:
-    import json
-
-    from safetensors import safe_open
-
     kept = load_checkpoint(checkpoint)
     with safe_open(checkpoint, framework="pt") as file:
         header = json.loads(file.metadata()["metadiff"])
@@ -194,24 +193,23 @@ def test_no_query_images(cli: CLI, photos: Path, checkpoint: Path) -> None:
     assert_refused(cli("adapt", "-S", photos / "support", "-Q", photos / "empty", "-c", checkpoint), 3, "--query")
 
 
+def failing(error: BaseException) -> Callable[..., None]:
+    """A function that raises `error`, in the place of one that reads a checkpoint."""
+
+    def fail(*arguments: object) -> None:
+        raise error
+
+    return fail
+
+
 def test_an_unforeseen_error_is_one_line(cli: CLI, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
-    import metadiff_cli.core.checkpoints.file as module
-
-    def fail(path: Path) -> None:
-        raise RuntimeError("boom")
-
-    monkeypatch.setattr(module, "read_header", fail)
+    monkeypatch.setattr(inspect, "read_header", failing(RuntimeError("boom")))
     result = cli("inspect", checkpoint)
     assert result.code == 1 and "boom" in result.err and "METADIFF_DEBUG=1" in result.err
 
 
 def test_an_interrupt_is_exit_code_130(cli: CLI, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
-    import metadiff_cli.core.checkpoints.file as module
-
-    def fail(path: Path) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "read_header", fail)
+    monkeypatch.setattr(inspect, "read_header", failing(KeyboardInterrupt()))
     assert cli("inspect", checkpoint).code == 130
 
 

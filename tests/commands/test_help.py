@@ -3,9 +3,12 @@
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,10 @@ import pytest
 import typer
 from PIL import Image
 
+from metadiff_cli import files
 from metadiff_cli.app import app
+from metadiff_cli.config.schema import Config
+from metadiff_cli.core.checkpoints.file import load_checkpoint, save_checkpoint
 from metadiff_cli.data.benchmarks import split_lists
 from metadiff_cli.data.glyphs import draw_class
 from tests.worlds import SMALL, Result, invoke
@@ -78,14 +84,44 @@ def test_no_bracket_is_taken_for_markup(page: Page) -> None:
 
 def test_defaults_are_shown_and_not_taken_for_markup(cli: CLI) -> None:
     shown = " ".join(cli("evaluate", "--help").out.replace("│", " ").split())
-    for text in ("Denoising steps S. [default: 10]", "Seed of everything random. [default: 0]",
-                 "[default: the package's]", "Number of episodes. [default: 1000]"):  # fmt: skip
+    for text in ("Number of denoising steps. [default: 10]", "Seed of all random numbers. [default: 0]",
+                 "[default: the one in the package]", "Number of episodes. [default: 1000]"):  # fmt: skip
         assert text in shown
+
+
+SETTINGS = {
+    "--seed": "seed", "--device": "runtime.device", "--batch-size": "runtime.batch_size", "--steps": "sampler.steps",
+    "--samples": "sampler.samples", "--temperature": "sampler.temperature", "--guidance": "sampler.guidance",
+    "--way": "evaluation.way", "--shot": "evaluation.shot", "--episodes": "evaluation.episodes",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", SETTINGS)
+def test_defaults_in_the_help_are_those_of_the_configuration(flag: str) -> None:
+    value = attrgetter(SETTINGS[flag])(Config())
+    said = f"[default: {value:g}]" if isinstance(value, float) else f"[default: {value}]"
+    options = [option for _, option in OPTIONS if flag in option.opts]
+    assert options and all(said in option.help for option in options)
+
+
+LIGHT = """
+import sys, typer, typer.rich_utils
+before = set(sys.modules)
+from metadiff_cli.commands.evaluate import command
+from metadiff_cli.commands.look import command
+names = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(*sorted(names & {"torch", "numpy", "PIL", "pydantic", "yaml", "jinja2", "platformdirs"}))
+"""
+
+
+def test_signatures_import_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 # Examples that cannot end well here, with the reason as a comment and the exit code of the MetaDiffError they end with.
 OTHERWISE = {
-    # a gate for photos; the ones here are drawn characters, which the checkpoint of the package has never seen
+    # a gate for photos; here a checkpoint trained for seconds meets drawn characters
     "metadiff evaluate --data ./photos --split all --fail-under 60": 5,
 }
 EXAMPLES = sorted({example for page in PAGES for example in page.examples()})
@@ -101,7 +137,7 @@ SMALLER = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, small_run: Path) -> Path:
-    """A folder in which the names of the examples exist: photos, data sets and a run, all generated and small."""
+    """A folder with all that the examples name: photos, data sets and a run, all of them generated and small."""
     root = tmp_path_factory.mktemp("world")
     for c, name in enumerate(("cat", "dog", "fox")):
         draw(root / "imgs" / name, c, 2)
@@ -118,9 +154,11 @@ def world(tmp_path_factory: pytest.TempPathFactory, small_run: Path) -> Path:
         for bird in (name for names in split_lists("cub").values() for name in names[:2]):
             archive.add(root / "bird" / "70-0.jpg", f"CUB_200_2011/images/{bird}/1.jpg")
     shutil.copytree(small_run, root / "runs" / "mini")
-    saved = invoke(
-        "adapt", "--support", str(root / "imgs"), "--query", str(root / "q"), "--save", str(root / "pets.safetensors")
-    )
+    small = load_checkpoint(small_run / "checkpoint.safetensors")
+    small.header["config"]["data"]["layout"] = "mini-imagenet"  # that of the checkpoint in the package
+    save_checkpoint(root.parent / "packaged.safetensors", "model", small.tensors, small.header)
+    saved = invoke("adapt", "-S", root / "imgs", "-Q", root / "q", "-c", root.parent / "packaged.safetensors",
+                   "--save", root / "pets.safetensors")  # fmt: skip
     assert saved.code == 0, saved.err
     return root
 
@@ -134,8 +172,9 @@ def draw(folder: Path, cls: int, count: int) -> None:
 
 @pytest.fixture
 def place(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the world for one example, with small settings in the environment, as the working directory."""
+    """A copy of the world as the working directory of one example, with small settings and a small packaged model."""
     shutil.copytree(world, tmp_path / "world")
+    monkeypatch.setattr(files, "PACKAGED", world.parent / "packaged.safetensors")
     monkeypatch.chdir(tmp_path / "world")
     monkeypatch.setenv("HOME", str(tmp_path / "world"))
     monkeypatch.setenv("METADIFF_DATA_DIR", str(tmp_path / "world" / "data"))
@@ -150,7 +189,7 @@ def place(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_examples_run_as_they_stand(example: str, place: Path) -> None:
     program, *arguments = shlex.split(example)
     assert program == "metadiff"
-    result = invoke(*[str(Path(a).expanduser()) if a.startswith("~") else a for a in arguments])
+    result = invoke(*arguments)
     assert result.code == OTHERWISE.get(example, 0), result.err
     assert result.out or result.err
 

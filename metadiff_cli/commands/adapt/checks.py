@@ -3,28 +3,28 @@
 An option that has no effect is an error, because whoever gives it expects one.
 """
 
+import os
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
 from metadiff_cli.classify.classifier import default_steps, narrow_draws
-from metadiff_cli.commands import options
 from metadiff_cli.commands.adapt.inputs import Queries
 from metadiff_cli.commands.adapt.options import Options
 from metadiff_cli.commands.adapt.output import WRITERS
-from metadiff_cli.commands.paths import check_writable
+from metadiff_cli.commands.pages.page import check_page
+from metadiff_cli.commands.settings import check_new
 from metadiff_cli.config.load import flat, layers
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.method.adapt import Sampling
+from metadiff_cli.data.sort import Sorter
 from metadiff_cli.errors import ConfigError, DataError, suggest
 
-SECTIONS = ("seed", "sampler", "runtime")  # of the configuration, that have an effect here
 NAMES = {
     "seed": "--seed", "sampler.steps": "--steps", "sampler.samples": "--samples",
     "sampler.temperature": "--temperature", "sampler.guidance": "--guidance",
 }  # fmt: skip
-HTML = (b"<!doctype html", b"<html")
 
 
 def check_options(given: Options) -> None:
@@ -62,11 +62,7 @@ def check_options(given: Options) -> None:
 def _check_settings(given: Options) -> None:
     """Raise ConfigError for a setting of the command line that has no effect."""
     for key in _keys(given):
-        if key.partition(".")[0] not in SECTIONS:
-            raise ConfigError(
-                f"--set {key} has no effect: adapt uses the settings {', '.join(SECTIONS)}", hint="leave it out"
-            )
-        if not given.adapts and key.partition(".")[0] != "runtime":
+        if not given.adapts and key.partition(".")[0] in ("seed", "sampler"):
             name = NAMES[key] if given.flags.get(key) is not None else f"--set {key}"
             raise ConfigError(
                 f"{name} has no effect: the classifier of --classifier is used as it was saved",
@@ -78,17 +74,6 @@ def _keys(given: Options) -> list[str]:
     """The keys of the configuration that the command line sets."""
     flags = [key for key, value in given.flags.items() if value is not None]
     return [*flags, *(text.partition("=")[0].strip() for text in given.set)]
-
-
-def config_of(given: Options) -> Config:
-    """The configuration. Raises ConfigError where it is not valid, and for samples that are all the same."""
-    config = options.model_config(given.config, given.set, given.flags)
-    if "sampler.samples" in _keys(given) and config.sampler.samples > 1 and config.sampler.temperature == 0:
-        raise ConfigError(
-            f"--samples {config.sampler.samples} has no effect: at temperature 0 all samples are the same",
-            hint="add --temperature 1",
-        )
-    return config
 
 
 def sampling_of(given: Options, config: Config, screen: Screen) -> Sampling:
@@ -113,36 +98,37 @@ def _steps_given(given: Options) -> bool:
 def check_outputs(given: Options) -> None:
     """Raise ConfigError for a file or folder that cannot be written, or that must not be replaced."""
     if given.save is not None:
-        options.check_new(given.save, overwrite=given.overwrite)
-        check_writable(given.save.parent, f"--save {given.save}")
+        check_new(given.save, overwrite=given.overwrite)
     if given.report is not None:
-        _check_report(given.report)
+        check_page(given.report)
         if given.save is not None and given.save.resolve() == given.report.resolve():
             raise ConfigError(f"--save and --report are the same file, {given.save}", hint="give two names")
     if given.sort_into is not None:
         _check_sorting(given.sort_into, given.support)
 
 
-def _check_report(path: Path) -> None:
-    check_writable(path.parent, f"--report {path}")
-    if path.is_dir():
-        raise ConfigError(f"--report {path} is a folder", hint=f"give a file: --report {path / 'report.html'}")
-    if path.is_file():  # a photo, perhaps, that a mistyped command line names
-        with path.open("rb") as file:
-            start = file.read(100).lstrip().lower()
-        if start and not start.startswith(HTML):
-            raise ConfigError(f"--report {path} would replace a file that is not a page", hint="give another name")
-
-
 def _check_sorting(root: Path, support: Path | None) -> None:
-    if root.exists() and not root.is_dir():
-        raise ConfigError(f"--sort-into {root} is a file", hint="give a folder")
+    _check_folder(root, root)
     if support is not None and support.resolve() in (root.resolve(), *root.resolve().parents):
         raise ConfigError(
             f"--sort-into {root} is inside the support folder",
             hint="give another folder: predictions would become labels of the next run",
         )
-    check_writable(root, f"--sort-into {root}")
+
+
+def check_folders(sorter: Sorter) -> None:
+    """Raise ConfigError for the folder of a class that cannot be written to."""
+    for folder in sorter.folders.values():
+        _check_folder(sorter.root / folder, sorter.root)
+
+
+def _check_folder(folder: Path, root: Path) -> None:
+    """Raise ConfigError when no image can be written to a folder, which may not exist yet."""
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"--sort-into {root}: {place} is not a folder that you may write to", hint="give another folder"
+        )
 
 
 def check_labels(given: Options, queries: Queries, classes: Sequence[str], screen: Screen) -> None:

@@ -11,17 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from metadiff_cli import __version__
 from metadiff_cli.commands.adapt.output import Outcome
+from metadiff_cli.commands.pages.page import write_page
 from metadiff_cli.data.cache import decode_images, no_progress
-from metadiff_cli.errors import MetaDiffError
-from metadiff_cli.files import atomic
 
 THUMBNAIL = 128  # pixels per side, of the central square that the classifier sees
 QUALITY = 60
@@ -75,26 +71,6 @@ def write_report(
         confusion=_confusion_rows(report),
         broken=[*report.broken_support, *((o.path, o.reason) for o in report.outcomes if not o.readable)],
     )  # fmt: skip
-
-
-def write_page(path: Path, template: str, **context: Any) -> None:
-    """Render a template of `pages/` to a file, atomically and piece by piece. Raises MetaDiffError."""
-    pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parents[1] / "pages"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    pieces = pages.get_template(template).generate(version=__version__, **context)
-    try:
-        # a file name that is not UTF-8 has lone surrogates: they are shown as escapes
-        with (
-            atomic(path) as temporary,
-            temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
-        ):
-            file.writelines(pieces)
-    except OSError as error:
-        raise MetaDiffError(
-            f"report {path} cannot be written ({error.strerror})", hint="give another --report"
-        ) from error
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,16 @@
 from dataclasses import replace
 from pathlib import Path
 
-from metadiff_cli.commands import options
 from metadiff_cli.commands.adapt.build import Builder, Found, Ready, Start, check_sentences
-from metadiff_cli.commands.adapt.checks import check_labels, check_options, check_outputs, config_of, sampling_of
+from metadiff_cli.commands.adapt.checks import check_folders, check_labels, check_options, check_outputs, sampling_of
 from metadiff_cli.commands.adapt.inputs import Queries, find_queries
 from metadiff_cli.commands.adapt.options import Options
 from metadiff_cli.commands.adapt.output import WRITERS, Writing
 from metadiff_cli.commands.adapt.predict import Predictions
 from metadiff_cli.commands.adapt.report import AdaptReport, write_report
 from metadiff_cli.commands.adapt.sorting import Sorting
+from metadiff_cli.commands.settings import model_config
+from metadiff_cli.commands.settings import start as start_device
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen, counted
 from metadiff_cli.data.sort import Sorter
@@ -24,17 +25,18 @@ TOP = 3  # classes that are shown per image
 def run(given: Options, screen: Screen) -> None:
     """Make the classifier and label the query images. Raises a MetaDiffError for what cannot be done."""
     check_options(given)
-    config = config_of(given)
+    config = model_config(given.config, given.set, given.flags, note=screen.note)
     check_outputs(given)
     queries = find_queries(given.query, null=given.null, more=given.more)
     support = None if given.support is None else Found.at(given.support)
     unlabeled = None if given.unlabeled is None else find_queries([str(given.unlabeled)], option="--unlabeled")
-    builder = Builder(config, sampling_of(given, config, screen), options.start(config), screen)
+    builder = Builder(config, sampling_of(given, config, screen), start_device(config), screen)
     start = builder.start(given.classifier, given.checkpoint)
     classes = _classes(support, start)
     sorting = None
     if given.sort_into is not None:
         sorter = Sorter(given.sort_into, classes, move=given.move)
+        check_folders(sorter)
         queries = queries.outside(sorter.root, [*sorter.folders.values()], given.query)
         sorting = Sorting(sorter, () if support is None else support.split.paths)
     check_labels(given, queries, classes, screen)

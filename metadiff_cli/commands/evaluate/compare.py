@@ -1,54 +1,68 @@
-"""`evaluate --compare OLD.json`: has accuracy dropped by more than chance, against a result that was kept?"""
+"""`evaluate --compare OLD.json`: is the accuracy lower than in an earlier result, by more than chance?"""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metadiff_cli.core.evaluation.evaluate import Protocol
 from metadiff_cli.errors import ConfigError, GateError
 
 MAX_FILE = 16 * 1024 * 1024  # bytes; a result has a few kilobytes
-SAME = ("way", "shot", "query", "split", "protocol", "imbalance", "halves")  # two results compare where these agree
+HINT = "give a file that `metadiff evaluate --json` or `metadiff metatrain` wrote, such as RUN/result.json"
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """A document that `evaluate --json` or `metatrain` wrote. Raises ConfigError for anything else."""
-    hint = "give a file that `metadiff evaluate --json` or `metadiff metatrain` wrote, such as RUN/result.json"
+@dataclass(frozen=True)
+class Result:
+    """An earlier result: its document, and the file that it was read from."""
+
+    path: Path
+    document: dict[str, Any]
+
+
+def read_result(path: Path) -> Result:
+    """A document that `evaluate --json` or `metatrain` wrote. Raises ConfigError for any other file."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_FILE + 1)
         document = json.loads(raw) if len(raw) <= MAX_FILE else None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--compare {path} cannot be read ({error})", hint=hint) from error
+        raise ConfigError(f"--compare {path} cannot be read ({error})", hint=HINT) from error
     if not isinstance(document, dict) or document.get("schema") != "metadiff.evaluate/1":
-        raise ConfigError(f"--compare {path} is no result of an evaluation", hint=hint)
+        raise ConfigError(f"--compare {path} is not the result of an evaluation", hint=HINT)
     try:
-        method = document["methods"]["metadiff"]
-        float(method["accuracy"]), float(method["ci95"])
-        missing = [key for key in SAME[:4] if key not in document]
+        own = document["methods"]["metadiff"]
+        float(own["accuracy"]), float(own["ci95"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"--compare {path} has no accuracy of metadiff", hint=hint) from error
-    if missing:
-        raise ConfigError(f"--compare {path} has no {', '.join(missing)}", hint=hint)
-    return document
+        raise ConfigError(f"--compare {path} has no accuracy of metadiff", hint=HINT) from error
+    return Result(path, document)
 
 
-def check_comparable(old: dict[str, Any], path: Path, asked: dict[str, Any]) -> None:
-    """Raise ConfigError when what is `asked` for is another measurement than the old one."""
-    differ = [
-        f"{key} {old.get(key)} there, {asked[key]} here"
-        for key in SAME
-        if (old.get(key) or None) != (asked[key] or None)
-    ]
+def check_comparable(earlier: Result, protocol: Protocol, split: str, *, halves: bool) -> None:
+    """Raise ConfigError when the earlier result comes from other episodes, or from another way of measuring."""
+    now = {
+        "way": protocol.way,
+        "shot": protocol.shot,
+        "query": protocol.query,
+        "split": split,
+        "protocol": "transductive" if protocol.transductive else "inductive",
+        "imbalance": protocol.imbalance,
+        "halves": halves or None,  # both keys are missing in results that have no use for them
+    }
+    old = {key: earlier.document.get(key) or None for key in now}
+    differ = [f"{key} {old[key]} there, {now[key]} here" for key in now if old[key] != now[key]]
     if differ:
-        raise ConfigError(f"{path} measured something else: {'; '.join(differ)}", hint="evaluate with the same options")
+        raise ConfigError(
+            f"{earlier.path} measured something else: {'; '.join(differ)}", hint="evaluate with the same options"
+        )
 
 
-def compare(new: dict[str, Any], old: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What the new document says about the old: both accuracies, the change, and whether the intervals lie apart."""
-    now, before = new["methods"]["metadiff"], old["methods"]["metadiff"]
+def compared(new: dict[str, Any], earlier: Result) -> dict[str, Any]:
+    """The entry `compared` of the new document: the earlier accuracy, the change, and whether it is a drop."""
+    now, before = new["methods"]["metadiff"], earlier.document["methods"]["metadiff"]
     change = now["accuracy"] - before["accuracy"]
     return {
-        "file": str(path),
+        "file": str(earlier.path),
         "accuracy": before["accuracy"],
         "ci95": before["ci95"],
         "change": round(change, 4),
@@ -56,23 +70,23 @@ def compare(new: dict[str, Any], old: dict[str, Any], path: Path) -> dict[str, A
     }
 
 
-def gate(new: dict[str, Any]) -> None:
-    """Raise GateError when the accuracy dropped beyond both intervals."""
+def check_no_drop(new: dict[str, Any]) -> None:
+    """Raise GateError when the accuracy is lower than before and the two intervals lie apart."""
     found = new["compared"]
     if found["dropped"]:
         now = new["methods"]["metadiff"]
         raise GateError(
             f"accuracy dropped by {-found['change']:.2f} points, from {found['accuracy']:.2f} ± {found['ci95']:.2f} "
             f"to {now['accuracy']:.2f} ± {now['ci95']:.2f} %: the intervals lie apart",
-            hint=f"the results above are complete; {found['file']} has the old ones",
+            hint=f"the results above are complete; {found['file']} holds the earlier ones",
         )
 
 
 def describe(new: dict[str, Any]) -> str:
-    """One line for a person."""
+    """The comparison as one line of text."""
     found = new["compared"]
-    verdict = "a drop beyond both intervals" if found["dropped"] else "no drop beyond both intervals"
+    verdict = "lower, and the intervals lie apart" if found["dropped"] else "no drop beyond the two intervals"
     return (
-        f"against {found['file']}: {found['change']:+.2f} points "
+        f"compared with {found['file']}: {found['change']:+.2f} points "
         f"({found['accuracy']:.2f} ± {found['ci95']:.2f} before), {verdict}"
     )

@@ -1,13 +1,14 @@
-"""What `metatrain` and `evaluate` share: feature banks, methods by name, the result document and its table."""
+"""What `metatrain` and `evaluate` share: feature banks, methods by name, and the result document."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
 
+from metadiff_cli.commands.completions import CONTROLS
 from metadiff_cli.commands.train.run_folder import Source
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
@@ -25,28 +26,23 @@ from metadiff_cli.core.evaluation.evaluate import (
     run_through,
     summarise,
 )
+from metadiff_cli.core.evaluation.openset import OpenSet, measure_open_set, unknown_classes
 from metadiff_cli.core.method.adapt import MetaDiff, Sampling
 from metadiff_cli.core.method.denoisers import build_denoiser, randomise
 from metadiff_cli.core.method.rejection import require_rejection
-from metadiff_cli.core.training.distributed import on_main
 from metadiff_cli.core.training.fit import fit_tuning
 from metadiff_cli.errors import ConfigError
 from metadiff_cli.files import cache_dir
 
-CONTROLS = (
-    "prototype", "analytic", "untrained", "logreg", "ridge", "posterior", "inductive", "soft-kmeans",
-    "label-propagation",
-)  # fmt: skip
-POSTERIOR = Sampling(
-    steps=100, samples=16, temperature=1.0
-)  # classifiers drawn from the posterior, probabilities averaged
+POSTERIOR = Sampling(steps=100, samples=16, temperature=1.0)  # the probabilities of 16 sampled classifiers, averaged
+PICTURES = "pictures"  # key of what only the report page draws; it is taken out before JSON is printed
+AGAINST = ("prototype", "analytic", "inductive")  # the methods that all others are compared with, in pairs
 
-PICTURES = "pictures"  # key of what a page draws and JSON does not hold
-AGAINST = ("prototype", "analytic", "inductive")  # what the paired differences of every method refer to
+Progress = Callable[[int], None]
 
 
 def feature_bank(images: ImageEncoder, source: Source, split: str, config: Config, screen: Screen) -> FeatureBank:
-    """The features of a split, from the cache when they are there."""
+    """The features of a split, from the cache if they are there."""
     decoded = source.split(split, images.size)
     with screen.progress(f"features of {split} images") as advance:
         return build_bank(
@@ -63,7 +59,7 @@ def sampling_of(config: Config) -> Sampling:
 
 
 def parse_controls(text: str) -> list[str]:
-    """Names and checkpoint files from a comma-separated list. Raises ConfigError for a name that is not known."""
+    """Names of controls and checkpoint files from a comma-separated list. Raises ConfigError for an unknown name."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in CONTROLS and not name.endswith(".safetensors"):
@@ -76,10 +72,10 @@ def methods_of(
     model: Model, bank: FeatureBank, controls: Sequence[str], sampling: Sampling, protocol: Protocol,
     device: torch.device,
 ) -> dict[str, Method]:  # fmt: skip
-    """MetaDiff and those of the controls that are made of the model, by name; `methods.further` has the others."""
+    """MetaDiff and those of the controls that are made from its model, by name."""
     metadiff = model.metadiff
     ours = partial(method_of, lengths=lengths_for(metadiff.space, bank, protocol, device))
-    makers = {
+    makers: dict[str, Callable[[], Method]] = {
         "prototype": lambda: prototype_method(metadiff),
         "analytic": lambda: ours(metadiff.analytic(), sampling, protocol),
         "untrained": lambda: ours(_untrained(model, protocol.seed, device), sampling, protocol),
@@ -93,7 +89,7 @@ def methods_of(
 
 
 def _untrained(model: Model, seed: int, device: torch.device) -> MetaDiff:
-    """A randomly initialised denoiser of the configured kind, its last layer included."""
+    """MetaDiff with a denoiser of the configured kind in which every layer is random, the last one included."""
     settings = model.header["config"]["denoiser"]
     kind = settings["kind"] if settings["kind"] != "analytic" else "unet"
     size = model.images.feature_size
@@ -117,8 +113,8 @@ def measure(
 ) -> dict[str, Any]:
     """The `evaluate --json` document of a model, its controls, and `more` methods.
 
-    With `halves`, what is fitted on classes is fitted on the other half of them. With `open_set`, also how well images
-    of classes that a task does not contain are rejected. With `drawn`, also PICTURES, for a page alone.
+    With `halves`, what is fitted on classes is fitted on the half of them that is not measured. With `open_set`, the
+    rejection of images of unknown classes is measured too. With `drawn`, PICTURES is added, for a report page.
     """
     device = model.images.device
     if open_set and not halves:
@@ -128,28 +124,24 @@ def measure(
         lambda progress: _scores(parts, sampling, controls, more or {}, device, progress), bank, split, protocol, screen
     )
     if open_set:
-        from metadiff_cli.commands.evaluate.openset import open_set_document
-
         with screen.progress("open-set episodes") as advance:
-            found = open_set_document(parts, sampling, device, lambda done: advance(done, protocol.episodes))
-        document["open_set"] = found
+            document["open_set"] = _open_set(parts, sampling, device, lambda done: advance(done, protocol.episodes))
     if drawn:
         first = parts[0]
-        document[PICTURES] = on_main(lambda: _pictures(first, sampling))
+        document[PICTURES] = trace_weights(first.model.metadiff, first.bank, first.protocol, sampling, device).to_dict()
     return {
         **document,
         "halves": halves,
         "sampling": asdict(sampling),
         "denoiser": model.header["denoiser"]["kind"],
-        "novelty": on_main(lambda: _novelty(model.metadiff, bank, protocol, sampling)),
+        "novelty": _novelty(model.metadiff, bank, protocol, sampling),
     }
 
 
 def result_document(
-    run: Callable[[Callable[[int], None]], Mapping[str, Scores]], bank: FeatureBank, split: str, protocol: Protocol,
-    screen: Screen,
-) -> dict[str, Any]:  # fmt: skip
-    """The part of the document that holds for any methods; `run` scores them and reports the episodes done."""
+    run: Callable[[Progress], Mapping[str, Scores]], bank: FeatureBank, split: str, protocol: Protocol, screen: Screen
+) -> dict[str, Any]:
+    """The part of the document that is the same for all methods; `run` scores them and reports the episodes done."""
     started = time.perf_counter()
     with screen.progress("episodes") as advance:
         scores = run(lambda done: advance(done, protocol.episodes))
@@ -173,7 +165,7 @@ def result_document(
 
 @dataclass(frozen=True)
 class Part:
-    """A part of an evaluation: the model as it is tuned there, the classes it is measured on, and its episodes."""
+    """A part of an evaluation: the model with what was fitted for it, the classes that are measured, the episodes."""
 
     model: Model
     bank: FeatureBank
@@ -181,7 +173,7 @@ class Part:
 
 
 def _halves(model: Model, bank: FeatureBank, protocol: Protocol) -> list[Part]:
-    """Tuned on every other class and measured on the rest, and the other way round."""
+    """Two parts: fitted on every other class and measured on the rest, and the other way round."""
     parts = []
     for fitted, measured in ((0, 1), (1, 0)):
         part = replace(protocol, episodes=(protocol.episodes + fitted) // 2, seed=protocol.seed + fitted)
@@ -193,7 +185,7 @@ def _halves(model: Model, bank: FeatureBank, protocol: Protocol) -> list[Part]:
 
 def _scores(
     parts: Sequence[Part], sampling: Sampling, controls: Sequence[str], more: Mapping[str, Method],
-    device: torch.device, progress: Callable[[int], None],
+    device: torch.device, progress: Progress,
 ) -> dict[str, Scores]:  # fmt: skip
     found: dict[str, Scores] = {}
     for part in parts:
@@ -203,12 +195,26 @@ def _scores(
     return found
 
 
-def _pictures(part: Part, sampling: Sampling) -> dict[str, Any]:
-    from metadiff_cli.core.memory import training_memory
+def _open_set(parts: Sequence[Part], sampling: Sampling, device: torch.device, progress: Progress) -> dict[str, Any]:
+    """AUROC and rejection rates at the fitted threshold, over the episodes of all parts."""
+    first = parts[0]
+    measured: list[OpenSet] = []
+    for part in parts:
+        before = sum(len(m.auroc) for m in measured)
+        metadiff, report = part.model.metadiff, _after(before, progress)
+        measured.append(measure_open_set(metadiff, part.bank, part.protocol, sampling, device, report))
+    together = reduce(OpenSet.joined, measured)
+    found: dict[str, Any] = rounded({
+        "unknown_classes": unknown_classes(first.bank, first.protocol.way),
+        "episodes": len(together.auroc),
+        "false_rejection_rate": require_rejection(first.model.metadiff).rate,
+        **together.summary(),
+    })  # fmt: skip
+    return found
 
-    images, metadiff = part.model.images, part.model.metadiff
-    ways = trace_weights(metadiff, part.bank, part.protocol, sampling, images.device)
-    return {"trajectories": ways.to_dict(), "memory": training_memory(images, metadiff.space, part.bank)}
+
+def _after(before: int, progress: Progress) -> Progress:
+    return lambda done: progress(before + done)
 
 
 def _novelty(metadiff: MetaDiff, bank: FeatureBank, protocol: Protocol, sampling: Sampling) -> dict[str, float] | None:
@@ -219,52 +225,8 @@ def _novelty(metadiff: MetaDiff, bank: FeatureBank, protocol: Protocol, sampling
     return found
 
 
-RESULT_COLUMNS = ("method", "accuracy %", "minus prototype", "minus analytic", "ECE %")
-
-
-def result_title(document: dict[str, Any]) -> str:
-    """One line on the episodes of a result document."""
-    return (
-        f"{document['way']}-way {document['shot']}-shot, {document['query']} queries a class, "
-        f"{document['split']} classes, {document['episodes']} episodes, {document['protocol']}"
-    )
-
-
-def result_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The cells of RESULT_COLUMNS for each method."""
-    return [
-        (
-            _label(name, document),
-            f"{m['accuracy']:.2f} ± {m['ci95']:.2f}",
-            _difference(m.get("paired_to_prototype")),
-            _difference(m.get("paired_to_analytic")),
-            f"{m['ece']:.1f}",
-        )
-        for name, m in document["methods"].items()
-    ]
-
-
-def show_result(document: dict[str, Any], screen: Screen) -> None:
-    """The table of a result document."""
-    screen.table(result_title(document), RESULT_COLUMNS, result_rows(document))
-    if "open_set" in document:
-        from metadiff_cli.commands.evaluate.openset import COLUMNS, open_set_rows, open_set_title
-
-        screen.table(open_set_title(document), COLUMNS, open_set_rows(document))
-
-
-def _label(name: str, document: dict[str, Any]) -> str:
-    if document["methods"][name].get("statistics") == "queries":
-        return f"{name} (statistics of all queries)"
-    return f"metadiff ({document['denoiser']})" if name == "metadiff" else name
-
-
-def _difference(paired: dict[str, float] | None) -> str:
-    return "" if paired is None else f"{paired['difference']:+.2f} ± {paired['ci95']:.2f}"
-
-
 def rounded(value: Any) -> Any:
-    """Four decimals: beyond that the digits of a float32 computation mean nothing."""
+    """Numbers to four decimals: beyond that the digits of a float32 computation mean nothing."""
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -8,10 +8,25 @@ from typing import Any
 
 from markupsafe import Markup
 
-from metadiff_cli.commands.adapt.report import write_page
-from metadiff_cli.commands.evaluate.measure import PICTURES, RESULT_COLUMNS, result_rows, result_title
-from metadiff_cli.commands.evaluate.openset import COLUMNS, open_set_rows, open_set_title
-from metadiff_cli.commands.pages.plots import Bin, Interval, Way, curve, curves, intervals, reliability, travels
+from metadiff_cli.commands.evaluate.measure import PICTURES
+from metadiff_cli.commands.evaluate.table import (
+    OPEN_SET_COLUMNS,
+    RESULT_COLUMNS,
+    open_set_rows,
+    open_set_title,
+    result_rows,
+    result_title,
+)
+from metadiff_cli.commands.pages.page import write_page
+from metadiff_cli.commands.pages.plots import (
+    Bin,
+    Interval,
+    Trajectory,
+    curve,
+    intervals,
+    reliability,
+    trajectories,
+)
 
 CURVES = {
     "loss": "Training loss",
@@ -19,13 +34,13 @@ CURVES = {
     "validation": "Validation accuracy, %",
     "gain": "Gain over the analytic denoiser, points",
 }
-APART = ("methods", "reliability", "open_set", PICTURES)  # shown by tables and plots of their own
+APART = ("methods", "reliability", "open_set", PICTURES)  # shown in tables and plots of their own
 NO_CURVE = frozenset({"epoch", "epochs", "step", "steps", "size", "best", "ci95"})
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot with its caption and a smaller line below it."""
+    """A plot with its caption, and a smaller line below the caption."""
 
     title: str
     svg: Markup
@@ -38,35 +53,34 @@ def write_evaluation_report(
 ) -> None:  # fmt: skip
     """Write the page of an `evaluate --json` document, atomically.
 
-    `metrics` are the rows of metrics.csv, as numbers or text, and `pretraining` those of the stage before. Where the
-    document has `reliability`, a list of `{"confidence", "accuracy", "count"}` with both in 0..1, its diagram is drawn;
-    where it has PICTURES, the ways of the weights and the memory of training. Raises MetaDiffError when the file cannot
-    be written.
+    `metrics` are the rows of metrics.csv, as numbers or text; `pretraining` are those of the stage before. A document
+    with `reliability`, a list of `{"confidence", "accuracy", "count"}` (the first two in 0..1), gets a reliability
+    diagram; one with PICTURES gets the trajectories of weights. Raises MetaDiffError when the file cannot be written.
     """
-    figures = [_accuracy(document), *_differences(document), *_reliability(document), *_pictures(document)]
+    figures = [_accuracy(document), *_differences(document), *_reliability(document), *_trajectories(document)]
     figures += [*_training(metrics), *_training(pretraining, "Pretraining: ")]
-    rows = result_rows(dict(document))
+    rows = result_rows(document)
     write_page(
-        path, "evaluate.html", title=title or "metadiff: accuracy on episodes", about=result_title(dict(document)),
+        path, "evaluate.html", title=title or "metadiff: accuracy on episodes", about=result_title(document),
         tiles_facts=_tiles(rows[list(document["methods"]).index(_own(document))]), facts=_facts(document),
         figures=figures, columns=RESULT_COLUMNS, rows=rows, open_set=_open_set(document),
     )  # fmt: skip
 
 
 def _own(document: Mapping[str, Any]) -> str:
-    """The method that was measured: MetaDiff, else the first one, which is the checkpoint's."""
+    """The measured method: MetaDiff, else the first one, which is the checkpoint's."""
     names = list(document["methods"])
     return "metadiff" if "metadiff" in names else names[0]
 
 
 def _tiles(row: Sequence[str]) -> list[tuple[str, str]]:
-    """The numbers at the head of the page: the measured method's cells of the table, without empty ones."""
+    """The numbers at the head of the page: the measured method's row of the table, without empty cells."""
     cells = [(name[0].upper() + name[1:], cell) for name, cell in zip(RESULT_COLUMNS, row, strict=True) if cell]
     return cells[1:]
 
 
 def _facts(document: Mapping[str, Any]) -> list[tuple[str, object]]:
-    """What is neither a result nor a plot, nested values by dotted names."""
+    """Everything that is neither a result nor a plot; nested values have dotted names."""
     facts: list[tuple[str, object]] = []
     for key, value in document.items():
         if key in APART or value is None:
@@ -77,10 +91,10 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, object]]:
 
 
 def _open_set(document: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The table of an open-set measurement."""
+    """The table of an open-set measurement, if there is one."""
     if "open_set" not in document:
         return None
-    return {"title": open_set_title(document), "columns": COLUMNS, "rows": open_set_rows(document)}
+    return {"title": open_set_title(document), "columns": OPEN_SET_COLUMNS, "rows": open_set_rows(document)}
 
 
 def _accuracy(document: Mapping[str, Any]) -> Figure:
@@ -88,8 +102,8 @@ def _accuracy(document: Mapping[str, Any]) -> Figure:
         Interval(name, m["accuracy"], m["ci95"], name == _own(document))
         for name, m in _by_accuracy(document["methods"].items())
     ]
-    svg = intervals(rows, "accuracy, %")
-    return Figure("Accuracy", Markup(svg), "Mean over episodes with its 95 % interval; all methods on the same ones.")
+    about = "Mean over episodes with its 95 % interval; all methods are measured on the same episodes."
+    return Figure("Accuracy", Markup(intervals(rows, "accuracy, %")), about)
 
 
 def _differences(document: Mapping[str, Any]) -> list[Figure]:
@@ -118,50 +132,33 @@ def _reliability(document: Mapping[str, Any]) -> list[Figure]:
     if not any(b.count for b in bins):
         return []
     svg = reliability(bins, "accuracy against confidence")
-    about = "Points on the diagonal: confidence is what it says. Below it, the classifier is too sure."
+    about = "On the diagonal the confidence equals the accuracy. Below the diagonal the classifier is overconfident."
     return [Figure("Reliability", Markup(svg), about)]
 
 
-def _pictures(document: Mapping[str, Any]) -> list[Figure]:
-    """The weights of one task on their way and the memory of training, where the document has them."""
+def _trajectories(document: Mapping[str, Any]) -> list[Figure]:
+    """The weights of one task on their way from noise to their targets, if the document has them."""
     if (found := document.get(PICTURES)) is None:
         return []
-    return [_travels(found["trajectories"], document["shot"]), _memory(found["memory"])]
-
-
-def _travels(found: Mapping[str, Any], shot: int) -> Figure:
     steps, draws = len(found["weights"]) - 1, len(found["weights"][0])
-    ways = [
-        Way(name, tuple(target), [[tuple(found["weights"][s][r][n]) for s in range(steps + 1)] for r in range(draws)])
+    paths = [
+        Trajectory(
+            name, tuple(target), [[tuple(found["weights"][s][r][n]) for s in range(steps + 1)] for r in range(draws)]
+        )
         for n, (name, target) in enumerate(zip(found["classes"], found["targets"], strict=True))
     ]
     first, second = (f"{100 * share:.0f} % of their variance" for share in found["shares"])
-    svg = travels(ways, f"first principal component, {first}", f"second, {second}")
+    svg = trajectories(paths, f"first principal component, {first}", f"second, {second}")
     about = (
-        f"One task's class weights from {draws} draws of noise, {steps} steps each to the large dots, in the plane of "
-        f"their targets: the rings, means of all images of a class. Temperature 1, {shot}-shot "
-        "support: the fewer images, the shorter the way."
+        f"The class weights of one {document['shot']}-shot task, sampled at temperature 1 from {draws} draws of noise "
+        f"in {steps} steps each. The large dots are the sampled weights. The rings are their targets, the means of all "
+        "images of a class; the plane is that of the targets. With fewer support images the weights move less."
     )
-    return Figure("From noise to weights", Markup(svg), about)
-
-
-def _memory(found: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
-    svg = curves(list(found.items()), "inner steps (MetaDiff: diffusion steps)", "memory of a training step, MB")
-    last, megabytes = found["MetaDiff"][-1]
-    about = (
-        "The most that the tensors of a meta-training step of one 5-way 1-shot task take at once, in MB: "
-        f"{megabytes:.1f} with MetaDiff at {last} steps."
-    )
-    if "MAML" in found:
-        about += (
-            " MAML adapts this encoder on the images, so the encoder is trained on the way; MetaDiff's is trained "
-            "before."
-        )
-    return Figure("Memory against steps", Markup(svg), about)
+    return [Figure("From noise to weights", Markup(svg), about)]
 
 
 def _training(metrics: Sequence[Mapping[str, Any]], stage: str = "") -> list[Figure]:
-    """A curve for each column of numbers, with its interval where the column has one."""
+    """A curve for each column of numbers, with its interval if the column has one."""
     if not metrics:
         return []
     across = "step" if "step" in metrics[0] else "epoch"
@@ -181,7 +178,7 @@ def _training(metrics: Sequence[Mapping[str, Any]], stage: str = "") -> list[Fig
 
 
 def _float(value: object) -> float | None:
-    """A number from a cell of metrics.csv; None for an empty cell, text, and what is not finite."""
+    """A number from a cell of metrics.csv; None for an empty cell, for text, and for what is not finite."""
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -1,77 +1,53 @@
-"""`metadiff cache`: what is kept because it is slow to make, and how to be rid of it."""
+"""`metadiff cache`: what is kept because it is slow to make, and how to remove it."""
 
-import os
 import re
-import shutil
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from metadiff_cli.commands import completions, options
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError, MetaDiffError
 from metadiff_cli.files import cache_dir
 
-app = typer.Typer(
-    help="""List and clear what is kept to save time.
-
-    Decoded images, their features, and encoders; all can be made again.
-
-    Examples:
-
-      metadiff cache list
-
-      metadiff cache clear features --yes
-    """,
-    no_args_is_help=True,
-)
-
 KINDS = {
     "images": "decoded images, made again from their files",
     "features": "features of images, made again by the encoder",
-    "encoders": "encoders that `metatrain` finds by settings and data; trained again, which can take hours",
+    "encoders": "encoders that `metatrain` reuses; training one again can take hours",
 }
-# our names begin with a hash, and `.tmp` with six letters is of safetensors: anything else is not ours to delete
-OURS = re.compile(r"\.?s?[0-9a-f]{31,}\b.*|\.tmp\w{6}")
+HASH = "[0-9a-f]{32}"
+# the names of our files; whatever has another name is not ours to delete, even if it begins with a hash
+OURS = {
+    "images": rf"{HASH}\.(npy|json)|s[0-9a-f]{{31}}\.(json|lock)",
+    "features": rf"{HASH}-{HASH}\.(npy|parts|statistics\d\.safetensors)",
+    "encoders": rf"{HASH}\.safetensors",
+}
+PARTS = re.compile(r"\d{6}\.npy|\.\d{6}\.npy\.\w+\.tmp")  # in a folder of features that are not complete yet
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Something in the cache: a file or folder named by a hash."""
+    """Something in the cache: a file, or a folder with the files of it that are ours; `size` in bytes."""
 
-    kind: str
     path: Path
     size: int
-    files: int
+    files: tuple[Path, ...]
     modified: float
 
 
-@app.command("list")
-def list_cache(as_json: options.AsJson = False) -> None:
-    """Show what the cache holds, how much of it, and where.
-
-    METADIFF_CACHE_DIR moves it.
-
-    Examples:
-
-      metadiff cache list
-
-      metadiff cache list --json
-    """
-    screen, root = Screen(), cache_dir()
+def show(screen: Screen, *, as_json: bool) -> None:
+    """Print number, size and age of the files of each kind."""
+    root = cache_dir()
     rows: list[dict[str, Any]] = []
     for kind, what in KINDS.items():
         found = list(entries(root, kind))
         newest = max((e.modified for e in found), default=None)
         rows.append({
-            "kind": kind, "what": what, "files": sum(e.files for e in found), "bytes": sum(e.size for e in found),
+            "kind": kind, "what": what, "files": sum(len(e.files) for e in found), "bytes": sum(e.size for e in found),
             "newest": None if newest is None else time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(newest)),
         })  # fmt: skip
     if as_json:
@@ -82,29 +58,13 @@ def list_cache(as_json: options.AsJson = False) -> None:
     screen.note("`metadiff cache clear [KIND ...]` removes it; METADIFF_CACHE_DIR moves it")
 
 
-@app.command("clear")
-def clear(
-    kinds: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help=options.shown("images, features, encoders.", "all of them"), autocompletion=completions.cache_kinds
-        ),
-    ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.", rich_help_panel=options.COMMON)] = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Remove what the cache holds, after asking.
+def clear(kinds: Sequence[str], screen: Screen, *, yes: bool) -> None:
+    """Remove the entries of these kinds, of all kinds if none is named; asks unless `yes`.
 
-    Only what metadiff named itself is removed, never anything else.
-
-    Examples:
-
-      metadiff cache clear features --yes
-
-      metadiff cache clear --yes
+    Raises ConfigError for an unknown kind and for a no, and MetaDiffError when files could not be removed.
     """
-    screen, root = Screen(quiet=quiet), cache_dir()
-    for kind in kinds or []:
+    root = cache_dir()
+    for kind in kinds:
         if kind not in KINDS:
             raise ConfigError(f"unknown kind '{kind}'", hint=f"choose from {', '.join(KINDS)}")
     chosen = list(dict.fromkeys(kinds or KINDS))
@@ -116,25 +76,27 @@ def clear(
     if not yes and not _agreed(f"Remove {total} of {', '.join(chosen)} from {root}?", screen):
         raise ConfigError("nothing was removed", hint="answer y, or give --yes")
     failed = [entry for entry in found if not _remove(entry)]
-    screen.note(f"removed {total} from {root}")
+    screen.note(f"removed {in_units(sum(e.size for e in found if e not in failed))} from {root}")
     if failed:
         raise MetaDiffError(f"{len(failed)} files could not be removed, such as {failed[0].path}",
                             hint="check the permissions of the cache folder")  # fmt: skip
 
 
 def entries(root: Path, kind: str) -> Iterator[Entry]:
-    """What is ours directly in the folder of a kind. A folder that is a link leads elsewhere and counts as empty."""
+    """Our files and folders directly in the folder of a kind. A folder that is a link leads elsewhere: it is empty."""
     folder = root / kind
     if folder.is_symlink() or not folder.is_dir():
         return
     for path in sorted(folder.iterdir()):
-        if OURS.fullmatch(path.name):
+        if _is_ours(path.name, kind):
             with suppress(FileNotFoundError):  # another process works there
-                yield _entry(kind, path)
+                entry = _entry(path)
+                if entry.files:
+                    yield entry
 
 
 def in_units(size: float) -> str:
-    """Bytes as a person reads them."""
+    """Bytes with a unit, such as 1.5 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -142,29 +104,35 @@ def in_units(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-def _entry(kind: str, path: Path) -> Entry:
+def _is_ours(name: str, kind: str) -> bool:
+    """Whether a file of this name is ours: by its own name, as a lock, or as a temporary file."""
+    written = rf"({OURS[kind]})"
+    return re.fullmatch(rf"{written}(\.lock)?|\.{written}\.\w+\.tmp|\.tmp\w{{6}}", name) is not None
+
+
+def _entry(path: Path) -> Entry:
     status = path.lstat()
-    size, files = status.st_size, 1
-    if stat.S_ISDIR(status.st_mode):
-        inside = [Path(place, name).lstat() for place, _, names in os.walk(path) for name in names]
-        size, files = sum(s.st_size for s in inside), len(inside)
-    return Entry(kind, path, size, files, status.st_mtime)
+    if not stat.S_ISDIR(status.st_mode):
+        return Entry(path, status.st_size, (path,), status.st_mtime)
+    parts = tuple(part for part in sorted(path.iterdir()) if PARTS.fullmatch(part.name))
+    return Entry(path, sum(part.lstat().st_size for part in parts), parts, status.st_mtime)
 
 
 def _remove(entry: Entry) -> bool:
-    """Whether it is gone. A link is removed itself, never what it leads to."""
+    """Remove our files of an entry, and return whether they are gone. A link is removed, never its target."""
     try:
-        if entry.path.is_dir() and not entry.path.is_symlink():
-            shutil.rmtree(entry.path)
-        else:
-            entry.path.unlink(missing_ok=True)
+        for file in entry.files:
+            file.unlink(missing_ok=True)
     except OSError:
         return False
+    if entry.path.is_dir() and not entry.path.is_symlink():
+        with suppress(OSError):  # files of somebody else are left in the folder
+            entry.path.rmdir()
     return True
 
 
 def _agreed(question: str, screen: Screen) -> bool:
-    """A person's yes; no answer, as where nobody is there to give one, is a no."""
+    """Whether the person answers yes; no answer counts as a no."""
     screen.ask(f"{question} [y/N]")
     answer = sys.stdin.readline()
     if not answer.endswith("\n"):  # nobody pressed Enter

@@ -1,70 +1,29 @@
 """`metadiff config`: the settings that a command would run with, and where each comes from."""
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from pathlib import Path
 
-import typer
-
-from metadiff_cli.commands import options
-from metadiff_cli.config.load import check, layers, merge_layers, origins, to_yaml
+from metadiff_cli.config.load import check, flat, layers, merge_layers, origins, to_yaml
 from metadiff_cli.console import Screen
 
-app = typer.Typer(
-    help="""Look at the configuration.
 
-    `metadiff presets copy` gives a file to change, for --config.
-
-    Examples:
-
-      metadiff config show --preset mini-5w5s
-
-      metadiff config show --preset photos --origin
-    """,
-    no_args_is_help=True,
-)
-
-
-@app.command("show")
 def show(
-    preset: options.Preset = None,
-    config: options.ConfigFile = None,
-    settings: options.Settings = None,
-    origin: Annotated[
-        bool, typer.Option("--origin", help="Say where each value comes from.", rich_help_panel=options.COMMON)
-    ] = False,
-    as_json: options.AsJson = False,
+    preset: str | None,
+    file: Path | None,
+    settings: Sequence[str] | None,
+    screen: Screen,
+    *,
+    origin: bool,
+    as_json: bool,
 ) -> None:
-    """Print the settings that a training would run with.
-
-    They are those that `pretrain` and `metatrain` make of the same options.
-    Later ones win: default, preset, --config, METADIFF_* variables, --set.
-    The output without --origin can be given to --config.
-
-    Examples:
-
-      metadiff config show --preset mini-5w5s --origin
-
-      metadiff config show --preset glyphs-5w1s --set pretrain.epochs=3
-    """
-    screen, given = Screen(), layers(preset, config, settings or ())
+    """Print the configuration of all layers: as YAML, with `origin` as a table, or as JSON. Raises ConfigError."""
+    given = layers(preset, file, settings or ())
     resolved = check(merge_layers(given))
+    values, known = resolved.model_dump(mode="json"), origins(given)
     if as_json:
-        document = {"schema": "metadiff.config/1", "config": resolved.model_dump(mode="json"), "origin": origins(given)}
-        screen.json(document)
+        screen.json({"schema": "metadiff.config/1", "config": values, "origin": known})
     elif origin:
-        known = origins(given)
-        rows = [(key, _plain(value), known[key]) for key, value in flat(resolved.model_dump(mode="json")).items()]
+        rows = [(key, "" if value is None else str(value), known[key]) for key, value in flat(values).items()]
         screen.table("Configuration", ("key", "value", "from"), rows, left=3)
     else:
         screen.text(to_yaml(resolved).rstrip("\n"))
-
-
-def flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested values by dotted key, in their order."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
-    return found
-
-
-def _plain(value: object) -> str:
-    return "" if value is None else str(value)

@@ -1,4 +1,7 @@
-"""`metadiff doctor`: does everything that metadiff needs work here, and if not, what to do."""
+"""`metadiff doctor`: does everything that metadiff needs work here, and if not, what to do?
+
+Torch and torchvision are imported inside the checks, because a failing import is what they look for.
+"""
 
 import importlib
 import importlib.metadata
@@ -11,15 +14,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import typer
-
 from metadiff_cli import __version__
-from metadiff_cli.commands import options
 from metadiff_cli.commands.look.cache import KINDS, entries, in_units
 from metadiff_cli.console import Screen, counted
 from metadiff_cli.files import cache_dir, data_dir
 
-LEAST_DISK = 5e9  # bytes: mini-ImageNet decoded at 84 x 84, its features and the states of a training fit in
+LEAST_DISK = 5e9  # bytes: enough for mini-ImageNet decoded at 84 x 84, its features, and the states of a training
 LEAST_PYTHON, LEAST_TORCH = (3, 11), (2, 6)
 TOGETHER = "install the two together, from one index: pip install --force-reinstall torch torchvision"
 
@@ -34,31 +34,19 @@ class Check:
     advice: str = ""
 
 
-def doctor(as_json: options.AsJson = False) -> None:
-    """Check that everything metadiff needs works here.
-
-    Python, torch, torchvision, devices, threads, disk and cache. Leaves with 1
-    when something does not work, and says what to do about it.
-
-    Examples:
-
-      metadiff doctor
-
-      metadiff doctor --json
-    """
-    screen = Screen()
+def show(screen: Screen, *, as_json: bool) -> bool:
+    """Print all checks, and return whether everything that is needed works."""
     checks = [check for find in CHECKS for check in find()]
     failed = [check for check in checks if check.state == "fail"]
     if as_json:
         screen.json({"schema": "metadiff.doctor/1", "ok": not failed, "checks": [asdict(check) for check in checks]})
-    else:
-        screen.table("metadiff doctor", ("", "what", "found"), [(c.state, c.name, c.found) for c in checks], left=3)
-        for check in checks:
-            if check.advice:
-                screen.text(f"{check.name}: {check.advice}")
-        screen.text("everything that is needed works" if not failed else f"{len(failed)} of the checks failed")
-    if failed:
-        raise typer.Exit(1)
+        return not failed
+    screen.table("metadiff doctor", ("", "what", "found"), [(c.state, c.name, c.found) for c in checks], left=3)
+    for check in checks:
+        if check.advice:
+            screen.text(f"{check.name}: {check.advice}")
+    screen.text("everything that is needed works" if not failed else f"{len(failed)} of the checks failed")
+    return not failed
 
 
 def _python() -> Iterator[Check]:
@@ -84,10 +72,10 @@ def _torch() -> Iterator[Check]:
 
 
 def _torchvision() -> Iterator[Check]:
-    """Importing it registers its compiled operators, which fails when it was built for another torch."""
+    """Importing torchvision registers its compiled operators; this fails when it was built for another torch."""
     try:
         yield Check("torchvision", "ok", str(importlib.import_module("torchvision").__version__))
-    except Exception as error:  # whatever it is, the answer is the same
+    except Exception as error:  # the advice is the same for every failure
         reason = _first_line(error)
         advice = TOGETHER
         if "torchvision::nms" in reason:

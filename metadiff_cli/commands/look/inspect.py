@@ -1,54 +1,49 @@
 """`metadiff inspect`: what a file of metadiff holds."""
 
+import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import yaml
 
-from metadiff_cli.commands import options
-from metadiff_cli.commands.look.files import describe
 from metadiff_cli.commands.train.card import card_lines
 from metadiff_cli.console import Screen
+from metadiff_cli.core.checkpoints.file import read_header
+from metadiff_cli.errors import DataError
 from metadiff_cli.files import checkpoint_path
 
 FIRST = ("kind", "encoder", "image", "classes")
+FOR_PROGRAMS = ("plain", "depends")  # entries of a training state that no person reads
+MAX_DOCUMENT = 16 * 2**20  # bytes of a JSON document; a result has a few kilobytes
 
 
-def inspect(
-    file: Annotated[
-        Path | None,
-        typer.Argument(help=options.shown("A file that metadiff wrote.", "the package's checkpoint")),
-    ] = None,
-    as_json: options.AsJson = False,
-) -> None:
-    """Show what a file of metadiff holds.
-
-    Of a checkpoint first its model card, then kind, classes, image size,
-    settings, metrics. Also of saved classifiers, results (.json), settings
-    (.yaml), measurements of a training (.csv), exported graphs (.onnx), and
-    features of the cache (.npy).
-
-    Examples:
-
-      metadiff inspect
-
-      metadiff inspect runs/mini/encoder.safetensors --json
-    """
-    import yaml
-
-    from metadiff_cli.core.checkpoints.file import read_header
-
+def show_file(file: Path | None, screen: Screen, *, as_json: bool) -> None:
+    """Print the contents of a file, or of the packaged checkpoint. Raises DataError or CheckpointError."""
     file = checkpoint_path(file)
-    header = describe(file) or read_header(file)
-    screen = Screen()
+    held = read_document(file) if file.suffix.lower() == ".json" else read_header(file)
     if as_json:
-        screen.json({"schema": "metadiff.inspect/1", "file": str(file), **header})
+        screen.json({"schema": "metadiff.inspect/1", "file": str(file), **held})
         return
-    shown: dict[str, Any] = {key: header[key] for key in FIRST if key in header} | header
-    if classes := header.get("classes", []):  # a library's encoder and a training state have none
+    shown: dict[str, Any] = {key: held[key] for key in FIRST if key in held} | held
+    if classes := held.get("classes", []):  # a library's encoder and a training state have none
         shown["classes"] = f"{len(classes)}: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
-    for key in ("plain", "depends"):  # of a training state: they are for the program
-        shown.pop(key, None)
+    shown = {key: value for key, value in shown.items() if key not in FOR_PROGRAMS}
     if (card := shown.pop("card", None)) is not None:
         screen.text("\n".join(card_lines(card)) + "\n")
     screen.text(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, default_flow_style=None).rstrip("\n"))
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """A result or a manifest with its `kind`. Raises DataError for any other file."""
+    try:
+        with path.open("rb") as file:
+            document = json.loads(file.read(MAX_DOCUMENT))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})", hint="check its name and permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not a JSON document ({error})", hint="copy it or make it again") from error
+    if isinstance(document, dict) and str(document.get("schema", "")).startswith("metadiff."):
+        return {"kind": "result", "result": document}
+    if isinstance(document, dict) and {"command", "arguments", "versions"} <= set(document):
+        return {"kind": "manifest", "result": document}
+    raise DataError(f"{path} was not written by metadiff", hint="give a checkpoint, a classifier or a result.json")

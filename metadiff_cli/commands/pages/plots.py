@@ -1,14 +1,12 @@
-"""Small plots as inline SVG: dots with intervals, curves and a band, a reliability diagram, paths in a plane.
+"""Small plots as inline SVG: intervals, a curve with a band, a reliability diagram, trajectories in a plane.
 
-Colours and fonts come from the page's style sheet through class names, so that they follow dark mode; `standalone`
-takes them into the SVG, for a file of its own. Lengths are in units of the view box, about a pixel. Text is escaped by
-ElementTree.
+Colours and fonts come from the page's style sheet through class names, so they follow dark mode. Lengths are in units
+of the view box, about one pixel. ElementTree escapes the text.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from xml.etree import ElementTree
 
 WIDTH = 400.0
@@ -16,12 +14,12 @@ ROW, LEFT, RIGHT, TOP, BOTTOM = 30.0, 46.0, 14.0, 12.0, 40.0
 LETTER = 7.8  # width of an average letter at the style sheet's 13 px
 LONGEST_NAME = 18
 HUES = 5  # colours of the style sheet
-FAR = 15.0  # a row this far below the best does not stretch the axis: the intervals of the others stay visible
+FAR = 15.0  # a row this far below the best is left off the axis, so that the other intervals stay visible
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and the half-width of its interval; `own` marks ours among the controls."""
+    """A value and the half-width of its interval; `own` marks the measured method among its controls."""
 
     name: str
     value: float
@@ -31,7 +29,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Bin:
-    """Of a reliability diagram: mean confidence and accuracy in 0..1 of `count` predictions."""
+    """A bin of a reliability diagram: mean confidence and accuracy (0..1) of `count` predictions."""
 
     confidence: float
     accuracy: float
@@ -39,8 +37,8 @@ class Bin:
 
 
 @dataclass(frozen=True)
-class Way:
-    """The way of one class to its target: points (x, y) of several draws, the first one its start."""
+class Trajectory:
+    """The weights of one class on their way to `target`: for each draw its points (x, y), the starting noise first."""
 
     name: str
     target: tuple[float, float]
@@ -49,7 +47,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Axis:
-    """From values low..high to places start..end; start may lie after end."""
+    """Maps the values low..high to the places start..end; start may be larger than end."""
 
     low: float
     high: float
@@ -58,7 +56,7 @@ class Axis:
 
     @classmethod
     def around(cls, values: Iterable[float], start: float, end: float) -> "Axis":
-        """An axis that holds all values, its ends on ticks."""
+        """An axis that covers all values and ends on ticks."""
         values = list(values)
         low, high = min(values), max(values)
         if low == high:
@@ -67,20 +65,20 @@ class Axis:
         return cls(math.floor(low / step) * step, math.ceil(high / step) * step, start, end)
 
     def at(self, value: float) -> float:
-        """Where a value lies."""
+        """The place of a value."""
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Round values from end to end, about five."""
+        """About five round values between the ends."""
         step = _step(self.high - self.low)
         first = math.ceil(self.low / step - 1e-9)
         return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
 def intervals(rows: Sequence[Interval], label: str, *, zero: bool = False) -> str:
-    """A row for each method: name, interval with its dot, and the numbers; `zero` draws the line of no difference.
+    """A row per method: its name, its interval with a dot, and the numbers. `zero` adds the line of no difference.
 
-    A row that is FAR below the best is marked at the edge of the plot.
+    A row that is FAR below the best one is marked at the edge of the plot.
     """
     names = min(LONGEST_NAME, max(len(row.name) for row in rows)) * LETTER + 12
     best = max(row.value for row in rows)
@@ -107,7 +105,7 @@ def intervals(rows: Sequence[Interval], label: str, *, zero: bool = False) -> st
 
 
 def curve(points: Sequence[tuple[float, float, float]], across: str, label: str, *, zero: bool = False) -> str:
-    """A line through (x, y, half-width), with a band where the half-widths are above 0; `across` names the x axis."""
+    """A line through points (x, y, half-width), with a band if a half-width is above 0; `across` names the x axis."""
     height = 240.0
     bottom = height - BOTTOM
     edges = [edge for _, value, half in points for edge in (value - half, value + half)]
@@ -129,32 +127,8 @@ def curve(points: Sequence[tuple[float, float, float]], across: str, label: str,
     return _source(svg)
 
 
-def curves(series: Sequence[tuple[str, Sequence[tuple[float, float]]]], across: str, label: str) -> str:
-    """A line with dots for each name and its points (x, y), from zero up, with their names above."""
-    height, legend = 260.0, 22.0
-    bottom = height - BOTTOM
-    y = Axis.around([0.0, *(value for _, points in series for _, value in points)], bottom, TOP + legend)
-    left = max(LEFT, 14 + LETTER * max(len(_number(tick)) for tick in y.ticks()))
-    x = Axis.around([place for _, points in series for place, _ in points], left, WIDTH - RIGHT)
-    svg = _canvas(height, label)
-    _ticks_up(svg, y, x)
-    for tick in x.ticks():
-        _text(svg, _number(tick), x.at(tick), bottom + 18, "middle", "tick")
-    place = left
-    for i, (name, points) in enumerate(series):
-        hue = f"s{i % HUES}"
-        _add(svg, "polyline", f"curve {hue}", points=_path(x, y, points))
-        for a, b in points:
-            _add(svg, "circle", f"dot {hue}", cx=x.at(a), cy=y.at(b), r=3)
-        _add(svg, "circle", f"dot {hue}", cx=place + 5, cy=TOP + 2, r=5)
-        _text(svg, _short(name), place + 15, TOP + 6.5, "start")
-        place += 30 + LETTER * len(_short(name))
-    _text(svg, across, (x.start + x.end) / 2, height - 6, "middle", "tick")
-    return _source(svg)
-
-
-def travels(paths: Sequence[Way], across: str, up: str) -> str:
-    """Ways to targets in a plane of equal scales: a dot for each step, a larger one at the end; rings are targets."""
+def trajectories(paths: Sequence[Trajectory], across: str, up: str) -> str:
+    """Trajectories in a plane of equal scales: a dot per step, a larger one at the end; the rings are the targets."""
     height = WIDTH
     points = [p for path in paths for p in (path.target, *(p for draw in path.draws for p in draw))]
     start, end = LEFT + 8, WIDTH - RIGHT
@@ -166,10 +140,10 @@ def travels(paths: Sequence[Way], across: str, up: str) -> str:
     for i, path in enumerate(paths):
         hue = f"s{i % HUES}"
         for draw in path.draws:
-            _add(svg, "polyline", f"way {hue}", points=_path(x, y, draw))
+            _add(svg, "polyline", f"trace {hue}", points=_path(x, y, draw))
             for step, (a, b) in enumerate(draw, start=1):
                 _add(svg, "circle", f"dot {hue}", cx=x.at(a), cy=y.at(b), r=3.6 if step == len(draw) else 1.6)
-    for i, path in enumerate(paths):  # above all the ways
+    for i, path in enumerate(paths):  # drawn last, above the lines
         a, b = x.at(path.target[0]), y.at(path.target[1])
         _add(svg, "circle", f"ring s{i % HUES}", cx=a, cy=b, r=6)
         right = a > (start + end) / 2
@@ -182,7 +156,7 @@ def travels(paths: Sequence[Way], across: str, up: str) -> str:
 def _square(
     points: Sequence[tuple[float, float]], across: tuple[float, float], up: tuple[float, float]
 ) -> tuple[Axis, Axis]:
-    """Two axes with the same length of a unit that hold all points with some room around."""
+    """Two axes of equal scale that cover all points with some room around them."""
     middles, spans = [], []
     for values in zip(*points, strict=True):
         middles.append((min(values) + max(values)) / 2)
@@ -194,21 +168,8 @@ def _square(
     )
 
 
-def standalone(svg: str) -> str:
-    """The same plot as the text of an .svg file, with the colours of the pages in it."""
-    sheet = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
-    colours, rest = sheet.split("* { box-sizing", 1)
-    rules = [line for line in rest.splitlines() if line.startswith("svg ")]
-    root = ElementTree.fromstring(svg)
-    root.set("xmlns", "http://www.w3.org/2000/svg")
-    style = ElementTree.Element("style")
-    style.text = "\n".join([colours, *rules, "svg { background: var(--face); font-family: system-ui, sans-serif; }"])
-    root.insert(0, style)
-    return _source(root) + "\n"
-
-
 def reliability(bins: Sequence[Bin], label: str) -> str:
-    """Accuracy against confidence beside the diagonal of perfect calibration, above how many predictions fell where."""
+    """Accuracy against confidence with the diagonal of perfect calibration; columns below count the predictions."""
     height, bottom, counts = 340.0, 238.0, 40.0
     x, y = Axis(0, 1, LEFT + 6, WIDTH - RIGHT), Axis(0, 1, bottom, TOP)
     svg = _canvas(height, label)
@@ -233,8 +194,8 @@ def reliability(bins: Sequence[Bin], label: str) -> str:
 
 
 def _step(span: float) -> float:
-    """1, 2 or 5 times a power of ten, about a fifth of the span."""
-    rough = max(span / 5, 1e-300)  # floats below have no logarithm, or few digits
+    """1, 2 or 5 times a power of ten, about one fifth of the span."""
+    rough = max(span / 5, 1e-300)  # smaller floats have few digits, and 0 has no logarithm
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
 

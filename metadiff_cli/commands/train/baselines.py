@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metadiff_cli.commands import options
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError, DataError
@@ -207,6 +206,7 @@ def _on_images(
     """An untrained baseline over images, with base and validation classes; its encoder starts at random."""
     import torch
 
+    from metadiff_cli.commands.settings import start as begin
     from metadiff_cli.core.baselines.learners import build_image_learner
     from metadiff_cli.core.checkpoints.baseline import Baseline
     from metadiff_cli.core.encoders.bank import ImageEncoder
@@ -217,7 +217,7 @@ def _on_images(
         raise ConfigError(
             f"{name} trains an encoder of its own", hint="leave --encoder FILE and --init-from out, or give a name"
         )
-    device, size = options.start(config), config.data.size
+    device, size = begin(config), config.data.size
     mean, std = channel_statistics(source.split("train").images)
     shape = (size, tuple(mean), tuple(std))
     base = pixel_bank(source, "train", size)

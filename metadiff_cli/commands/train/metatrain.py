@@ -91,7 +91,8 @@ def metatrain(
         from metadiff_cli.commands.train.plan import show_plan
 
         return show_plan("metatrain", resolved, data, screen, as_json=as_json, encoder=file)
-    from metadiff_cli.commands.evaluate.measure import PICTURES, show_result
+    from metadiff_cli.commands.evaluate.measure import PICTURES
+    from metadiff_cli.commands.evaluate.table import show_result
     from metadiff_cli.commands.train.run_folder import CHECKPOINT, find_data, open_run, open_source
     from metadiff_cli.commands.train.starting import Start
     from metadiff_cli.core.training.distributed import on_main

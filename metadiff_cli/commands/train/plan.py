@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metadiff_cli.commands import options
 from metadiff_cli.config.schema import Config, is_pretrained
 from metadiff_cli.console import Screen
 
@@ -62,10 +61,11 @@ def show_plan(
 
 def make_plan(command: str, config: Config, data: Path | None, screen: Screen, encoder: Path | None) -> dict[str, Any]:
     """The document of `--dry-run --json`."""
+    from metadiff_cli.commands.settings import start
     from metadiff_cli.commands.train.run_folder import open_source
     from metadiff_cli.data.folders import require_split
 
-    device = options.start(config)
+    device = start(config)
     source = open_source(config, data, Screen(quiet=True))
     train = require_split(source.dataset, "train")
     with screen.progress("timing a few steps"):

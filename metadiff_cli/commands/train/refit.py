@@ -63,19 +63,21 @@ def refit(
 
       metadiff refit --data ./photos --split all --out mine.safetensors
     """
+    from metadiff_cli.commands import settings as shared
+
     screen = Screen(quiet=quiet, verbose=verbose)
-    options.check_split(split)
-    options.check_new(out, overwrite=overwrite)
-    runtime = options.model_config(
+    shared.check_split(split)
+    shared.check_new(out, overwrite=overwrite)
+    runtime = shared.model_config(
         config, settings, options.runtime_flags(seed, device, threads, num_workers, batch_size)
     )
-    from metadiff_cli.commands.evaluate.command import find_source
     from metadiff_cli.commands.evaluate.measure import feature_bank
+    from metadiff_cli.commands.evaluate.run import find_source
     from metadiff_cli.core.checkpoints.file import load_checkpoint, save_checkpoint
     from metadiff_cli.core.checkpoints.model import model_of
     from metadiff_cli.core.training.fit import fit_rejection
 
-    start = options.start(runtime)
+    start = shared.start(runtime)
     stored = load_checkpoint(checkpoint_path(checkpoint), "model")
     model = model_of(stored, start)
     if model.metadiff.targets is None:

@@ -284,7 +284,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_read(cli: CLI, photos: P
     common = ["adapt", "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint]
     (photos / "file").touch()
     for extra, code, words in (
-        (["--save", photos / "file" / "x.safetensors"], 2, "file is no folder"),
+        (["--save", photos / "file" / "x.safetensors"], 2, "file is not a folder"),
         (["--save", "/"], 2, "exists already"),
         (["-0"], 2, "--query -"),
         (["--unlabeled", photos / "nosuch"], 3, "nosuch does not exist"),

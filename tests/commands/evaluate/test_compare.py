@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from metadiff_cli.commands.evaluate.compare import check_comparable, compare, gate, read_result
+from metadiff_cli.commands.evaluate.compare import Result as Earlier
+from metadiff_cli.commands.evaluate.compare import check_comparable, check_no_drop, compared, read_result
+from metadiff_cli.core.evaluation.evaluate import Protocol
 from metadiff_cli.errors import ConfigError, GateError
 from tests.worlds import Result
 
@@ -31,25 +33,34 @@ def result(accuracy: float, ci95: float) -> dict[str, Any]:
 )
 def test_a_drop_is_one_when_the_intervals_lie_apart(accuracy: float, ci95: float, dropped: bool) -> None:
     new = result(accuracy, ci95)
-    new["compared"] = compare(new, RESULT, Path("old.json"))
+    new["compared"] = compared(new, Earlier(Path("old.json"), RESULT))
     assert new["compared"]["dropped"] == dropped
     if dropped:
         with pytest.raises(GateError, match="dropped by"):
-            gate(new)
+            check_no_drop(new)
     else:
-        gate(new)
+        check_no_drop(new)
+
+
+def check(document: dict[str, Any]) -> None:
+    check_comparable(Earlier(Path("old.json"), document), Protocol(), "test", halves=False)
 
 
 @pytest.mark.parametrize("key", ["way", "shot", "query", "split", "protocol", "imbalance", "halves"])
 def test_other_measurements_do_not_compare(key: str) -> None:
-    check_comparable(RESULT, Path("old.json"), RESULT)
+    check(RESULT)
     with pytest.raises(ConfigError, match=key):
-        check_comparable(RESULT, Path("old.json"), {**RESULT, key: 99})
+        check({**RESULT, key: 99})
+
+
+def test_a_result_without_its_episodes_does_not_compare() -> None:
+    check({key: value for key, value in RESULT.items() if key not in ("imbalance", "halves")})
+    with pytest.raises(ConfigError, match="way None there, 5 here"):
+        check({key: value for key, value in RESULT.items() if key != "way"})
 
 
 BAD = ["", "[]", "{}", "[" * 100_000, '{"schema": "metadiff.adapt/1"}', '{"schema": "metadiff.evaluate/1"}',
-       json.dumps({**RESULT, "methods": {"metadiff": {"accuracy": "x", "ci95": 1}}}),
-       json.dumps({k: v for k, v in RESULT.items() if k != "way"})]  # fmt: skip
+       json.dumps({**RESULT, "methods": {"metadiff": {"accuracy": "x", "ci95": 1}}})]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", BAD)

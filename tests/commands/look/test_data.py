@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from metadiff_cli.data.known import KNOWN
-from tests.worlds import Result, paint
+from tests.worlds import Result, paint, validate
 
 CLI = Callable[..., Result]
 
@@ -47,7 +47,7 @@ def test_a_sound_folder(cli: CLI, folder: Path) -> None:
     assert document["corrupt"] == document["odd"] == document["empty_classes"] == []
     assert not any(document["duplicates"].values())  # type: ignore[attr-defined]
     shown = cli("data", "verify", folder)
-    assert shown.code == 0 and "12 images" in shown.out
+    assert shown.code == 0 and "12 readable images" in shown.out
 
 
 def test_corrupt_images_and_classes_are_exit_code_3(cli: CLI, folder: Path) -> None:
@@ -98,3 +98,18 @@ def test_tiny_long_and_plain_images_are_odd(cli: CLI, folder: Path) -> None:
 def test_a_folder_that_is_not_there(cli: CLI, tmp_path: Path) -> None:
     assert cli("data", "verify", tmp_path / "nowhere").code == 3
     assert cli("data", "prepare", "omniglt").code == 2
+
+
+def test_glyphs_need_no_preparation(cli: CLI, tmp_path: Path) -> None:
+    assert "nothing to prepare" in cli("data", "prepare", "glyphs").out
+    assert validate(cli("data", "prepare", "glyphs", "--json"), "metadiff.data-prepare/1")["folder"] is None
+    for option in ("--root", "--from-archive"):
+        result = cli("data", "prepare", "glyphs", option, tmp_path)
+        assert result.code == 2 and option in result.err and result.out == ""
+
+
+def test_an_archive_for_a_data_set_that_is_there_is_refused(cli: CLI, tmp_path: Path) -> None:
+    paint(tmp_path / "root" / "cub" / "a.png", (1, 2, 3), seed=0)
+    (tmp_path / "cub.zip").touch()
+    result = cli("data", "prepare", "cub", "--root", tmp_path / "root", "--from-archive", tmp_path / "cub.zip")
+    assert result.code == 2 and "there already" in result.err and "--from-archive" in result.err

@@ -1,0 +1,170 @@
+"""The stages of `metadiff evaluate`: check what is asked for, open model and data, measure, show the result."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metadiff_cli.commands.evaluate import compare
+from metadiff_cli.commands.evaluate.measure import (
+    PICTURES,
+    feature_bank,
+    measure,
+    parse_controls,
+    sampling_of,
+)
+from metadiff_cli.commands.evaluate.report import write_evaluation_report
+from metadiff_cli.commands.evaluate.table import show_result
+from metadiff_cli.commands.pages.page import check_page
+from metadiff_cli.commands.settings import USED, check_split, model_config, start
+from metadiff_cli.commands.train.baselines import FILE, further, mark, measure_method
+from metadiff_cli.commands.train.run_folder import Source, open_source
+from metadiff_cli.config.load import check
+from metadiff_cli.config.schema import Config, SamplerConfig
+from metadiff_cli.console import Screen
+from metadiff_cli.core.checkpoints.baseline import Baseline, load_baseline
+from metadiff_cli.core.checkpoints.file import read_header
+from metadiff_cli.core.checkpoints.model import Model, load_model
+from metadiff_cli.core.evaluation.evaluate import Protocol
+from metadiff_cli.errors import ConfigError, DataError, GateError
+from metadiff_cli.files import checkpoint_path
+
+SAMPLED = ("analytic", "untrained", "posterior", "inductive")  # controls that sample weights
+EPISODES = ("evaluation.way", "evaluation.shot", "evaluation.query", "evaluation.episodes")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one call of `evaluate` asks for, besides its configuration; see the options of the same names."""
+
+    checkpoint: Path | None
+    data: Path | None
+    split: str
+    transductive: bool
+    imbalance: float | None
+    controls: str
+    halves: bool
+    open_set: bool
+    fail_under: float | None
+    compare_to: Path | None
+    report: Path | None
+    as_json: bool
+
+    def protocol(self, config: Config) -> Protocol:
+        """The episodes that are asked for."""
+        e = config.evaluation
+        return Protocol(e.way, e.shot, e.query, e.episodes, config.seed, self.transductive, self.imbalance)
+
+
+def run(
+    request: Request, file: Path | None, settings: Sequence[str] | None, flags: Mapping[str, object], screen: Screen
+) -> None:
+    """Measure, show the result, then check the gates. Raises GateError when one of them is not met."""
+    check_split(request.split)
+    controls = parse_controls(request.controls)
+    if request.report is not None:
+        check_page(request.report)
+    earlier = None if request.compare_to is None else compare.read_result(request.compare_to)
+    config = model_config(file, settings, flags, used=(*USED, *EPISODES), note=screen.note)
+    path = checkpoint_path(request.checkpoint)
+    _check(request, controls, baseline=read_header(path)["kind"] == "baseline")
+    protocol = request.protocol(config)
+    if earlier is not None:
+        compare.check_comparable(earlier, protocol, request.split, halves=request.halves)
+    document = measure_checkpoint(path, request, controls, config, protocol, screen)
+    if earlier is not None:
+        document["compared"] = compare.compared(document, earlier)
+    _show(document, request, screen)
+    _check_gates(document, request.fail_under)
+
+
+def measure_checkpoint(
+    path: Path, request: Request, controls: Sequence[str], config: Config, protocol: Protocol, screen: Screen
+) -> dict[str, Any]:
+    """The result document of the model or baseline in the file `path`, beside its controls."""
+    device = start(config)
+    baseline = read_header(path)["kind"] == "baseline"
+    model = (load_baseline if baseline else load_model)(path, device)
+    if isinstance(model, Baseline):
+        _check_sampled(model, request, controls, config)
+    source = find_source(check(model.header["config"]), config, request.data, screen)
+    labels = source.split(request.split, model.images.size).labels
+    name = "metadiff" if isinstance(model, Model) else model.name
+    more, statistics = further(controls, name, config, source, request.split, labels, protocol, device, screen)
+    if isinstance(model, Model):
+        bank = feature_bank(model.images, source, request.split, config, screen)
+        document = measure(
+            model, bank, request.split, protocol, sampling_of(config), controls, screen, more,
+            halves=request.halves, open_set=request.open_set, drawn=request.report is not None,
+        )  # fmt: skip
+    else:
+        document = measure_method(model, controls, config, source, request.split, protocol, screen, more)
+    return mark(document, statistics)
+
+
+def find_source(trained: Config, config: Config, data: Path | None, screen: Screen) -> Source:
+    """The data set that the model was trained on, or the folder `data` if that is another one.
+
+    The folder is read in the training's layout if it has it, else as class folders. Raises DataError when there is no
+    such data set.
+    """
+    drawn = trained.data.layout == "glyphs" and data is not None
+    layout = "auto" if drawn else trained.data.layout
+    found = config.model_copy(
+        update={"data": trained.data.model_copy(update={"layout": layout}), "seed": trained.seed}
+    )  # the seed decides how a folder without splits is split
+    try:
+        return open_source(found, data, screen)
+    except DataError:
+        if data is None or not data.is_dir() or layout in ("auto", "folder"):
+            raise
+        folder = found.data.model_copy(update={"layout": "folder"})
+        return open_source(found.model_copy(update={"data": folder}), data, screen)
+
+
+def _check(request: Request, controls: Sequence[str], *, baseline: bool) -> None:
+    """Raise ConfigError for options that do not go together, or not with the file of a baseline."""
+    if request.open_set and request.imbalance is not None:
+        raise ConfigError("--open-set needs balanced queries", hint="leave out --imbalance or --open-set")
+    if request.halves and (baseline or any(name.endswith(FILE) for name in controls)):
+        raise ConfigError("--halves fits a MetaDiff model anew, and no baseline", hint="leave out --halves")
+    if request.open_set and baseline:
+        raise ConfigError("--open-set measures a MetaDiff model, not a baseline", hint="leave out --open-set")
+    if request.compare_to is not None and baseline:
+        raise ConfigError("--compare compares MetaDiff models, not baselines", hint="leave out --compare")
+
+
+def _check_sampled(baseline: Baseline, request: Request, controls: Sequence[str], config: Config) -> None:
+    """Raise ConfigError for options of the sampler when neither the baseline nor a control has one."""
+    sampled = baseline.base is not None and any(name in SAMPLED for name in controls)
+    sampled = sampled or any(read_header(Path(name))["kind"] == "model" for name in controls if name.endswith(FILE))
+    if not sampled and (request.transductive or config.sampler != SamplerConfig()):
+        raise ConfigError(
+            f"{baseline.name} has no sampler: --transductive and the settings of the sampler have no effect",
+            hint="leave them out, or give a MetaDiff checkpoint among --controls",
+        )
+
+
+def _show(document: dict[str, Any], request: Request, screen: Screen) -> None:
+    """Write the report, and print the result as JSON or as tables."""
+    if request.report is not None:
+        write_evaluation_report(request.report, document)
+        screen.note(f"report written: {request.report}")
+    document.pop(PICTURES, None)
+    if request.as_json:
+        screen.json(document)
+        return
+    show_result(document, screen)
+    if "compared" in document:
+        screen.text(compare.describe(document))
+    screen.detail(f"{document['episodes_per_second']} episodes per second")
+
+
+def _check_gates(document: dict[str, Any], fail_under: float | None) -> None:
+    accuracy = next(iter(document["methods"].values()))["accuracy"]  # the checkpoint's own comes first
+    if fail_under is not None and accuracy < fail_under:
+        raise GateError(
+            f"accuracy {accuracy:.2f} % is below --fail-under {fail_under:g}", hint="the results above are complete"
+        )
+    if "compared" in document:
+        compare.check_no_drop(document)

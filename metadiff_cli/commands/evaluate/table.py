@@ -1,0 +1,71 @@
+"""How a person reads a result document: the tables of accuracies and of an open-set measurement."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from metadiff_cli.console import Screen
+
+RESULT_COLUMNS = ("method", "accuracy %", "minus prototype", "minus analytic", "ECE %")
+OPEN_SET_COLUMNS = ("open set", "mean ± 95 %")
+OPEN_SET_ROWS = {
+    "auroc": "AUROC of the known score, %",
+    "auroc_confidence": "AUROC of the confidence, %",
+    "rejected_known": "rejected of known queries, %",
+    "rejected_unknown": "rejected of unknown queries, %",
+}
+
+
+def show_result(document: Mapping[str, Any], screen: Screen) -> None:
+    """Print the tables of a result document."""
+    screen.table(result_title(document), RESULT_COLUMNS, result_rows(document))
+    if "open_set" in document:
+        screen.table(open_set_title(document), OPEN_SET_COLUMNS, open_set_rows(document))
+
+
+def result_title(document: Mapping[str, Any]) -> str:
+    """One line on the episodes of a result document."""
+    return (
+        f"{document['way']}-way {document['shot']}-shot, {document['query']} queries per class, "
+        f"{document['split']} classes, {document['episodes']} episodes, {document['protocol']}"
+    )
+
+
+def result_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The cells of RESULT_COLUMNS for each method."""
+    return [
+        (
+            _label(name, document),
+            f"{m['accuracy']:.2f} ± {m['ci95']:.2f}",
+            _difference(m.get("paired_to_prototype")),
+            _difference(m.get("paired_to_analytic")),
+            f"{m['ece']:.1f}",
+        )
+        for name, m in document["methods"].items()
+    ]
+
+
+def open_set_title(document: Mapping[str, Any]) -> str:
+    """One line on an open-set measurement."""
+    found = document["open_set"]
+    rate = 100 * found["false_rejection_rate"]
+    return (
+        f"{found['unknown_classes']} unknown classes beside {document['way']} known ones, threshold for "
+        f"{rate:g} % false rejections, {found['episodes']} episodes"
+    )
+
+
+def open_set_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The cells of OPEN_SET_COLUMNS."""
+    found = document["open_set"]
+    rows = [(name, f"{found[key]['mean']:.2f} ± {found[key]['ci95']:.2f}") for key, name in OPEN_SET_ROWS.items()]
+    return [*rows, ("AUROC, known score minus confidence", _difference(found["paired_to_confidence"]))]
+
+
+def _label(name: str, document: Mapping[str, Any]) -> str:
+    if document["methods"][name].get("statistics") == "queries":
+        return f"{name} (statistics of all queries)"
+    return f"metadiff ({document['denoiser']})" if name == "metadiff" else name
+
+
+def _difference(paired: Mapping[str, float] | None) -> str:
+    return "" if paired is None else f"{paired['difference']:+.2f} ± {paired['ci95']:.2f}"
