@@ -1,11 +1,16 @@
 """Several processes that work together, as torchrun starts them."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
+
+from tests.worlds import Result
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 600  # after which a test gives up
@@ -48,3 +53,29 @@ def torchrun(command: Sequence[str | Path], count: int = 2) -> subprocess.Comple
 def settings() -> dict[str, str]:
     """The processes share the cores, and import what the tests do."""
     return {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+PLAIN_USER = 65534  # nobody
+
+
+def as_plain_user(arguments: Sequence[str | Path], folder: Path) -> Result:
+    """The command line in `folder` without root's rights, in which permissions would mean nothing.
+
+    As root it runs as another user, whom `folder` is given to; skips the test where that cannot be done.
+    """
+    command = [sys.executable, "-m", "metadiff_cli", *map(str, arguments)]
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("as root, this test needs setpriv, to run without root's rights")
+        user = str(PLAIN_USER)
+        command = ["setpriv", "--reuid", user, "--regid", user, "--clear-groups", "--bounding-set=-all", *command]
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, PLAIN_USER, PLAIN_USER, follow_symlinks=False)
+        for parent in folder.parents:  # pytest keeps its folders to their owner
+            if parent.stat().st_uid == 0 and parent.name.startswith("pytest-"):
+                parent.chmod(parent.stat().st_mode | 0o055)
+    home = {"HOME": str(folder), "TMPDIR": str(folder), "METADIFF_CACHE_DIR": str(folder / ".cache")}
+    done = subprocess.run(
+        command, cwd=folder, text=True, capture_output=True, timeout=SECONDS, env={**os.environ, **settings(), **home}
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
