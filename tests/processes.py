@@ -55,27 +55,18 @@ def settings() -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-PLAIN_USER = 65534  # nobody
+def as_plain_user(arguments: Sequence[str | Path], folder: Path, stdin: str = "") -> Result:
+    """The command line in `folder` without root's rights, with which permissions mean nothing.
 
-
-def as_plain_user(arguments: Sequence[str | Path], folder: Path) -> Result:
-    """The command line in `folder` without root's rights, in which permissions would mean nothing.
-
-    As root it runs as another user, whom `folder` is given to; skips the test where that cannot be done.
+    Skips the test where root cannot give them up.
     """
     command = [sys.executable, "-m", "metadiff_cli", *map(str, arguments)]
     if os.geteuid() == 0:
         if not shutil.which("setpriv"):
-            pytest.skip("as root, this test needs setpriv, to run without root's rights")
-        user = str(PLAIN_USER)
-        command = ["setpriv", "--reuid", user, "--regid", user, "--clear-groups", "--bounding-set=-all", *command]
-        for path in (folder, *folder.rglob("*")):
-            os.chown(path, PLAIN_USER, PLAIN_USER, follow_symlinks=False)
-        for parent in folder.parents:  # pytest keeps its folders to their owner
-            if parent.stat().st_uid == 0 and parent.name.startswith("pytest-"):
-                parent.chmod(parent.stat().st_mode | 0o055)
-    home = {"HOME": str(folder), "TMPDIR": str(folder), "METADIFF_CACHE_DIR": str(folder / ".cache")}
+            pytest.skip("as root, this test needs setpriv, to give up root's rights")
+        command = ["setpriv", "--bounding-set=-all", *command]
     done = subprocess.run(
-        command, cwd=folder, text=True, capture_output=True, timeout=SECONDS, env={**os.environ, **settings(), **home}
-    )
+        command, cwd=folder, text=True, input=stdin, capture_output=True, timeout=SECONDS,
+        env={**os.environ, **settings()},
+    )  # fmt: skip
     return Result(done.returncode, done.stdout, done.stderr)
