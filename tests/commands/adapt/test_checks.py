@@ -1,5 +1,6 @@
 """What `adapt` says before it reads anything: options without an effect, places that cannot be written, labels."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from tests.processes import as_plain_user
 from tests.worlds import Result, paint
 
 CLI = Callable[..., Result]
@@ -107,18 +107,21 @@ def test_a_model_and_a_classifier_are_not_the_same(cli: CLI, place: Path, checkp
     assert other.code == 4 and "is an adapted classifier" in other.err and "give it as --classifier" in other.err
 
 
-def test_a_place_without_permission_is_found_at_once(place: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [("--report", "locked/r.html", "locked"), ("--save", "locked/deep/c.safetensors", "locked"),
+     ("--sort-into", "locked/out", "locked"), ("--sort-into", "sorted", "sorted/locked")],
+)  # fmt: skip
+def test_a_place_without_permission_is_found_at_once(
+    cli: CLI, place: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, option: str, value: str, told: str
+) -> None:
     (place / "locked").mkdir()
-    (place / "locked").chmod(0o555)
-    (place / "sorted" / "red").mkdir(parents=True)
-    (place / "sorted" / "red").chmod(0o555)
-    for option, value, told in (
-        ("--report", "locked/r.html", "locked"), ("--save", "locked/deep/c.safetensors", "locked"),
-        ("--sort-into", "locked/out", "locked"), ("--sort-into", "sorted", "sorted/red"),
-    ):  # fmt: skip
-        result = as_plain_user(["adapt", *BOTH, option, value], place)
-        assert result.code == 2 and f"{told} is not a folder that you may write to" in result.err, result.err
-        assert result.out == "" and "support:" not in result.err
+    (place / "sorted" / "locked").mkdir(parents=True)
+    (place / "support" / "red").rename(place / "support" / "locked")  # a class
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")  # root may write anywhere
+    result = cli("adapt", *BOTH, "-c", checkpoint, option, value)
+    assert result.code == 2 and f"{told} is not a folder that you may write to" in result.err, result.err
+    assert result.out == "" and "support:" not in result.err
 
 
 def test_labels(cli: CLI, place: Path, checkpoint: Path) -> None:
