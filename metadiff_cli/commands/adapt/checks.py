@@ -17,9 +17,10 @@ from metadiff_cli.commands.settings import check_new
 from metadiff_cli.config.load import flat, layers
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
+from metadiff_cli.core.checkpoints.file import read_header
 from metadiff_cli.core.method.adapt import Sampling
 from metadiff_cli.data.sort import Sorter
-from metadiff_cli.errors import ConfigError, DataError, suggest
+from metadiff_cli.errors import CheckpointError, ConfigError, DataError, suggest
 
 NAMES = {
     "seed": "--seed", "sampler.steps": "--steps", "sampler.samples": "--samples",
@@ -99,12 +100,22 @@ def check_outputs(given: Options) -> None:
     """Raise ConfigError for a file or folder that cannot be written, or that must not be replaced."""
     if given.save is not None:
         check_new(given.save, overwrite=given.overwrite)
+        if given.save.exists() and _kind_of(given.save) != "classifier":
+            raise ConfigError(f"--save {given.save} would replace a file of another kind", hint="give another name")
     if given.report is not None:
         check_page(given.report)
         if given.save is not None and given.save.resolve() == given.report.resolve():
             raise ConfigError(f"--save and --report are the same file, {given.save}", hint="give two names")
     if given.sort_into is not None:
         _check_sorting(given.sort_into, given.support)
+
+
+def _kind_of(file: Path) -> str:
+    """The kind of a checkpoint file; empty for any other file."""
+    try:
+        return str(read_header(file)["kind"])
+    except CheckpointError:
+        return ""
 
 
 def _check_sorting(root: Path, support: Path | None) -> None:

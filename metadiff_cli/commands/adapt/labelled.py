@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metadiff_cli.commands.adapt.output import Outcome
-from metadiff_cli.console import Screen
+from metadiff_cli.console import Screen, counted
 
 REJECTED = "(rejected)"
 WIDEST = 20  # classes of a matrix that is shown whole
 PAIRS = 15  # confusions that are named where it is not
+NAMED = 5  # classes that a line names
 NAME, BORDER = 12, 3  # columns of text: of a class name before it is folded, and around each cell
 
 
@@ -137,10 +138,11 @@ def _summary(document: dict[str, Any]) -> list[str]:
         )
     other = document["other_classes"]
     if other["images"]:
+        names = ", ".join([*other["classes"][:NAMED], *(["..."] if len(other["classes"]) > NAMED else [])])
         lines.append(
-            f"{other['images']} images are of classes that the support lacks ({', '.join(other['classes'][:5])}"
-            f"{', ...' if len(other['classes']) > 5 else ''}) and do not count; {other['rejected']} were rejected"
+            f"of classes that the support lacks ({names}): {counted(other['images'], 'image')}, "
+            f"{other['rejected']} rejected, not in the accuracy"
         )
     if document["unlabelled"]:
-        lines.append(f"{document['unlabelled']} query images have no class and do not count")
+        lines.append(f"without a class: {counted(document['unlabelled'], 'query image')}, not in the accuracy")
     return lines

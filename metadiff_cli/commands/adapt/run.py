@@ -15,6 +15,7 @@ from metadiff_cli.commands.settings import model_config
 from metadiff_cli.commands.settings import start as start_device
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen, counted
+from metadiff_cli.core.method.rejection import require_rejection
 from metadiff_cli.data.sort import Sorter
 from metadiff_cli.errors import DataError
 from metadiff_cli.files import checkpoint_path
@@ -32,6 +33,8 @@ def run(given: Options, screen: Screen) -> None:
     unlabeled = None if given.unlabeled is None else find_queries([str(given.unlabeled)], option="--unlabeled")
     builder = Builder(config, sampling_of(given, config, screen), start_device(config), screen)
     start = builder.start(given.classifier, given.checkpoint)
+    if given.reject is not None:
+        require_rejection(start.model.metadiff)
     classes = _classes(support, start)
     sorting = None
     if given.sort_into is not None:

@@ -47,6 +47,8 @@ BOTH = ["-S", "support", "-Q", "query"]
         *(([*BOTH, "--guidance", a], f"--guidance {a} is not a number above 0") for a in ("nan", "inf", "-3", "much")),
         ([*BOTH, "--steps", "3", "--steps", "4"], "--steps was given 2 times"),
         ([*BOTH, "--save", "a.html", "--report", "./a.html"], "are the same file"),
+        ([*BOTH, "--save", "query/red.png", "--overwrite"], "would replace a file of another kind"),
+        ([*BOTH, "--save", "query/red.png"], "exists already"),
         ([*BOTH, "--report", "query/red.png"], "would replace a file that is not a page"),
         ([*BOTH, "--report", "query"], "query"),
         ([*BOTH, "--report", "c.safetensors/r.html"], "c.safetensors is not a folder"),

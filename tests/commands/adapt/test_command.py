@@ -455,3 +455,14 @@ def test_streams_that_are_closed_or_full(
     )  # fmt: skip
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     assert done.stdout.startswith(out) and bool(done.stdout) == bool(out) and err in done.stderr
+
+
+def test_the_signature_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, metadiff_cli.commands.adapt.command\n"
+        "found = {'torch', 'numpy', 'PIL', 'pydantic', 'yaml', 'jinja2', 'platformdirs'} & set(sys.modules)\n"
+        "assert not found, found"
+    )
+    environ = {**os.environ, **settings()}
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, env=environ)
+    assert done.returncode == 0, done.stderr

@@ -49,7 +49,9 @@ def test_what_a_person_asked_for_is_shown_to_the_quiet_as_well(
         score.add(outcome(*pair))
     score.show(Screen(quiet=True), matrix=matrix)
     shown = capsys.readouterr()
-    assert "accuracy 50.0 %" in shown.err and "classes that the support lacks (cat)" in shown.err
+    assert (
+        "accuracy 50.0 %" in shown.err and "of classes that the support lacks (cat): 1 image, 0 rejected" in shown.err
+    )
     assert ("confusion matrix" in shown.out) == matrix and ("hen taken for owl 1" in shown.err) != matrix
 
 
