@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +133,16 @@ def test_photos_with_the_permissions_that_people_have(place: Path, checkpoint: P
     assert document["support"]["blue"] == 3
 
 
-def test_a_class_that_cannot_be_read_ends_the_run(place: Path, checkpoint: Path) -> None:
-    (place / "support" / "red").chmod(0)
-    result = as_plain_user(["adapt", "-S", "support", "-Q", "query", "-c", checkpoint], place)
-    (place / "support" / "red").chmod(0o755)
+def test_a_class_that_cannot_be_read_ends_the_run(
+    cli: CLI, place: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterdir = Path.iterdir
+
+    def locked(path: Path) -> Iterator[Path]:
+        if path.name == "red":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", locked)
+    result = cli("adapt", "-S", "support", "-Q", "query", "-c", checkpoint)
     assert result.code == 3 and "class 'red'" in result.err and "Permission denied" in result.err
