@@ -22,7 +22,7 @@ def written(folder: Path, text: str, name: str = "list.csv") -> Path:
         '\ufeffPath;Label\r\nx/1.jpg;cat\r\n"y, 2.jpg";dog\r\n\r\n',
         "label\tpath\ncat\tx/1.jpg\ndog\ty, 2.jpg\n",
         "sep=;\r\npath;label\r\nx/1.jpg;cat\r\ny, 2.jpg;dog\r\n",
-        'path, label\nx/1.jpg, cat\n"y, 2.jpg", dog\n',
+        'label, path\ncat, x/1.jpg\ndog, "y, 2.jpg"\n',
     ],
     ids=["plain", "from a spreadsheet", "tabs, other order", "with Excel's separator", "blanks after commas"],
 )
