@@ -2,15 +2,16 @@
 
 from typing import TYPE_CHECKING, Any
 
+from metadiff_cli._version import __version__
+
 if TYPE_CHECKING:
     from metadiff_cli.api import FewShotClassifier
 
-__version__ = "0.1.0"
 __all__ = ["FewShotClassifier", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """The Python interface, loaded when it is asked for: `import metadiff_cli` alone loads no torch."""
+    """Load the Python interface when it is first asked for: `import metadiff_cli` alone loads no torch."""
     if name == "FewShotClassifier":
         from metadiff_cli.api import FewShotClassifier
 

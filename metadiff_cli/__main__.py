@@ -1,4 +1,4 @@
-"""`python -m metadiff_cli` and the console script."""
+"""The entry point of `python -m metadiff_cli` and of the console script."""
 
 import io
 import os
@@ -29,7 +29,10 @@ def _replace_closed_streams() -> None:
 
 
 def _prepare_stdout() -> None:
-    """Names of files need not be valid text; escaped, they are valid JSON. Windows has another encoding for pipes."""
+    """Let stdout take any file name, and on Windows write UTF-8 to pipes.
+
+    A file name may hold bytes that are no text. Written as escapes, they are still valid JSON.
+    """
     if not isinstance(sys.stdout, io.TextIOWrapper):
         return
     sys.stdout.reconfigure(errors="backslashreplace")

@@ -58,7 +58,7 @@ class FewShotClassifier:
     temperature : noise temperature, 0 for the posterior mean, 1 to draw from the posterior.
     random_state : seed of the noise, an int; it has no effect at temperature 0.
     device : "auto" (or None), "cpu", "cuda", "mps", or a torch.device.
-    batch_size : images per forward pass of the encoder.
+    batch_size : images per forward pass of the encoder; None for the default of the device.
 
     Attributes (after `fit` or `load`)
     ----------
@@ -81,7 +81,7 @@ class FewShotClassifier:
         temperature: float = 0.0,
         random_state: int = 0,
         device: str | torch.device | None = "auto",
-        batch_size: int = 64,
+        batch_size: int | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.guidance = guidance
@@ -293,7 +293,8 @@ class FewShotClassifier:
 
     def _encoded(self, images: Sequence[ImageLike], model: Model) -> Iterator[Encoded]:
         """The images one by one. Raises InputError for an image that cannot be read."""
-        batches = encode_images(images, model.images, int(self._number("batch_size", 1)))
+        batch = None if self.batch_size is None else int(self._number("batch_size", 1))
+        batches = encode_images(images, model.images, batch)
         for number, image in enumerate(chain.from_iterable(batches)):
             if image.features is None:
                 path = f", {image.path}" if isinstance(images[number], str | os.PathLike) else ""

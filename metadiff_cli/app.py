@@ -21,6 +21,7 @@ from metadiff_cli.commands.train import metatrain, pretrain, refit
 from metadiff_cli.console import Screen
 from metadiff_cli.core.training.world import ALONE, announced, enter, world
 from metadiff_cli.errors import ConfigError, MetaDiffError, ProcessLost, Stopped
+from metadiff_cli.files import without_home
 
 SEVERAL = ("pretrain", "metatrain", "evaluate")  # commands that several processes can share
 
@@ -72,6 +73,8 @@ def root(
 
       metadiff metatrain --preset glyphs-5w1s
     """
+    if (note := without_home()) is not None:
+        Screen().note(note)
     _join(context.invoked_subcommand)
 
 

@@ -1,11 +1,23 @@
-"""A user's mistakes and a run's failures, each with the exit code that the command line ends with."""
+"""The errors that the command line reports, and the exit code of each."""
 
 import difflib
 from collections.abc import Iterable
 
+# the one table of exit codes: the classes below use it, and a test compares the README with it
+EXIT_CODES = {
+    0: "ok",
+    1: "failure at run time",
+    2: "usage or configuration",
+    3: "data",
+    4: "checkpoint",
+    5: "a gate such as `--fail-under` not met",
+    130: "interrupted",
+    143: "terminated",
+}
+
 
 class MetaDiffError(Exception):
-    """Something a person can act on: what is wrong and where, and in `hint` what to type or change next."""
+    """An error that a person can act on: what is wrong and where, and in `hint` the next step."""
 
     exit_code = 1
 
@@ -31,36 +43,36 @@ class DataError(MetaDiffError):
 
 
 class CheckpointError(MetaDiffError):
-    """A file that is no checkpoint of ours, or one of another kind or version."""
+    """A file that is damaged, is not a checkpoint, or is a checkpoint of another kind or format."""
 
     exit_code = 4
 
 
 class GateError(MetaDiffError):
-    """A gate such as `--fail-under` was not met; the results themselves are fine."""
+    """A gate such as `--fail-under` was not met. The results themselves are fine."""
 
     exit_code = 5
 
 
 class ProcessLost(MetaDiffError):
-    """Another process of the same run has ended or is not reached any more."""
+    """Another process of the same run has ended or cannot be reached any more."""
 
     def __init__(self, message: str, *, resumable: bool) -> None:
-        """`resumable` says that --resume goes on from what is saved."""
+        """`resumable` says whether `--resume` can continue from the saved state."""
         super().__init__(message)
         self.resumable = resumable
 
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM asked the command to stop; not an Exception, so that nothing on the way up swallows it."""
+    """SIGINT or SIGTERM asked the command to stop. It is not an Exception, so that no handler swallows it."""
 
     def __init__(self, number: int, *, resumable: bool = False) -> None:
-        """`number` is the signal's; `resumable` says that --resume goes on from what is saved."""
+        """`number` is the number of the signal; `resumable` says whether `--resume` can continue."""
         super().__init__(number)
         self.exit_code, self.resumable = 128 + number, resumable
 
 
 def suggest(word: str, known: Iterable[str], before: str = "", after: str = " ") -> str:
-    """For a hint: a question after the known word that is closest, or nothing when none is close."""
+    """The question "did you mean ...?" for the closest known word, or an empty text if none is close."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"{before}did you mean '{close[0]}'?{after}" if close else ""

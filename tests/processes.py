@@ -1,12 +1,15 @@
-"""Several processes that work together, as torchrun starts them."""
+"""Other processes: several that work together, as torchrun starts them, and one without the rights of root."""
 
 import os
+import pickle
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 
@@ -14,6 +17,8 @@ from tests.worlds import Result
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 600  # after which a test gives up
+PLAIN = 65_534  # the user "nobody"
+Made = TypeVar("Made")
 
 
 def begin(command: Sequence[str | Path], count: int = 2) -> list[subprocess.Popen[str]]:
@@ -55,7 +60,7 @@ def settings() -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def as_plain_user(arguments: Sequence[str | Path], folder: Path, stdin: str = "") -> Result:
+def cli_as_plain_user(arguments: Sequence[str | Path], folder: Path, stdin: str = "") -> Result:
     """The command line in `folder` without root's rights, with which permissions mean nothing.
 
     Skips the test where root cannot give them up.
@@ -70,3 +75,31 @@ def as_plain_user(arguments: Sequence[str | Path], folder: Path, stdin: str = ""
         env={**os.environ, **settings()},
     )  # fmt: skip
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def as_plain_user(work: Callable[[], Made]) -> Made:
+    """The result of `work` in a process without the rights of root, which permissions do not stop."""
+    if not hasattr(os, "fork") or os.geteuid() != 0:
+        return work()
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer versions of Python warn of forks beside threads
+        child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(PLAIN)
+            os.setuid(PLAIN)
+            result: object = work()
+        except BaseException as error:
+            result = error
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(pickle.dumps(result))
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        found: Any = pickle.loads(pipe.read())
+    os.waitpid(child, 0)
+    if isinstance(found, BaseException):
+        raise found
+    return found  # type: ignore[no-any-return]

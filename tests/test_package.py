@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from metadiff_cli import __version__
+from metadiff_cli import __version__, errors
 from metadiff_cli.config.load import preset_names, read_preset
 from tests.worlds import invoke
 
@@ -74,6 +74,31 @@ def test_help_loads_no_torch(command: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout and done.stderr == ""
+
+
+def test_the_package_itself_loads_next_to_nothing() -> None:
+    code = (
+        "import sys, metadiff_cli\nassert metadiff_cli.__version__\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'pydantic', 'typer', 'rich'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_python_class_is_there_when_it_is_asked_for() -> None:
+    import metadiff_cli
+
+    assert metadiff_cli.FewShotClassifier.__module__ == "metadiff_cli.api"
+    with pytest.raises(AttributeError, match="Nonsense"):
+        metadiff_cli.Nonsense  # noqa: B018
+
+
+def test_the_table_of_exit_codes_is_that_of_the_errors_and_of_the_readme() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "exit_code")]
+    assert len(kinds) >= 6 and {kind.exit_code for kind in kinds} <= set(errors.EXIT_CODES)
+    assert {errors.Stopped(number).exit_code for number in (2, 15)} == {130, 143}
+    written = ", ".join(f"{code} {what}" for code, what in errors.EXIT_CODES.items())
+    assert written in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
 def test_version() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from metadiff_cli.data.folders import open_dataset
+from metadiff_cli.data.benchmarks import open_dataset
 from tests.worlds import invoke
 
 SOURCE = Path(os.environ.get("TEST_IMAGES") or Path(__file__).parent.parent.parent / "shared" / "data")

@@ -22,8 +22,13 @@ from torch import Tensor
 from metadiff_cli.app import run
 from metadiff_cli.commands.adapt.output import Outcome
 from metadiff_cli.commands.adapt.report import AdaptReport
+from metadiff_cli.core.checkpoints.model import save_model
 from metadiff_cli.core.encoders.bank import FeatureBank
-from metadiff_cli.core.method.adapt import MetaDiff, Sampling, TaskClassifier, adapt_tasks, seeds_of
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
+from metadiff_cli.core.encoders.networks import build_encoder
+from metadiff_cli.core.method.adapt import MetaDiff, Sampling, TaskClassifier, Tuning, adapt_tasks, seeds_of
+from metadiff_cli.core.method.denoisers import UNetDenoiser
+from metadiff_cli.core.method.task_space import identity_space
 
 SMALL = [
     "--set", "data.glyphs.train=12", "--set", "data.glyphs.val=8", "--set", "data.glyphs.test=8",
@@ -169,4 +174,24 @@ def tar_of(path: Path, files: dict[str, bytes], *more: tarfile.TarInfo) -> Path:
             tar.addfile(info, io.BytesIO(content))
         for info in more:
             tar.addfile(info)
+    return path
+
+
+def small_encoder(size: int = 16, name: str = "conv4", seed: int = 0, **views: Any) -> ImageEncoder:
+    """An encoder of ours with random weights, on the CPU; `views` are `mirror` and `shift`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = build_encoder(name)
+    return ImageEncoder(encoder, name, size, (0.5,) * 3, (0.25,) * 3, device=CPU, **{"mirror": True, **views})
+
+
+def small_model(path: Path) -> Path:
+    """A real checkpoint, untrained: conv4 at 16 x 16 and a small denoiser."""
+    images = small_encoder()
+    g = torch.Generator().manual_seed(0)
+    space = identity_space(torch.randn(4, images.feature_size, generator=g) for _ in range(3))
+    metadiff = MetaDiff(space, UNetDenoiser(images.feature_size, 8, 1), True, Tuning())
+    settings = {"kind": "unet", "width": 8, "depth": 1, "dropout": 0.1}
+    header = {"classes": ["a", "ß", "日本"], "denoiser": settings, "config": {"seed": 0}, "metrics": {"x": 1.5}}
+    save_model(path, images, metadiff, header)
     return path

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from metadiff_cli.classify.images import ImageLike
-from metadiff_cli.data.listing import class_name
+from metadiff_cli.data.scan import class_name
 from metadiff_cli.errors import DataError
 
 Images: TypeAlias = np.ndarray | Sequence[ImageLike]

@@ -12,7 +12,7 @@ from metadiff_cli.core.checkpoints.model import Model
 from metadiff_cli.core.method.adapt import Sampling, TaskClassifier, adapt_tasks, seeds_of
 from metadiff_cli.core.method.guidance import PROTOTYPE
 from metadiff_cli.core.method.rejection import Rejector, rejector_of
-from metadiff_cli.data.listing import class_name
+from metadiff_cli.data.scan import class_name
 
 STEPS = 10  # denoising steps of a prediction
 # and of draws from the posterior: in the Gaussian case their standard deviation is 0.70 to 0.80 of the true one after

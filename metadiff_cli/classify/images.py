@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from metadiff_cli.core.encoders.bank import Encoding, ImageEncoder
+from metadiff_cli.core.encoders.bank import Encoding
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.data.cache import Progress, decode_images, no_progress
 from metadiff_cli.data.images import to_square, upright_rgb
 from metadiff_cli.errors import DataError
@@ -36,17 +37,19 @@ class Encoded:
 def encode_images(
     images: Sequence[ImageLike],
     encoder: ImageEncoder,
-    batch: int,
+    batch: int | None,
     *,
     workers: int | None = None,
     progress: Progress = no_progress,
 ) -> Iterator[list[Encoded]]:
     """Encode images in their order, `batch` at a time, so that memory does not grow with their number.
 
+    Without a `batch` the number depends on the device, see `Encoding`.
     `workers` threads decode files. `progress` is called with the number of images read, and of all images. Raises as
     `Encoding` does. Arrays are uint8 of shape (height, width, 3).
     """
     encode = Encoding(encoder, batch)
+    batch = encode.batch
     waiting: list[tuple[str, np.ndarray | str]] = []
     for i, (image, pixels) in enumerate(zip(images, _pixels(images, encoder.size, workers), strict=True)):
         waiting.append((os.fspath(image) if isinstance(image, str | os.PathLike) else str(i), pixels))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metadiff_cli.classify.images import Encoded, encode_images
-from metadiff_cli.core.encoders.bank import ImageEncoder
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.method.support import TaskSupport
 from metadiff_cli.data.cache import Progress, no_progress
 from metadiff_cli.data.folders import Split
@@ -102,7 +102,7 @@ def _pool(features: Mapping[bytes, Tensor]) -> Pool:
 def read_support(
     split: Split,
     encoder: ImageEncoder,
-    batch: int,
+    batch: int | None,
     *,
     workers: int | None = None,
     progress: Progress = no_progress,

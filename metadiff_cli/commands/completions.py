@@ -30,7 +30,7 @@ def presets(incomplete: str) -> Iterator[tuple[str, str]]:
 
 def data(incomplete: str) -> Iterator[tuple[str, str]]:
     """Names of the known data sets, each with a description."""
-    from metadiff_cli.data.known import KNOWN
+    from metadiff_cli.data.benchmarks import KNOWN
 
     yield from ((name, known.what) for name, known in KNOWN.items() if name.startswith(incomplete))
 

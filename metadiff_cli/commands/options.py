@@ -126,8 +126,11 @@ NumWorkers = Annotated[
 ]
 BatchSize = Annotated[
     int | None,
-    option(COMMON, "--batch-size", metavar="N", min=1, default=256, help="Images per forward pass of the encoder."),
-]
+    option(
+        COMMON, "--batch-size", metavar="N", min=1, default="32, on a GPU 256",
+        help="Images per forward pass of the encoder.",
+    ),
+]  # fmt: skip
 AsJson = Annotated[bool, option(COMMON, "--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, option(COMMON, "--quiet", "-q", help="Print results and errors only.")]
 Verbose = Annotated[bool, option(COMMON, "--verbose", "-v", help="Print more details.")]

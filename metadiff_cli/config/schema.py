@@ -246,7 +246,7 @@ class RuntimeConfig(Section):
     device: str = "auto"
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     num_workers: Annotated[int, Field(ge=1, le=1024)] | None = None
-    batch_size: Few = 256  # images of one forward pass of the frozen encoder
+    batch_size: Few | None = None  # images per forward pass of the frozen encoder; None: as suits the device
 
 
 class Config(Section):

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from metadiff_cli.config.schema import ENCODERS, DenoiserConfig, ImageBaseline, MetatrainConfig
 from metadiff_cli.core.baselines.learners import build_image_learner
-from metadiff_cli.core.encoders.bank import FeatureBank, ImageEncoder
+from metadiff_cli.core.encoders.bank import FeatureBank
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import build_encoder
 from metadiff_cli.core.method.diffusion import Schedule
 from metadiff_cli.core.method.task_space import TaskSpace

@@ -1,4 +1,7 @@
-"""The field's data sets as they lie on disk, with the class splits of the literature (data/splits/*.json)."""
+"""The data sets of the field: what they are, how to get them, and how to read them as they lie on disk.
+
+Class splits are those of the literature (data/splits/*.json).
+"""
 
 import codecs
 import csv
@@ -7,7 +10,7 @@ import json
 import pickle
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +19,118 @@ import numpy as np
 from metadiff_cli.data.folders import (
     SPLITS,
     Dataset,
-    Scan,
     Split,
+    dataset_of,
     from_folders,
-    is_image,
     open_folder,
     scan_classes,
+    split_folders,
+)
+from metadiff_cli.data.scan import (
+    Progress,
+    Scan,
+    check_folder,
+    class_name,
+    is_image,
+    no_progress,
+    reason_of,
     subfolders,
 )
-from metadiff_cli.errors import DataError
+from metadiff_cli.errors import ConfigError, DataError, suggest
 
 MAX_BATCH = 500_000_000  # bytes; the larger part of CIFAR-100 has 156 million
 CIFAR_FOLDER, OMNIGLOT_FOLDER = "cifar-100-python", "omniglot-py"
+IMAGENET = "ImageNet's terms of access: non-commercial research and education"
+UNSTATED = "none stated by its authors"
+
+Opener = Callable[[Path, int, Scan], Dataset]  # (root, seed, scan) -> the data set; raises DataError
+
+
+@dataclass(frozen=True)
+class Known:
+    """A known data set. `download` says that torchvision can get it; `archives` what `--from-archive` takes."""
+
+    name: str
+    what: str
+    licence: str
+    home: str
+    splits: str
+    download: bool = False
+    archives: str = ""
+
+
+KNOWN = {
+    "glyphs": Known(
+        "glyphs", "handwriting-like characters, drawn by a seeded generator", "MIT, as this package",
+        "drawn, nothing to download", "by class, any number",
+    ),
+    "omniglot": Known(
+        "omniglot", "handwritten characters of 50 alphabets", "MIT", "https://github.com/brendenlake/omniglot",
+        "Vinyals et al. 2016", True, "images_background.zip and images_evaluation.zip",
+    ),
+    "cifar-fs": Known(
+        "cifar-fs", "CIFAR-100, split by class; 32 x 32", UNSTATED, "https://www.cs.toronto.edu/~kriz/cifar.html",
+        "Bertinetto et al. 2019", True, "cifar-100-python.tar.gz",
+    ),
+    "fc100": Known(
+        "fc100", "CIFAR-100, split by superclass; 32 x 32", UNSTATED, "https://www.cs.toronto.edu/~kriz/cifar.html",
+        "Oreshkin et al. 2018", True, "cifar-100-python.tar.gz",
+    ),
+    "mini-imagenet": Known(
+        "mini-imagenet", "100 classes of ImageNet photos", IMAGENET, "https://www.image-net.org",
+        "Ravi & Larochelle 2017", archives="images/ with train.csv, val.csv, test.csv; or class folders by WordNet id",
+    ),
+    "tiered-imagenet": Known(
+        "tiered-imagenet", "608 classes of ImageNet photos, split by superclass", IMAGENET, "https://www.image-net.org",
+        "Ren et al. 2018", archives="class folders by WordNet id, in train/, val/, test/ or together",
+    ),
+    "cub": Known(
+        "cub", "photos of 200 kinds of birds", UNSTATED,
+        "https://www.vision.caltech.edu/datasets/cub_200_2011/", "Chen et al. 2019", archives="CUB_200_2011.tgz",
+    ),
+}  # fmt: skip
+
+
+def known(name: str) -> Known:
+    """The data set of that name. Raises ConfigError with a suggestion if there is none."""
+    if name in KNOWN:
+        return KNOWN[name]
+    if name in ("cifar-100", "cifar100"):
+        raise ConfigError(f"'{name}' has two class splits", hint="choose cifar-fs or fc100; they share the download")
+    raise ConfigError(f"unknown data set '{name}'", hint=f"{suggest(name, KNOWN)}`metadiff data list` shows all")
+
+
+def open_dataset(
+    root: Path, *, layout: str = "auto", seed: int = 0, keep_empty: bool = False, progress: Progress = no_progress
+) -> Dataset:
+    """Find the splits of the data set below `root`.
+
+    `layout` is "folder", a name of LAYOUTS, or "auto", which recognises the benchmarks whose folders could not be
+    classes and takes everything else as class folders. `seed` splits class folders that are not split. `progress` is
+    told the number of images found so far; how many there will be is not known. Raises DataError if there is nothing to
+    use, also for a class folder without images unless `keep_empty`; ConfigError for an unknown layout.
+    """
+    openers: dict[str, Opener] = {"auto": open_detected, "folder": open_folder, **LAYOUTS}
+    if layout not in openers:
+        raise ConfigError(
+            f"unknown layout '{layout}'", hint=f"{suggest(layout, openers)}choose one of {', '.join(openers)}"
+        )
+    check_folder(root)
+    try:
+        return openers[layout](root, seed, Scan(keep_empty=keep_empty, progress=progress))
+    except OSError as error:
+        where = error.filename or root
+        raise DataError(f"{where} cannot be read ({reason_of(error)})", hint="check its permissions") from error
 
 
 def split_lists(name: str) -> dict[str, Any]:
-    """The published class lists of a benchmark."""
+    """The published class lists of a benchmark, by split."""
     lists: dict[str, Any] = json.loads((Path(__file__).parent / "splits" / f"{name}.json").read_text(encoding="utf-8"))
     return lists
 
 
 def open_detected(root: Path, seed: int, scan: Scan) -> Dataset:
-    """A benchmark that shows itself by its folders and files, else class folders."""
+    """Read a benchmark that its folders and files identify, or else class folders."""
     csv_files = any((root / f"{name}.csv").is_file() for name in SPLITS) and (root / "images").is_dir()
     drawings = any((root / inner).is_dir() for inner in (OMNIGLOT_FOLDER, "images_background", "images_evaluation"))
     found = "mini-imagenet" if csv_files else "omniglot" if drawings else None
@@ -45,57 +138,51 @@ def open_detected(root: Path, seed: int, scan: Scan) -> Dataset:
         found = "cub"
     if found is None:
         return open_folder(root, seed, scan)
-    dataset = LAYOUTS[found](root, seed, scan)
-    return replace(dataset, notes=(f"{root} is read as {found}", *dataset.notes))
+    scan.notes.append(f"{root} is read as {found}")
+    return LAYOUTS[found](root, seed, scan)
 
 
 def open_mini_imagenet(root: Path, seed: int, scan: Scan) -> Dataset:
-    """images/ with train.csv, val.csv, test.csv (Ravi & Larochelle 2017), or class folders named by WordNet id."""
+    """Read images/ with train.csv, val.csv, test.csv (Ravi & Larochelle 2017), or class folders by WordNet id."""
     if any((root / f"{name}.csv").is_file() for name in SPLITS):
-        return _from_csv(root)
+        return _from_csv(root, scan)
     return _from_lists(root, "mini-imagenet", scan)
 
 
 def open_tiered_imagenet(root: Path, seed: int, scan: Scan) -> Dataset:
-    """Class folders named by WordNet id, in train/, val/, test/ or together (Ren et al. 2018)."""
+    """Read class folders by WordNet id, in train/, val/, test/ or together (Ren et al. 2018)."""
     return _from_lists(root, "tiered-imagenet", scan)
 
 
 def open_cub(root: Path, seed: int, scan: Scan) -> Dataset:
-    """CUB_200_2011/images/<class>/, split as Chen et al. 2019 do."""
-    for inner in ("CUB_200_2011/images", "images"):
-        if (root / inner).is_dir():
-            return _from_lists(root / inner, "cub", scan)
-    return _from_lists(root, "cub", scan)
+    """Read CUB_200_2011/images/<class>/, split as Chen et al. 2019 do."""
+    inner = next((root / i for i in ("CUB_200_2011/images", "images") if (root / i).is_dir()), root)
+    return _from_lists(inner, "cub", scan)
 
 
 def open_omniglot(root: Path, seed: int, scan: Scan) -> Dataset:
-    """omniglot-py/images_{background,evaluation}/<alphabet>/<character>/, split as Vinyals et al. 2016 do."""
+    """Read omniglot-py/images_{background,evaluation}/<alphabet>/<character>/, split as Vinyals et al. 2016 do."""
     base = root / OMNIGLOT_FOLDER if (root / OMNIGLOT_FOLDER).is_dir() else root
-    folders: dict[str, dict[str, Path]] = {}
-    wanted = missing = 0
-    for split, parts in split_lists("omniglot").items():
-        folders[split] = {}
-        for part, alphabets in parts.items():
-            for alphabet, characters in alphabets.items():
-                for character in characters:
-                    folder = base / f"images_{part}" / alphabet / character
-                    wanted += 1
-                    if folder.is_dir():
-                        folders[split][f"{alphabet}/{character}"] = folder
-                    else:
-                        missing += 1
-    return _known_folders(base, "omniglot", folders, wanted, missing, scan)
+    places: dict[str, dict[str, Path]] = {
+        split: {
+            f"{alphabet}/{character}": base / f"images_{part}" / alphabet / character
+            for part, alphabets in parts.items()
+            for alphabet, characters in alphabets.items()
+            for character in characters
+        }
+        for split, parts in split_lists("omniglot").items()
+    }
+    return _known_folders(base, "omniglot", places, scan)
 
 
 def open_cifar_fs(root: Path, seed: int, scan: Scan) -> Dataset:
-    """CIFAR-100 as torchvision lays it out, with the class split of CIFAR-FS (Bertinetto et al. 2019)."""
+    """Read CIFAR-100 as torchvision lays it out, with the class split of CIFAR-FS (Bertinetto et al. 2019)."""
     wanted = {split: [fine for _, fine in pairs] for split, pairs in split_lists("cifar-fs").items()}
     return _cifar(root, "cifar-fs", lambda data: wanted)
 
 
 def open_fc100(root: Path, seed: int, scan: Scan) -> Dataset:
-    """CIFAR-100 as torchvision lays it out, split by superclass (Oreshkin et al. 2018)."""
+    """Read CIFAR-100 as torchvision lays it out, split by superclass (Oreshkin et al. 2018)."""
     lists = split_lists("fc100")
 
     def wanted(data: "Cifar") -> dict[str, list[str]]:
@@ -107,85 +194,85 @@ def open_fc100(root: Path, seed: int, scan: Scan) -> Dataset:
     return _cifar(root, "fc100", wanted)
 
 
+LAYOUTS: dict[str, Opener] = {
+    "mini-imagenet": open_mini_imagenet,
+    "tiered-imagenet": open_tiered_imagenet,
+    "cub": open_cub,
+    "omniglot": open_omniglot,
+    "cifar-fs": open_cifar_fs,
+    "fc100": open_fc100,
+}
+
+
 def _from_lists(root: Path, name: str, scan: Scan) -> Dataset:
-    """Class folders, in split folders or together, against the published lists."""
+    """Class folders of the published lists, in split folders or together (other folders may lie beside).
+
+    Split folders that hold none of the published classes are read with the classes that they have.
+    """
     lists: dict[str, list[str]] = split_lists(name)
-    inside = [split for split in SPLITS if (root / split).is_dir()]
-    places = {split: root / split for split in inside} or dict.fromkeys(SPLITS, root)
-    folders = {
-        split: {cls: place / cls for cls in lists[split] if (place / cls).is_dir()} for split, place in places.items()
-    }
-    wanted = sum(len(lists[split]) for split in places)
-    missing = wanted - sum(len(found) for found in folders.values())
-    if missing == wanted:
-        return _own_split_folders(root, name, inside, scan)
-    dataset = _known_folders(root, name, folders, wanted, missing, scan)
-    used = {folder for found in folders.values() for folder in found.values()}
-    unused = sum(folder not in used for place in dict.fromkeys(places.values()) for folder in subfolders(place))
-    note = f"{unused} folders are not among the classes of {name} here and are left out"
-    return replace(dataset, notes=(*dataset.notes, note)) if unused else dataset
+    inside = split_folders(root, among_others=True)
+    parents = inside or dict.fromkeys(SPLITS, root)
+    places = {split: {cls: parent / cls for cls in lists[split]} for split, parent in parents.items()}
+    if inside and not any(folder.is_dir() for found in places.values() for folder in found.values()):
+        splits = {split: scan_classes(folder, name=split, scan=scan) for split, folder in inside.items()}
+        scan.notes.append(f"the classes of {root} do not have the names of {name}: its own split folders are used")
+        return dataset_of(name, root, splits, scan)
+    used = {folder for found in places.values() for folder in found.values()}
+    unused = sum(folder not in used for parent in dict.fromkeys(parents.values()) for folder in subfolders(parent))
+    if unused:
+        scan.notes.append(f"{unused} folders are not among the classes of {name} here and are left out")
+    return _known_folders(root, name, places, scan)
 
 
-def _own_split_folders(root: Path, name: str, inside: list[str], scan: Scan) -> Dataset:
-    """Split folders whose classes have other names than the published lists are taken at their word."""
-    if not inside:
+def _known_folders(root: Path, name: str, places: Mapping[str, Mapping[str, Path]], scan: Scan) -> Dataset:
+    """The splits of the published classes whose folders exist; `places` has a folder per split and class."""
+    folders = {s: {cls: place for cls, place in found.items() if place.is_dir()} for s, found in places.items()}
+    wanted, there = (sum(map(len, by_split.values())) for by_split in (places, folders))
+    if there == 0:
         raise DataError(
             f"{root} has none of the classes of {name}", hint="give its folder, or --set data.layout=folder"
         )
-    splits = {split: scan_classes(root / split, name=split, scan=scan) for split in inside}
-    note = f"the classes of {root} do not have the names of {name}: its own train, val, test folders are used"
-    return Dataset(name, str(root), splits, (note,), scan.skipped)
+    if there < wanted:
+        scan.notes.append(f"{wanted - there} of the {wanted} classes of {name} are missing")
+    splits = {s: from_folders(found.items(), name=s, root=root, scan=scan) for s, found in folders.items() if found}
+    return dataset_of(name, root, splits, scan)
 
 
-def _known_folders(
-    root: Path, name: str, folders: dict[str, dict[str, Path]], wanted: int, missing: int, scan: Scan
-) -> Dataset:
-    if missing == wanted:
-        raise DataError(f"{root} has none of the classes of {name}", hint="check --data; the README shows the layout")
-    splits = {s: from_folders(found, name=s, root=root, scan=scan) for s, found in folders.items() if found}
-    notes = (f"{missing} of the {wanted} classes of {name} are not there",) if missing else ()
-    return Dataset(name, str(root), splits, notes, scan.skipped)
-
-
-def _from_csv(root: Path) -> Dataset:
+def _from_csv(root: Path, scan: Scan) -> Dataset:
     """images/ and lists of `filename,label`."""
-    splits: dict[str, Split] = {}
-    for name in SPLITS:
-        path = root / f"{name}.csv"
-        if path.is_file():
-            splits[name] = _csv_split(root, path, name)
-    missing = [name for name in SPLITS if name not in splits]
-    return Dataset("mini-imagenet", str(root), splits, (f"no {', '.join(missing)}.csv",) if missing else ())
+    files = {name: root / f"{name}.csv" for name in SPLITS}
+    splits = {name: _csv_split(root, path, name) for name, path in files.items() if path.is_file()}
+    if missing := [name for name in SPLITS if name not in splits]:
+        scan.notes.append(f"no {', '.join(missing)}.csv")
+    return dataset_of("mini-imagenet", root, splits, scan)
 
 
 def _csv_split(root: Path, path: Path, name: str) -> Split:
+    """A split from a list of `filename,label`; the files lie in images/. Raises DataError."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [(row[0], row[1]) for row in csv.reader(file) if len(row) >= 2 and is_image(Path(row[0]))]
+            rows = [
+                (row[0], class_name(row[1])) for row in csv.reader(file) if len(row) >= 2 and is_image(Path(row[0]))
+            ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read ({error})", hint="expected lines `filename,label` in UTF-8") from error
     if not rows:
         raise DataError(f"{path} lists no images", hint="expected lines `filename,label` below a header")
-    classes = sorted({label for _, label in rows})
-    position = {label: i for i, label in enumerate(classes)}
     folder = root / "images"
     absent = [file for file, _ in rows if not (folder / file).is_file()]
     if absent:
         raise DataError(f"{len(absent)} of {len(rows)} images of {path} are not in {folder}, the first is {absent[0]}",
                         hint="unpack all images into that folder")  # fmt: skip
-    return Split(
-        name,
-        tuple(classes),
-        tuple(str(folder / f) for f, _ in rows),
-        tuple(position[label] for _, label in rows),
-        str(root),
-    )
+    classes = tuple(sorted({label for _, label in rows}))
+    labels = tuple(classes.index(label) for _, label in rows)
+    return Split(name, classes, tuple(str(folder / file) for file, _ in rows), labels, str(root))
 
 
 class Cifar:
     """Both parts of CIFAR-100: images (60000, 32, 32, 3), fine class of each, superclass of each fine class."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises DataError for files that do not hold CIFAR-100."""
         parts = [load_pickle(folder / part) for part in ("train", "test")]
         meta = load_pickle(folder / "meta")
         try:
@@ -235,42 +322,8 @@ def _cifar_split(data: Cifar, split: str, names: list[str], root: Path) -> Split
     return Split(split, tuple(classes), tuple(paths), labels, str(root), data.images[rows])
 
 
-class _PlainUnpickler(pickle._Unpickler):
-    """Only what a dictionary of numpy arrays needs: a pickle can otherwise run any code.
-
-    Built on the unpickler in Python, not the one in C, which makes a table as long as the largest number that a file
-    gives to an object, and with a dozen bytes can be asked for gigabytes.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}:
-            return np.empty(0).__reduce__()[0]  # wherever this numpy keeps it
-        if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
-        if (module, name) == ("numpy", "dtype"):
-            return _dtype
-        if (module, name) == ("_codecs", "encode"):
-            return _encode
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no image batch needs")
-
-
-def _dtype(kind: Any, align: Any = False, copy: Any = False) -> Any:
-    """`np.dtype`, for which old pickles have 0 and 1 where newer versions of numpy insist on booleans."""
-    made = np.dtype(kind, align=bool(align), copy=bool(copy))
-    if made.kind not in "biuf":
-        raise pickle.UnpicklingError(f"it asks for values of type {made}, which no image batch needs")
-    return made
-
-
-def _encode(text: Any, encoding: Any = "") -> bytes:
-    """`codecs.encode` as numpy's pickles use it; other codecs compress, and may do worse."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r:.40}, which no image batch needs")
-    return codecs.encode(text, "latin1")
-
-
 def load_pickle(path: Path) -> dict[str, Any]:
-    """A CIFAR batch, by a restricted unpickler. Raises DataError for anything else."""
+    """A CIFAR batch, read by a restricted unpickler. Raises DataError for any other file."""
     try:
         if path.stat().st_size > MAX_BATCH:
             raise ValueError(f"more than {MAX_BATCH // 1_000_000} MB")
@@ -284,11 +337,35 @@ def load_pickle(path: Path) -> dict[str, Any]:
     return data
 
 
-LAYOUTS: dict[str, Callable[[Path, int, Scan], Dataset]] = {
-    "mini-imagenet": open_mini_imagenet,
-    "tiered-imagenet": open_tiered_imagenet,
-    "cub": open_cub,
-    "omniglot": open_omniglot,
-    "cifar-fs": open_cifar_fs,
-    "fc100": open_fc100,
-}
+class _PlainUnpickler(pickle._Unpickler):
+    """Allows only what a dictionary of NumPy arrays needs: a pickle can otherwise run any code.
+
+    It builds on the unpickler in Python. The one in C makes a table as long as the largest number that a file gives to
+    an object, so that a dozen bytes can ask it for gigabytes.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}:
+            return np.empty(0).__reduce__()[0]  # wherever this version of NumPy keeps it
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if (module, name) == ("numpy", "dtype"):
+            return _dtype
+        if (module, name) == ("_codecs", "encode"):
+            return _encode
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no image batch needs")
+
+
+def _dtype(kind: Any, align: Any = False, copy: Any = False) -> Any:
+    """`np.dtype`; old pickles have 0 and 1 where newer versions of NumPy insist on booleans."""
+    made = np.dtype(kind, align=bool(align), copy=bool(copy))
+    if made.kind not in "biuf":
+        raise pickle.UnpicklingError(f"it asks for values of type {made}, which no image batch needs")
+    return made
+
+
+def _encode(text: Any, encoding: Any = "") -> bytes:
+    """`codecs.encode` as NumPy's pickles use it; other codecs decompress, and may do worse."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r:.40}, which no image batch needs")
+    return codecs.encode(text, "latin1")

@@ -1,8 +1,8 @@
-"""Decoded images on disk: a data set is decoded once into a memory-mapped uint8 array, keyed by its content.
+"""The cache of decoded images: a data set is decoded once into a memory-mapped uint8 array, keyed by its content.
 
-Two steps, so that a second run starts at once and a moved or copied folder is not decoded again:
-  signature  names, sizes and times of all files: cheap, names an index file that holds the key
-  key        hash of all bytes, labels and class names: names the array
+There are two hashes, so that a second run starts at once and a moved or copied folder is not decoded again:
+  signature  of names, sizes and times of all files: cheap; it names an index file that holds the key
+  key        of all bytes, labels and class names: it names the array
 """
 
 import hashlib
@@ -23,13 +23,12 @@ from PIL import Image
 
 from metadiff_cli.data.folders import Split
 from metadiff_cli.data.images import load_square, to_square
-from metadiff_cli.data.mapped import release
 from metadiff_cli.errors import DataError
-from metadiff_cli.files import atomic, reserve, sweep, writable, write_text
+from metadiff_cli.files import atomic, release, reserve, sweep, writable, write_text
 
-VERSION = 1  # of the decoding: part of every key
-RELEASE = 1024  # images after which the memory of those that are written is given back
-WINDOW = 8  # images under way per worker: bounds the memory, keeps the order
+VERSION = 2  # of the decoding, as part of every key: 2 decodes large JPEG files in full
+RELEASE = 1024  # images after which the memory of the written ones is given back
+WINDOW = 8  # images in progress per worker: bounds the memory, keeps the order
 
 Progress = Callable[[int, int], None]
 Item = TypeVar("Item")
@@ -38,9 +37,9 @@ Done = TypeVar("Done")
 
 @dataclass(frozen=True)
 class DecodedSplit:
-    """The images of a split that could be read: `images` (n, S, S, 3) uint8, memory-mapped; `labels` (n,) int64.
+    """The readable images of a split: `images` (n, S, S, 3) uint8, memory-mapped, with `labels` (n,) int64.
 
-    `broken` has path and reason of the others. `key` identifies images, labels, class names and size.
+    `broken` has path and reason of the other ones. `key` identifies images, labels, class names and size.
     """
 
     name: str
@@ -66,10 +65,10 @@ def no_progress(done: int, total: int) -> None:
 def decode_split(
     split: Split, size: int, folder: Path, *, workers: int | None = None, progress: Progress = no_progress
 ) -> DecodedSplit:
-    """The decoded images of a split, from `folder` when they are there, else decoded in parallel and kept.
+    """The decoded images (size x size) of a split: from `folder` if they are there, else decoded in parallel and kept.
 
-    A folder that cannot be written to is replaced by a temporary one, which `notes` tells. Raises DataError when a
-    class has no image that can be read.
+    If `folder` cannot be written to, a temporary folder is used and `notes` says so. Raises DataError if no image of a
+    class can be read.
     """
     assert split.paths, "a split has images"
     signature = _signature(split, size)
@@ -89,14 +88,14 @@ def decode_split(
 
 
 def decoded_already(split: Split, size: int, folder: Path) -> DecodedSplit | None:
-    """What `decode_split` would take from `folder` without decoding, None when it would have to decode."""
+    """What `decode_split` would take from `folder`, or None if it would have to decode."""
     return _lookup(split, size, folder, _signature(split, size))
 
 
 def decode_images(
     paths: Sequence[Path], size: int, *, workers: int | None = None
 ) -> Iterator[tuple[Path, np.ndarray | str]]:
-    """Pixels (size, size, 3) of each file, or the reason why there are none; in order, a few at a time."""
+    """The pixels (size, size, 3) uint8 of each file, or the reason why it cannot be read; in order, a few at a time."""
 
     def decode(path: Path) -> np.ndarray | str:
         try:
@@ -108,7 +107,7 @@ def decode_images(
 
 
 def in_order(items: Sequence[Item], work: Callable[[Item], Done], workers: int | None = None) -> Iterator[Done]:
-    """`work` done on each item by several threads, in the order of the items, a few of them under way at a time."""
+    """The results of `work` for each item, in order; several threads work on a few items at a time."""
     workers = workers or os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[Future[Done]] = deque()
@@ -121,7 +120,7 @@ def in_order(items: Sequence[Item], work: Callable[[Item], Done], workers: int |
 
 
 def channel_statistics(images: np.ndarray, limit: int = 4096) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel, in 0..1, of at most `limit` evenly spaced images (n, S, S, 3) uint8."""
+    """Mean and standard deviation per channel, in 0..1, of at most `limit` of the images (n, S, S, 3) uint8."""
     chosen = np.unique(np.linspace(0, len(images) - 1, min(limit, len(images))).astype(np.int64))
     counts = np.zeros((3, 256), dtype=np.int64)  # a histogram is exact and needs no copy of the images as floats
     for row in chosen:
@@ -134,7 +133,7 @@ def channel_statistics(images: np.ndarray, limit: int = 4096) -> tuple[list[floa
 
 
 def _signature(split: Split, size: int) -> str:
-    """Hash of what a listing shows of the files; for images that are no files, of the pixels."""
+    """The hash of names, sizes and times of the files; for images that are not files, of the pixels."""
     digest = _digest(split, size)
     if split.pixels is not None:
         digest.update(np.ascontiguousarray(split.pixels).tobytes())
@@ -145,7 +144,7 @@ def _signature(split: Split, size: int) -> str:
 
 
 def _facts(path: str) -> str:
-    """Size and times of a file. One that cannot be looked at is an image that cannot be read, and listed as such."""
+    """Size and times of a file; a file without access has none, and turns out as an image that cannot be read."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -156,11 +155,13 @@ def _facts(path: str) -> str:
 
 
 def _digest(split: Split, size: int) -> _Hash:
+    """A hash to be continued, of all but the images."""
     head = {"version": VERSION, "size": size, "classes": split.classes, "labels": split.labels}
     return hashlib.sha256(json.dumps(head).encode())
 
 
 def _content_key(split: Split, size: int) -> str:
+    """The hash of labels, class names and the bytes of all images."""
     digest = _digest(split, size)
     if split.pixels is not None:
         digest.update(np.ascontiguousarray(split.pixels).tobytes())
@@ -174,7 +175,7 @@ def _content_key(split: Split, size: int) -> str:
 
 
 def _lookup(split: Split, size: int, folder: Path, signature: str) -> DecodedSplit | None:
-    """What the index points at; None when index or array are missing or damaged, so that they are made again."""
+    """What the index points at, or None if index or array are missing or damaged, so that they are made again."""
     try:
         entry = json.loads((folder / f"{signature}.json").read_text(encoding="utf-8"))
         key, reasons = str(entry["key"]), {int(i): str(reason) for i, reason in entry["broken"]}
@@ -190,7 +191,7 @@ def _lookup(split: Split, size: int, folder: Path, signature: str) -> DecodedSpl
 
 
 def _open_array(path: Path, count: int, size: int) -> np.ndarray | None:
-    """The array (count, size, size, 3) of a cache file, read-only; None when it is missing, cut short or another."""
+    """The array (count, size, size, 3) of a cache file, read-only; None if it is missing, cut short or another one."""
     try:
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -201,7 +202,7 @@ def _open_array(path: Path, count: int, size: int) -> np.ndarray | None:
 def _fill(
     split: Split, size: int, folder: Path, workers: int | None, progress: Progress
 ) -> tuple[str, list[tuple[int, str]]]:
-    """Decode into <key>.npy unless another folder with the same content did; returns key and broken images."""
+    """Decode into <key>.npy, unless another folder with the same content did; returns the key and the broken images."""
     key = _content_key(split, size)
     array, facts = folder / f"{key}.npy", folder / f"{key}.json"
     with FileLock(f"{array}.lock"):
@@ -213,6 +214,7 @@ def _fill(
 
 
 def _known_broken(facts: Path, total: int) -> list[tuple[int, str]] | None:
+    """The broken images of an array that was decoded before, or None if its facts are missing or damaged."""
     try:
         broken = {int(i): str(reason) for i, reason in json.loads(facts.read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError):
@@ -223,6 +225,7 @@ def _known_broken(facts: Path, total: int) -> list[tuple[int, str]] | None:
 def _decode_into(
     split: Split, size: int, array: Path, workers: int | None, progress: Progress
 ) -> list[tuple[int, str]]:
+    """Decode all images into a new array file; returns row and reason of the broken ones. Raises DataError."""
     broken: list[tuple[int, str]] = []
     total = len(split.paths)
     sweep(array.parent, array.name)
@@ -247,7 +250,7 @@ def _decode_into(
 
 
 def _check_room(folder: Path, needed: int) -> None:
-    """A memory-mapped file that outgrows its disk ends the process with a bus error, so ask before."""
+    """Raise DataError for a disk that is too small: a memory-mapped file that outgrows it ends in a bus error."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DataError(
@@ -257,7 +260,7 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 def _shorten(path: Path, count: int) -> None:
-    """Keep the first `count` images: the broken ones left room at the end."""
+    """Keep the first `count` images of an array file: the broken ones left room at its end."""
     whole = np.load(path, mmap_mode="r", allow_pickle=False)
     with tempfile.TemporaryDirectory(dir=path.parent) as place:
         shorter = Path(place) / "images.npy"
@@ -267,6 +270,7 @@ def _shorten(path: Path, count: int) -> None:
 
 
 def _pixels(split: Split, size: int, workers: int | None) -> Iterator[np.ndarray | str]:
+    """The pixels of each image of a split, or the reason why it cannot be read."""
     if split.pixels is not None:
         yield from (to_square(Image.fromarray(pixels), size) for pixels in split.pixels)
     else:
@@ -274,6 +278,7 @@ def _pixels(split: Split, size: int, workers: int | None) -> Iterator[np.ndarray
 
 
 def _check_classes(split: Split, broken: list[tuple[int, str]]) -> None:
+    """Raise DataError for a class all of whose images are broken."""
     bad = {i for i, _ in broken}
     alive = {label for i, label in enumerate(split.labels) if i not in bad}
     for label, cls in enumerate(split.classes):

@@ -1,27 +1,31 @@
-"""Folders of images -> splits of classes: which files belong to which class of which split. No pixels are read here."""
+"""From folders of images to splits of classes: which file belongs to which class of which split."""
 
-import difflib
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
-from metadiff_cli.data.images import IMAGE_SUFFIXES
-from metadiff_cli.errors import ConfigError, DataError, suggest
+from metadiff_cli.data.scan import Scan, check_folder, class_name, is_image, left_out, subfolders, walk_images
+from metadiff_cli.errors import DataError
 
 SPLITS = ("train", "val", "test")
-IGNORED = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
-MAX_DEPTH, MAX_WAYS = 64, 64  # of folders in folders, and of links that lead to one of them
-FEWEST_TO_SPLIT = 6  # classes: two for each split
+SPLIT_NAMES = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+    "testing": "test",
+}  # fmt: skip
+FEWEST_TO_SPLIT = 6  # classes: two per split
+SHOWN = 5  # names of one kind in a message
 
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled images: `paths[i]` shows class `classes[labels[i]]`. `pixels` (n, H, W, 3) where they are no files."""
+    """Labelled images: `paths[i]` shows class `classes[labels[i]]`; `root` is the folder that was given.
+
+    Images that are not files have `pixels` (n, H, W, 3) uint8, and made-up paths.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -33,224 +37,140 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Splits by name, what a person should be told about them, and the number of files that are no images."""
+    """A data set: its splits by name, and `notes` for the user about them.
+
+    `skipped` counts the files that are left out, as they are not images, by extension. `unreadable` has path and reason
+    of files and folders that cannot be accessed.
+    """
 
     name: str
     root: str
     splits: dict[str, Split]
     notes: tuple[str, ...] = ()
-    skipped: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    unreadable: tuple[tuple[str, str], ...] = ()
 
 
-Progress = Callable[[int, int | None], None]
-
-
-def no_progress(done: int, total: int | None) -> None:
-    """Report nothing."""
-
-
-@dataclass
-class Scan:
-    """Of a walk through folders: files that are no images, and folders that cannot be listed (None: they raise).
-
-    `progress` is told the number of images found so far after every class. A class without images raises, unless
-    `keep_empty`.
-    """
-
-    skipped: int = 0
-    keep_empty: bool = False
-    unreadable: list[tuple[Path, str]] | None = None
-    progress: Progress = field(default=no_progress, repr=False)
-    found: int = 0
-
-    def add(self, images: int) -> None:
-        """Count further images."""
-        self.found += images
-        self.progress(self.found, None)
-
-
-def open_dataset(
-    root: Path, *, layout: str = "auto", seed: int = 0, keep_empty: bool = False, progress: Progress = no_progress
-) -> Dataset:
-    """Find the splits below `root`. Raises DataError with the next step when there is nothing to use.
-
-    `layout` is "auto", "folder" or a known benchmark (data/benchmarks.py). "auto" knows the benchmarks whose folders
-    could not be classes, and takes everything else as class folders. Class folders without images are an error, unless
-    `keep_empty`. `progress` is told the images found so far; how
-    many there will be is not known.
-    """
-    from metadiff_cli.data.benchmarks import LAYOUTS, open_detected  # they build on the functions below
-
-    openers: dict[str, Callable[[Path, int, Scan], Dataset]] = {"auto": open_detected, "folder": open_folder, **LAYOUTS}
-    if layout not in openers:
-        raise ConfigError(
-            f"unknown layout '{layout}'", hint=f"{suggest(layout, openers)}choose one of {', '.join(openers)}"
-        )
-    check_folder(root)
-    return openers[layout](root, seed, Scan(keep_empty=keep_empty, progress=progress))
-
-
-def check_folder(root: Path) -> None:
-    """Raise DataError unless `root` is a folder."""
-    if not root.exists():
-        raise DataError(
-            f"folder {root} does not exist",
-            hint=f"{suggestion(root)}give a folder that holds one folder of images per class",
-        )
-    if not root.is_dir():
-        raise DataError(f"{root} is a file, not a folder", hint="give the folder that holds the class folders")
-
-
-def suggestion(path: Path) -> str:
-    """A question that names what lies beside `path` under a similar name, where something does."""
-    with suppress(OSError):
-        close = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1)
-        if close:
-            return f"did you mean {path.parent / close[0]}? "
-    return ""
+def dataset_of(name: str, root: Path, splits: dict[str, Split], scan: Scan) -> Dataset:
+    """A data set with the findings of a walk; what cannot be accessed is a note as well."""
+    notes = [*scan.notes]
+    if scan.unreadable:
+        lines = [f"{path} ({reason})" for path, reason in scan.unreadable]
+        notes.append(f"left out, as they cannot be read: {shortened(lines)}")
+    unreadable = tuple((str(path), reason) for path, reason in scan.unreadable)
+    return Dataset(name, str(root), splits, tuple(notes), dict(scan.skipped), unreadable)
 
 
 def open_folder(root: Path, seed: int, scan: Scan) -> Dataset:
-    """root/{train,val,test}/<class>/* where the only children are such splits, else root/<class>/* split by class."""
-    children, name = subfolders(root), root.resolve().name  # "." has no name of its own
-    if children and all(child.name in SPLITS for child in children):
-        splits = {child.name: scan_classes(child, name=child.name, scan=scan) for child in children}
-        return Dataset(name, str(root), _ordered(splits), skipped=scan.skipped)
-    whole = scan_classes(root, name="all", scan=scan)
-    splits, note = split_by_class(whole, seed)
-    return Dataset(name, str(root), splits, (note,), scan.skipped)
+    """Read the class folders in the split folders of `root`, or class folders that are split by class with `seed`.
+
+    Split folders that hold the same classes split images, as those of ordinary classification do. Few-shot learning
+    needs splits of classes: they are read together and split by class. Raises DataError.
+    """
+    name, folders = root.resolve().name, split_folders(root)  # "." has no name of its own
+    if not folders:
+        whole, why = scan_classes(root, name="all", scan=scan), f"no {', '.join(SPLITS)} folders"
+        return _split_anew(name, root, whole, seed, scan, why)
+    splits = {split: scan_classes(folder, name=split, scan=scan) for split, folder in folders.items()}
+    if any(folder.name != split for split, folder in folders.items()):
+        scan.notes.append(f"split folders: {', '.join(f'{f.name} is {split}' for split, f in folders.items())}")
+    shared = _shared_classes(splits, root)
+    if not shared:
+        return dataset_of(name, root, splits, scan)
+    same = f"{_listed(folders)} hold the same classes, so they split images; all images are taken"
+    return _split_anew(name, root, all_classes(Dataset(name, str(root), splits)), seed, scan, same)
 
 
-def scan_images(root: Path) -> list[Path]:
-    """All images below a folder, in sorted order. Raises DataError when there is none."""
-    check_folder(root)
-    found = list(walk_images(root, Scan()))
-    if not found:
-        raise DataError(f"{root} has no images", hint=f"expected files such as {', '.join(sorted(IMAGE_SUFFIXES))}")
-    return found
+def split_folders(root: Path, *, among_others: bool = False) -> dict[str, Path]:
+    """The folders of splits in `root`, by split; none if it holds other folders as well, unless `among_others`.
+
+    Names count in any case, with the usual synonyms (SPLIT_NAMES). Raises DataError for two folders of one split, and
+    if `root` cannot be listed.
+    """
+    children = subfolders(root)
+    named = [child for child in children if child.name.lower() in SPLIT_NAMES]
+    if len(named) < len(children) and not among_others:
+        return {}
+    found: dict[str, Path] = {}
+    for child in named:
+        split = SPLIT_NAMES[child.name.lower()]
+        if split in found:
+            raise DataError(
+                f"{root} has two folders of {split} classes: {found[split].name} and {child.name}",
+                hint="put their classes into one folder",
+            )
+        found[split] = child
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def scan_support(root: Path, scan: Scan) -> Split:
+    """One class per folder below `root`. Of a data set with split folders, the classes of its train folder are taken.
+
+    `scan.notes` says which folder was taken. Raises DataError as `scan_classes` does.
+    """
+    folders = split_folders(root)
+    if not folders:
+        return scan_classes(root, scan=scan)
+    taken = folders.get("train") or next(iter(folders.values()))
+    scan.notes.append(f"{root} is a data set with {_listed(folders)}: the classes of {taken.name} are taken")
+    return scan_classes(taken, scan=scan)
 
 
 def scan_classes(root: Path, *, name: str = "support", scan: Scan | None = None) -> Split:
-    """One class per folder below `root`. Raises DataError for no classes, an empty class, images outside of classes."""
+    """A split with one class per folder below `root`. Folders whose names differ in spelling alone are one class.
+
+    Raises DataError if there are no class folders, and for a class without images unless `scan.keep_empty`.
+    """
     check_folder(root)
     scan = scan if scan is not None else Scan()
-    folders = subfolders(root)
+    folders = subfolders(root, scan)
     if not folders:
-        what = "has images but no class folders" if _has_loose_images(root) else "has no class folders"
+        loose = any(is_image(path) for path in root.iterdir())
+        what = "has images but no class folders" if loose else "has no class folders"
         raise DataError(f"{root} {what}", hint="make one folder per class: DIR/cat/1.jpg, DIR/dog/1.jpg")
-    return from_folders({folder.name: folder for folder in folders}, name=name, root=root, scan=scan)
+    return from_folders([(class_name(folder.name), folder) for folder in folders], name=name, root=root, scan=scan)
 
 
-def from_folders(folders: dict[str, Path], *, name: str, root: Path, scan: Scan) -> Split:
-    """A split from class name -> folder, classes in sorted order."""
-    classes, paths, labels = tuple(sorted(folders)), [], []
-    for label, cls in enumerate(classes):
-        found = list(walk_images(folders[cls], scan))
-        if not found and not scan.keep_empty:
-            locked = [why for path, why in scan.unreadable or () if path.is_relative_to(folders[cls])]
-            why = f": its folder {locked[0]}" if locked else ""
-            raise DataError(
-                f"class '{cls}' in {root} has no images{why}", hint="add images to its folder, or remove it"
-            )
+def from_folders(folders: Iterable[tuple[str, Path]], *, name: str, root: Path, scan: Scan) -> Split:
+    """A split from pairs of class name and folder, classes in sorted order. Raises DataError as `scan_classes` does.
+
+    A class whose folders cannot be accessed, and hold no other images, is left out.
+    """
+    images: dict[str, list[Path]] = {}
+    others: Counter[str] = Counter()  # files of classes without images, which are not images
+    for cls, folder in folders:
+        unreadable, skipped = len(scan.unreadable), scan.skipped.copy()
+        found = list(walk_images(folder, scan))
         scan.add(len(found))
-        paths += [str(path) for path in found]
-        labels += [label] * len(found)
-    return Split(name, classes, tuple(paths), tuple(labels), str(root))
+        if found or len(scan.unreadable) == unreadable:
+            images.setdefault(cls, []).extend(found)
+            others += scan.skipped - skipped if not found else Counter()
+    classes = tuple(sorted(images))
+    empty = [cls for cls in classes if not images[cls]]
+    if empty and not scan.keep_empty:
+        raise DataError(
+            f"class '{empty[0]}' in {root} has no images{f' ({left_out(others)})' if others else ''}",
+            hint="add images to its folder, or remove it",
+        )
+    if not classes:
+        path, reason = scan.unreadable[0]
+        raise DataError(f"no class folder of {root} can be read: {path} ({reason})", hint="check the permissions")
+    paths = tuple(str(path) for cls in classes for path in images[cls])
+    labels = tuple(label for label, cls in enumerate(classes) for _ in images[cls])
+    return Split(name, classes, paths, labels, str(root))
 
 
-def walk_images(folder: Path, scan: Scan) -> Iterator[Path]:
-    """Images below a folder in sorted order; links are followed, but into no folder twice on one way down."""
-    yield from _walk(folder, scan, (), Counter())
-
-
-def _walk(
-    folder: Path, scan: Scan, above: tuple[tuple[int, int], ...], ways: Counter[tuple[int, int]]
-) -> Iterator[Path]:
-    try:
-        with _readable(folder):
-            status = folder.stat()
-        entries = _entries(folder)
-    except DataError as error:
-        if scan.unreadable is None:
-            raise
-        scan.unreadable.append((folder, error.message.removeprefix(f"{folder} ")))
-        return
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        return  # a symbolic link that leads back up
-    _check_walk(folder, len(above), ways, identity)
-    for path in entries:
-        if _is_dir(path):
-            yield from _walk(path, scan, (*above, identity), ways)
-        elif is_image(path) and not _is_special(path):
-            yield path
-        elif scan.unreadable is not None and (reason := _locked(path)):
-            scan.unreadable.append((path, reason))
-        else:
-            scan.skipped += 1
-
-
-def subfolders(root: Path) -> list[Path]:
-    """Visible folders directly below `root`, sorted by name."""
-    return [path for path in _entries(root) if _is_dir(path)]
-
-
-def _check_walk(folder: Path, depth: int, ways: Counter[tuple[int, int]], identity: tuple[int, int]) -> None:
-    """Links between folders multiply the ways through them: a few dozen would keep a walk busy for ever."""
-    ways[identity] += 1
-    if ways[identity] > MAX_WAYS:
-        raise DataError(f"{folder} is reached in more than {MAX_WAYS} ways", hint="remove the links that lead there")
-    if depth >= MAX_DEPTH:
-        raise DataError(f"{folder} is more than {MAX_DEPTH} folders deep", hint="move the images further up")
-
-
-def _is_dir(path: Path) -> bool:
-    return os.path.isdir(path)  # unlike Path.is_dir, false for a path that cannot be looked at
-
-
-def _locked(path: Path) -> str:
-    """Why a path cannot be looked at, such as a link into a folder without permission; empty if it can."""
-    try:
-        path.stat()
-    except OSError as error:
-        return "" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-    return ""
-
-
-def _entries(folder: Path) -> list[Path]:
-    """What is visible directly in a folder, sorted by name."""
-    with _readable(folder):
-        return sorted((p for p in folder.iterdir() if not _ignored(p.name)), key=lambda p: p.name)
-
-
-@contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror})", hint="check its permissions") from error
-
-
-def _has_loose_images(root: Path) -> bool:
-    return any(is_image(path) for path in _entries(root))
-
-
-def _is_special(path: Path) -> bool:
-    """A pipe, socket or device: reading one could wait for ever. A dangling link is none: it is reported as broken."""
-    return os.path.exists(path) and not os.path.isfile(path)
-
-
-def is_image(path: Path) -> bool:
-    """Whether the file's extension is one of images."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
-
-
-def _ignored(name: str) -> bool:
-    return name.startswith(".") or name in IGNORED
+def shortened(lines: Sequence[str]) -> str:
+    """The first SHOWN of some lines, and how many more there are."""
+    more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    return "; ".join(lines[:SHOWN]) + more
 
 
 def split_by_class(whole: Split, seed: int) -> tuple[dict[str, Split], str]:
-    """64 : 16 : 20 % of the classes, drawn with the seed; few classes are all kept for testing."""
+    """Splits of 64, 16 and 20 % of the classes, drawn with the seed, and what to say of it.
+
+    Fewer than FEWEST_TO_SPLIT classes are all test classes.
+    """
     count = len(whole.classes)
     if count < FEWEST_TO_SPLIT:
         what = "1 class is" if count == 1 else f"{count} classes are"
@@ -261,11 +181,11 @@ def split_by_class(whole: Split, seed: int) -> tuple[dict[str, Split], str]:
     parts["test"] = order[count - test :]
     splits = {name: take(whole, name, [int(c) for c in sorted(chosen)]) for name, chosen in parts.items()}
     sizes = " / ".join(str(len(split.classes)) for split in splits.values())
-    return splits, f"no train, val, test folders: {count} classes are split by class with seed {seed} into {sizes}"
+    return splits, f"{count} classes are split by class with seed {seed} into {sizes}"
 
 
 def take(whole: Split, name: str, chosen: Sequence[int]) -> Split:
-    """The classes `chosen` of a split, as a split of its own."""
+    """A split called `name` of some classes of another one; `chosen` are their positions."""
     position = {c: i for i, c in enumerate(chosen)}
     rows = [i for i, label in enumerate(whole.labels) if label in position]
     return Split(
@@ -295,7 +215,7 @@ def all_classes(dataset: Dataset) -> Split:
 
 
 def require_split(dataset: Dataset, name: str) -> Split:
-    """The split `name`, or "all". Raises DataError that names those that exist."""
+    """The split `name`, or all classes for "all". Raises DataError that names the splits that exist."""
     if name == "all":
         return all_classes(dataset)
     if name not in dataset.splits:
@@ -308,5 +228,25 @@ def require_split(dataset: Dataset, name: str) -> Split:
     return dataset.splits[name]
 
 
-def _ordered(splits: dict[str, Split]) -> dict[str, Split]:
-    return {name: splits[name] for name in SPLITS if name in splits}
+def _split_anew(name: str, root: Path, whole: Split, seed: int, scan: Scan, why: str) -> Dataset:
+    splits, what = split_by_class(whole, seed)
+    scan.notes.append(f"{why}: {what}")
+    return dataset_of(name, root, splits, scan)
+
+
+def _shared_classes(splits: dict[str, Split], root: Path) -> bool:
+    """Whether the splits share their classes. Raises DataError if they share some, and each has others of its own."""
+    shared = False
+    for first, second in combinations(splits.values(), 2):
+        both = sorted({*first.classes} & {*second.classes})
+        if both and len(both) < min(len(first.classes), len(second.classes)):
+            raise DataError(
+                f"{root} has {len(both)} classes in {first.name} and in {second.name} as well, such as '{both[0]}'",
+                hint="keep each class in one of them, as training on test classes makes every result too good",
+            )
+        shared = shared or bool(both)
+    return shared
+
+
+def _listed(folders: dict[str, Path]) -> str:
+    return f"the folders {', '.join(folder.name for folder in folders.values())}"

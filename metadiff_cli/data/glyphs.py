@@ -15,8 +15,10 @@ from metadiff_cli.data.folders import Dataset, Split
 
 @dataclass(frozen=True)
 class Hand:
-    """How much writers differ. Lengths are in units of the image side; chosen so that few-shot accuracy is far from
-    100 % with a trained encoder and poor on raw pixels."""
+    """How much writers differ; lengths are in units of the image side.
+
+    The values are chosen so that few-shot accuracy is far from 100 % with a trained encoder, and poor on raw pixels.
+    """
 
     tremble: float = 0.075  # standard deviation of each control point
     slant: float = 0.30  # of the shear
@@ -34,16 +36,8 @@ POINTS = 64  # samples along a stroke: with half of them the thinnest pens leave
 WAVES = 3  # of the elastic field, each about one period across the image
 
 
-def draw_glyphs(
-    *, classes: int, images_per_class: int, size: int = 28, seed: int = 0, first_class: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Images (classes * images_per_class, size, size, 3) uint8, dark on white, and their labels int64 from 0."""
-    drawn = [draw_class(first_class + c, images_per_class, size, seed) for c in range(classes)]
-    return np.concatenate(drawn), np.repeat(np.arange(classes), images_per_class)
-
-
 def draw_class(cls: int, count: int, size: int, seed: int) -> np.ndarray:
-    """`count` drawings (count, size, size, 3) of class `cls`."""
+    """`count` drawings (count, size, size, 3) uint8 of class `cls`, dark on white."""
     strokes = character(np.random.default_rng([seed, cls]))
     drawings = [_by_writer(strokes, np.random.default_rng([seed, cls, 1 + image])) for image in range(count)]
     points = np.stack([d[0] for d in drawings])  # (count, strokes * POINTS, 2)
@@ -54,7 +48,7 @@ def draw_class(cls: int, count: int, size: int, seed: int) -> np.ndarray:
 
 
 def character(rng: np.random.Generator) -> np.ndarray:
-    """Control points (strokes, 4, 2) of a character, in -0.5..0.5: cubic Bezier curves, some nearly straight.
+    """Draw the control points (strokes, 4, 2) of a character, in -0.5..0.5: cubic Bezier curves, some nearly straight.
 
     A stroke often starts where an earlier one starts, ends or bends, as in real scripts.
     """
@@ -89,7 +83,7 @@ def _by_writer(strokes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarra
 
 
 def _warp(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Displacements (P, 2) of points (P, 2) in a smooth field: a few long sine waves in random directions."""
+    """Displacements (P, 2) of points (P, 2) in a smooth field of a few long sine waves in random directions."""
     frequency = rng.normal(0, 1, (2, WAVES))  # periods per image side
     phase = rng.uniform(0, 2 * np.pi, WAVES)
     push = rng.normal(0, HAND.warp, (WAVES, 2))
@@ -120,7 +114,10 @@ def glyph_dataset(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Dataset:
-    """Splits of disjoint classes, drawn."""
+    """Draw a data set with as many `train`, `val` and `test` classes, all different, at `size` pixels.
+
+    `progress` is told the number of classes drawn so far.
+    """
     splits, first, total = {}, 0, train + val + test
     for name, count in (("train", train), ("val", val), ("test", test)):
         names = tuple(f"glyph-{first + c:04d}" for c in range(count))

@@ -1,27 +1,26 @@
-"""Labelled images from a folder of class folders or from a CSV file with the columns `path` and `label`."""
+"""Labelled images from a folder of class folders, or from a listing: a CSV file with the columns `path` and `label`."""
 
 import codecs
 import csv
 import io
 import os
 import re
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from metadiff_cli.data.folders import Scan, Split, scan_classes, suggestion
+from metadiff_cli.data.folders import Split, scan_support
+from metadiff_cli.data.scan import Scan, check_folder, class_name
 from metadiff_cli.errors import DataError
 
 LISTINGS = frozenset({".csv", ".tsv"})
-ARCHIVES = frozenset({".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".7z", ".rar"})
 SUPPORT = "give --support a folder with one folder of images per class, or a CSV of path,label"
 SHOWN = 8  # columns that a message names
-DELIMITERS = (",", ";", "\t")  # spreadsheets of some languages write semicolons
+DELIMITERS = (",", ";", "\t")  # spreadsheets in some languages write semicolons
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a listing: the path as written, joined to the listing's folder, and the label, where there is one."""
+    """A line of a listing: the path as written, joined to the folder of the listing, and the label, if there is one."""
 
     path: str
     label: str | None
@@ -29,27 +28,18 @@ class Row:
 
 
 def is_listing(path: str | Path) -> bool:
-    """Whether a path names a file that lists images."""
+    """Whether a path is a file that lists images; no error for a path that cannot be accessed."""
     return os.path.splitext(path)[1].lower() in LISTINGS and os.path.isfile(path)
 
 
 def open_labelled(source: Path, scan: Scan | None = None) -> Split:
-    """The classes of a folder, or of a listing in which every line has a label. Raises DataError.
+    """The classes of a folder of class folders, or of a listing in which every line has a label.
 
-    `scan` collects folders that cannot be read, where it says so.
+    `scan` takes the findings of the walk through the folder: files that were left out, and notes. Raises DataError.
     """
-    try:
-        source.stat()
-    except FileNotFoundError as error:
-        raise DataError(f"support {source} does not exist", hint=f"{suggestion(source)}{SUPPORT}") from error
-    except OSError as error:
-        raise DataError(f"support {source} cannot be read ({error.strerror})", hint=SUPPORT) from error
     if not is_listing(source):
-        if source.suffix.lower() in ARCHIVES and source.is_file():
-            raise DataError(f"support {source} is an archive", hint="unpack it, and give its folder as --support")
-        if not source.is_dir():
-            raise DataError(f"support {source} is neither a folder nor a CSV file", hint=SUPPORT)
-        return normalised(scan_classes(source, scan=scan))
+        check_folder(source, hint=SUPPORT)
+        return scan_support(source, scan if scan is not None else Scan())
     rows = read_listing(source)
     for row in rows:
         if row.label is None:
@@ -113,16 +103,3 @@ def _check_header(file: str | Path, header: list[str]) -> None:
 def _row(folder: str, header: list[str], cells: list[str], line: int) -> Row:
     values = dict(zip(header, cells, strict=False))
     return Row(os.path.join(folder, values.get("path", "")), class_name(values.get("label", "").strip()) or None, line)
-
-
-def class_name(text: str) -> str:
-    """One valid spelling of a name: macOS writes accents as characters of their own, most others do not."""
-    return unicodedata.normalize("NFC", os.fsencode(text).decode("utf-8", "replace"))
-
-
-def normalised(split: Split) -> Split:
-    """A split with class names in one spelling; classes whose names become the same are one class."""
-    names = [class_name(cls) for cls in split.classes]
-    classes = tuple(sorted(set(names)))
-    labels = tuple(classes.index(names[label]) for label in split.labels)
-    return Split(split.name, classes, split.paths, labels, split.root, split.pixels)

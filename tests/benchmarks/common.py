@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from metadiff_cli.core.encoders.bank import FeatureBank
+from metadiff_cli.core.encoders.bank import FeatureBank, PixelBank
 
 CPU = torch.device("cpu")
 
@@ -132,12 +132,12 @@ def feature_bank(sizes: Sizes, seed: int = 0) -> FeatureBank:
     return FeatureBank(z, np.repeat(np.arange(sizes.classes), sizes.per_class), class_names(sizes.classes))
 
 
-def pixel_bank(sizes: Sizes) -> FeatureBank:
-    """Random images (n, S * S * 3) uint8 in as many classes."""
+def pixel_bank(sizes: Sizes) -> PixelBank:
+    """Random images (n, S, S, 3) uint8 in as many classes."""
     rng = np.random.default_rng(0)
     count = sizes.classes * min(sizes.per_class, sizes.shot + sizes.query)
-    pixels = rng.integers(0, 256, (count, sizes.image**2 * 3), dtype=np.uint8)
-    return FeatureBank(pixels, np.repeat(np.arange(sizes.classes), count // sizes.classes), class_names(sizes.classes))
+    pixels = rng.integers(0, 256, (count, sizes.image, sizes.image, 3), dtype=np.uint8)
+    return PixelBank(pixels, np.repeat(np.arange(sizes.classes), count // sizes.classes), class_names(sizes.classes))
 
 
 def class_names(count: int) -> tuple[str, ...]:

@@ -17,14 +17,16 @@ from torch import nn
 from metadiff_cli.config.schema import Config, PretrainConfig
 from metadiff_cli.core.checkpoints.model import save_model
 from metadiff_cli.core.device import autocast, keep_freed_memory
-from metadiff_cli.core.encoders.bank import ImageEncoder, build_bank
+from metadiff_cli.core.encoders.bank import build_bank
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import build_encoder
 from metadiff_cli.core.method.adapt import MetaDiff, Tuning
 from metadiff_cli.core.method.denoisers import AnalyticDenoiser
 from metadiff_cli.core.method.task_space import fit_task_space
 from metadiff_cli.core.training.pretrain import Pretrainer
+from metadiff_cli.data.benchmarks import open_dataset
 from metadiff_cli.data.cache import decode_images, decode_split
-from metadiff_cli.data.folders import open_dataset, require_split
+from metadiff_cli.data.folders import require_split
 from tests.benchmarks.common import CPU, Ratio, Report, Sizes, rates, write_images
 
 SUPPORT, QUERY, SUPPORT_CLASSES = 25, 100, 5

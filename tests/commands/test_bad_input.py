@@ -69,7 +69,7 @@ def test_one_class_only(cli: CLI, tmp_path: Path, checkpoint: Path) -> None:
 
 def test_too_few_images_for_the_episodes(cli: CLI, checkpoint: Path) -> None:
     result = cli("evaluate", "-c", checkpoint, "--shot", "5", "--query", "15")
-    assert_refused(result, 3, "class 'glyph-", "has 12 images", "needs 20", "--query")
+    assert_refused(result, 3, "5-way 5-shot", "15 queries", "classes of 20 images", "0 of 8", "--query")
 
 
 def test_too_few_classes_for_the_way(cli: CLI, checkpoint: Path) -> None:
@@ -87,8 +87,8 @@ def test_broken_training_images_are_named_and_counted(cli: CLI, tmp_path: Path) 
     for split in ("train", "val"):
         for c in range(5):
             for i in range(4):
-                paint(tmp_path / "set" / split / f"c{c}" / f"{i}.png", (50 * c, 90, 200), seed=9 * c + i)
-    (tmp_path / "set" / "train" / "c1" / "broken.png").write_bytes(b"x")
+                paint(tmp_path / "set" / split / f"{split}-{c}" / f"{i}.png", (50 * c, 90, 200), seed=9 * c + i)
+    (tmp_path / "set" / "train" / "train-1" / "broken.png").write_bytes(b"x")
     result = cli("pretrain", "--data", tmp_path / "set", "--out", tmp_path / "run", "--set", "data.size=16",
                  "--epochs", "1", "--set", "pretrain.batch=4")  # fmt: skip
     assert result.code == 0, result.err

@@ -90,7 +90,7 @@ def test_defaults_are_shown_and_not_taken_for_markup(cli: CLI) -> None:
 
 
 SETTINGS = {
-    "--seed": "seed", "--device": "runtime.device", "--batch-size": "runtime.batch_size", "--steps": "sampler.steps",
+    "--seed": "seed", "--device": "runtime.device", "--steps": "sampler.steps",
     "--samples": "sampler.samples", "--temperature": "sampler.temperature", "--guidance": "sampler.guidance",
     "--way": "evaluation.way", "--shot": "evaluation.shot", "--episodes": "evaluation.episodes",
 }  # fmt: skip

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metadiff_cli.config.load import check, preset_folder, preset_names, resolve, to_yaml
-from metadiff_cli.config.schema import Config
+from metadiff_cli.config.load import check, encoder_file, preset_folder, preset_names, resolve, to_yaml
+from metadiff_cli.config.schema import ENCODERS, Config
 from metadiff_cli.errors import ConfigError
 
 
@@ -37,6 +37,55 @@ def test_all_problems_are_told_at_once() -> None:
         "magic",
     ):
         assert words in caught.value.message
+
+
+def test_a_problem_names_the_layer_it_comes_from(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("pretrain: {epochs: many, schedule: magic}\nsede: 1\n")
+    environ = {"METADIFF_PRETRAIN__EPOCHS": "few", "METADIFF_RUNTIME__THREADS": "0", "METADIFF_ROOT": "/x"}
+    with pytest.raises(ConfigError) as caught:
+        resolve("glyphs-5w1s", tmp_path / "own.yaml", ["seed=-1"], {"metatrain.steps": 0}, environ)
+    for words in (
+        "(got 'few' from $METADIFF_PRETRAIN__EPOCHS)", "(got 0 from $METADIFF_RUNTIME__THREADS)",
+        "unknown key 'root' (from $METADIFF_ROOT)", f"(got 'magic' from --config {tmp_path / 'own.yaml'})",
+        f"unknown key 'sede', did you mean 'seed'? (from --config {tmp_path / 'own.yaml'})", "(got -1 from --set)",
+        "(got 0 from flag)",
+    ):  # fmt: skip
+        assert words in caught.value.message
+
+
+def test_an_empty_variable_counts_as_not_set() -> None:
+    environ = {"METADIFF_SEED": "", "METADIFF_PRETRAIN__EPOCHS": " ", "METADIFF_NONSENSE": ""}
+    assert resolve("glyphs-5w1s", environ=environ) == resolve("glyphs-5w1s", environ={})
+
+
+SERVICES = [
+    "METADIFF_SERVICE_HOST", "METADIFF_SERVICE_PORT", "METADIFF_SERVICE_PORT_HTTP", "METADIFF_PORT",
+    "METADIFF_PORT_80_TCP", "METADIFF_PORT_80_TCP_PROTO", "METADIFF_PORT_80_TCP_ADDR", "METADIFF_PORT_443_UDP_PORT",
+    "METADIFF_WEB_SERVICE_HOST", "METADIFF_WEB_PORT_8080_TCP",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_variables_of_a_kubernetes_service_are_ignored(name: str) -> None:
+    assert resolve("glyphs-5w1s", environ={name: "tcp://10.0.0.1:80"}) == resolve("glyphs-5w1s", environ={})
+
+
+@pytest.mark.parametrize("name", ["METADIFF_HOST", "METADIFF_SUPPORT", "METADIFF_PORTS", "METADIFF_PRETRAIN__PORT"])
+def test_other_unknown_variables_are_an_error_that_names_them(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(environ={name: "1"})
+    assert f"${name}" in caught.value.message and caught.value.exit_code == 2
+
+
+def test_the_name_of_an_encoder_wins_over_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("conv4", "resnet12", "mine"):
+        (tmp_path / name).mkdir()
+    assert all(encoder_file(name) is None for name in (*ENCODERS, "timm:resnet18", "", None, "resnet9"))
+    for path in ("./conv4", "mine", "gone/encoder", "gone.safetensors", str(tmp_path / "conv4")):
+        assert encoder_file(path) == Path(path)
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "\x00", "!!python/object/apply:os.system ['true']\n"])

@@ -22,7 +22,8 @@ from metadiff_cli.config.schema import (
 )
 from metadiff_cli.core.baselines.learners import FrozenLearner, build_image_learner
 from metadiff_cli.core.baselines.train import InnerTrainer
-from metadiff_cli.core.encoders.bank import FeatureBank, ImageEncoder
+from metadiff_cli.core.encoders.bank import FeatureBank, PixelBank
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import build_encoder
 from metadiff_cli.core.method.denoisers import build_denoiser
 from metadiff_cli.core.method.diffusion import Noise, Schedule, ddim, ddpm, finish
@@ -141,7 +142,7 @@ def test_gradient_based(gpu: FakeGpu, no_gradients: Zeros, method: str) -> None:
         trainer = InnerTrainer(learner, bank, config, shot=1, seed=0, device=GPU)
     else:
         pixels, labels = images()
-        bank = FeatureBank(pixels.reshape(len(pixels), -1), labels, tuple(f"c{i}" for i in range(CLASSES)))
+        bank = PixelBank(pixels, labels, tuple(f"c{i}" for i in range(CLASSES)))
         images_config = ImageBaseline(batch=2, query=2, inner_steps=2, rotated_classes=True)
         learner = build_image_learner(method, 5, build_encoder("conv4"), SIDE, (0.5,) * 3, (0.25,) * 3, images_config)
         trainer = InnerTrainer(learner, bank, images_config, shot=1, seed=0, device=GPU, quarters=4)

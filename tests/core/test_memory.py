@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from metadiff_cli.core.encoders.bank import ImageEncoder
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import build_encoder
 from metadiff_cli.core.memory import LiveTensors, training_memory
 from metadiff_cli.core.method.task_space import fit_task_space

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metadiff_cli.config.schema import DenoiserConfig, MetatrainConfig
-from metadiff_cli.core.encoders.bank import Encoding, FeatureBank, ImageEncoder, extract
+from metadiff_cli.core.encoders.bank import Encoding, FeatureBank, extract
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import build_encoder
 from metadiff_cli.core.evaluation import controls
 from metadiff_cli.core.evaluation import evaluate as evaluation

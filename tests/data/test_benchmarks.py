@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metadiff_cli.data.benchmarks import LAYOUTS, load_pickle, split_lists
-from metadiff_cli.data.folders import open_dataset
+from metadiff_cli.data.benchmarks import LAYOUTS, load_pickle, open_dataset, split_lists
 from metadiff_cli.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -123,7 +122,7 @@ def test_omniglot(tmp_path: Path, prefix: str, layout: str) -> None:
     dataset = open_dataset(tmp_path, layout=layout)
     found = {split: set(part.classes) for split, part in dataset.splits.items()}
     assert found == {split: {name for _, name in folders} for split, folders in wanted.items()}
-    assert any("classes of omniglot are not there" in note for note in dataset.notes)
+    assert any("classes of omniglot are missing" in note for note in dataset.notes)
 
 
 def _some_characters(split: str) -> list[tuple[str, str]]:

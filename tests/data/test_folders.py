@@ -1,6 +1,9 @@
 """Which files belong to which class of which split."""
 
 import os
+import tempfile
+import unicodedata
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,19 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metadiff_cli.data.benchmarks import open_dataset
 from metadiff_cli.data.folders import (
     Dataset,
-    Scan,
     Split,
     all_classes,
-    open_dataset,
     require_split,
     scan_classes,
-    scan_images,
+    scan_support,
     split_by_class,
-    walk_images,
 )
+from metadiff_cli.data.scan import Scan
 from metadiff_cli.errors import DataError, MetaDiffError
+from tests.processes import as_plain_user
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -48,7 +51,7 @@ def test_split_folders(tmp_path: Path) -> None:
         "val": ("c",),
         "test": ("d",),
     }
-    assert (dataset.notes, dataset.skipped, dataset.name) == ((), 0, tmp_path.name)
+    assert (dataset.notes, dataset.skipped, dataset.name) == ((), {}, tmp_path.name)
 
 
 def test_one_split_folder_is_enough(tmp_path: Path) -> None:
@@ -124,7 +127,7 @@ def test_hidden_things_are_ignored_and_other_files_counted(tmp_path: Path) -> No
     touch(tmp_path, "__MACOSX/a/1.png", ".git/b/1.png", "b/1.png", "b/movie.mp4")
     dataset = open_dataset(tmp_path)
     assert labelled(dataset.splits["test"]) == {("a", "1.png"), ("b", "1.png")}
-    assert dataset.skipped == 2
+    assert dataset.skipped == {".txt": 1, ".mp4": 1}
 
 
 def test_class_names_are_any_unicode(tmp_path: Path) -> None:
@@ -132,39 +135,16 @@ def test_class_names_are_any_unicode(tmp_path: Path) -> None:
     assert set(scan_classes(touch(tmp_path, *(f"{name}/1.png" for name in names))).classes) == set(names)
 
 
-def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
-    touch(tmp_path, "data/a/1.png", "elsewhere/2.png")
-    (tmp_path / "data/a/up").symlink_to(tmp_path / "data", target_is_directory=True)
-    (tmp_path / "data/a/self").symlink_to("self")
-    (tmp_path / "data/a/more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    names = [Path(path).name for path in scan_images(tmp_path / "data")]
-    assert names.count("2.png") >= 1 and len(names) < 10
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-def test_a_pipe_is_no_image(tmp_path: Path) -> None:
-    touch(tmp_path, "a/1.png")
-    os.mkfifo(tmp_path / "a/2.png")
-    assert len(scan_classes(tmp_path).paths) == 1
-
-
-def test_scan_images_is_recursive(tmp_path: Path) -> None:
-    touch(tmp_path, "q/2.jpg", "q/sub/1.png", "q/x.txt")
-    assert [path.name for path in scan_images(tmp_path / "q")] == ["2.jpg", "1.png"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty has no images"):
-        scan_images(tmp_path / "empty")
-
-
 def test_errors_name_the_folder_and_the_next_step(tmp_path: Path) -> None:
-    touch(tmp_path, "file", "flat/1.png", "classes/cat/1.png", "classes/dog/notes.txt")
+    touch(tmp_path, "file", "photos.zip", "flat/1.png", "classes/cat/1.png", "classes/dog/notes.txt")
     (tmp_path / "empty").mkdir()
     for name, message in {
         "gone": "does not exist",
         "file": "is a file",
+        "photos.zip": "is an archive, not a folder",
         "flat": "has images but no class folders",
         "empty": "has no class folders",
-        "classes": "class 'dog' .* has no images",
+        "classes": r"class 'dog' .* has no images \(left out, as they are not images: 1 \.txt\)",
     }.items():
         with pytest.raises(DataError, match=message) as caught:
             open_dataset(tmp_path / name)
@@ -209,19 +189,91 @@ def test_all_classes_keeps_pixels_beside_their_labels() -> None:
     assert union.pixels is not None and union.pixels[:, 0, 0, 0].tolist() == [9, 5]
 
 
-def test_a_folder_that_cannot_be_listed_is_told_or_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    touch(tmp_path, "a/1.png", "secret/2.png", "z/3.png")
-    real = Path.iterdir
+@pytest.mark.parametrize(
+    "names",
+    [("train", "valid", "test"), ("train", "validation", "test"), ("Train", "Val", "Test"), ("TRAIN", "VALID", "TEST"),
+     ("training", "validation", "testing")],
+)  # fmt: skip
+def test_split_folders_have_their_names_in_any_case_and_synonyms(tmp_path: Path, names: tuple[str, ...]) -> None:
+    touch(tmp_path, *(f"{name}/{cls}/1.png" for name, cls in zip(names, "abc", strict=True)))
+    dataset = open_dataset(tmp_path)
+    assert {name: split.classes for name, split in dataset.splits.items()} == {
+        "train": ("a",), "val": ("b",), "test": ("c",)
+    }  # fmt: skip
+    assert f"{names[1]} is val" in dataset.notes[0]
 
-    def iterdir(self: Path) -> object:
-        if self.name == "secret":
-            raise PermissionError(13, "Permission denied")
-        return real(self)
 
-    monkeypatch.setattr(Path, "iterdir", iterdir)
-    with pytest.raises(DataError, match="secret cannot be read"):
-        list(walk_images(tmp_path, Scan()))
-    unreadable: list[tuple[Path, str]] = []
-    found = [p.name for p in walk_images(tmp_path, Scan(unreadable=unreadable))]
-    assert found == ["1.png", "3.png"]
-    assert unreadable == [(tmp_path / "secret", "cannot be read (Permission denied)")]
+def test_two_folders_of_one_split_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="two folders of val classes: val and validation"):
+        open_dataset(touch(tmp_path, "train/a/1.png", "val/b/1.png", "validation/c/1.png"))
+
+
+def test_an_ordinary_classification_data_set_is_split_by_class(tmp_path: Path) -> None:
+    """Its train and test folders hold the same classes: what they split are images."""
+    touch(tmp_path, *(f"{split}/class{c}/{split}.png" for split in ("train", "Test") for c in range(8)))
+    dataset = open_dataset(tmp_path, seed=2)
+    parts = [set(split.classes) for split in dataset.splits.values()]
+    assert [len(part) for part in parts] == [4, 2, 2] and len(set.union(*parts)) == 8
+    assert all(len(split.paths) == 2 * len(split.classes) for split in dataset.splits.values())
+    assert any("train, Test hold the same classes" in note and "8 classes are split" in note for note in dataset.notes)
+    only = open_dataset(touch(tmp_path / "few", "train/cat/1.png", "train/dog/2.png", "test/cat/3.png"))
+    assert only.splits["test"].classes == ("cat", "dog") and len(only.splits["test"].paths) == 3
+
+
+def test_a_class_in_two_splits_is_an_error_that_names_it(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"train/{c}/1.png" for c in "abcd"), *(f"test/{c}/1.png" for c in "dxyz"))
+    with pytest.raises(DataError, match="such as 'd'") as caught:
+        open_dataset(tmp_path)
+    assert caught.value.hint is not None and "one of them" in caught.value.hint
+
+
+def test_a_support_takes_the_train_folder_of_a_data_set(tmp_path: Path) -> None:
+    touch(tmp_path, "Train/cat/1.png", "Train/dog/2.png", "Test/cat/3.png", "Test/dog/4.png")
+    scan = Scan()
+    split = scan_support(tmp_path, scan)
+    assert labelled(split) == {("cat", "1.png"), ("dog", "2.png")}
+    assert "the classes of Train are taken" in scan.notes[0]
+    assert scan_support(touch(tmp_path / "plain", "train/1.png", "bus/2.png"), Scan()).classes == ("bus", "train")
+
+
+def test_one_name_in_two_spellings_is_one_class(tmp_path: Path) -> None:
+    """macOS writes accents as characters of their own."""
+    for form in ("NFC", "NFD"):
+        touch(tmp_path, f"{unicodedata.normalize(form, 'café')}/{form}.png", f"dog/{form}.png")
+    dataset = open_dataset(tmp_path)
+    assert dataset.splits["test"].classes == (unicodedata.normalize("NFC", "café"), "dog")
+    assert len(dataset.splits["test"].paths) == 4
+
+
+def test_names_that_are_no_text_are_classes_of_their_own(tmp_path: Path) -> None:
+    for raw in (b"caf\xe9", b"caf\xe8"):
+        folder = os.fsencode(tmp_path) + b"/" + raw
+        os.mkdir(folder)
+        Path(os.fsdecode(folder), "1.png").touch()
+    classes = open_dataset(tmp_path).splits["test"].classes
+    assert classes == ("caf\\xe8", "caf\\xe9") and all(name.encode() for name in classes)
+
+
+def test_what_cannot_be_read_is_left_out_with_a_note() -> None:
+    """A class that is locked, one that can be listed and not looked at, and a link into a locked folder."""
+
+    def scan(root: Path) -> Dataset:
+        return open_dataset(root)
+
+    with tempfile.TemporaryDirectory() as place:
+        root = touch(Path(place), "a/1.png", "b/1.png", "locked/1.png", "listed/1.png", "listed/sub/2.png")
+        (root / "a" / "link.png").symlink_to(root / "locked" / "1.png")
+        (root / "a" / "link").symlink_to(root / "locked" / "1.png")
+        root.chmod(0o755)
+        (root / "locked").chmod(0)
+        (root / "listed").chmod(0o444)
+        try:
+            dataset = as_plain_user(partial(scan, root))
+        finally:
+            for name in ("locked", "listed"):
+                (root / name).chmod(0o755)
+        found = dataset.splits["test"]
+        assert labelled(found) == {("a", "1.png"), ("a", "link.png"), ("b", "1.png"), ("listed", "1.png")}
+        assert {Path(path).name for path, _ in dataset.unreadable} == {"locked", "link", "sub"}
+        assert {reason for _, reason in dataset.unreadable} == {"Permission denied"}
+        assert "left out, as they cannot be read" in dataset.notes[-1]

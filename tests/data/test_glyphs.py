@@ -3,49 +3,40 @@
 import numpy as np
 import pytest
 
-from metadiff_cli.data.glyphs import POINTS, draw_glyphs, glyph_dataset, rasterise
+from metadiff_cli.data.glyphs import POINTS, draw_class, glyph_dataset, rasterise
 
 WAY, EPISODES = 5, 400
 
 
 @pytest.fixture(scope="module")
-def drawn() -> np.ndarray:
-    """Ink in 0..1 of 40 classes (40, 20, 28 * 28)."""
-    images, _ = draw_glyphs(classes=40, images_per_class=20)
+def images() -> np.ndarray:
+    """40 classes of 20 drawings (40, 20, 28, 28, 3)."""
+    return np.stack([draw_class(cls, 20, 28, seed=0) for cls in range(40)])
+
+
+@pytest.fixture(scope="module")
+def drawn(images: np.ndarray) -> np.ndarray:
+    """Their ink in 0..1 (40, 20, 28 * 28)."""
     return 1 - images[..., 0].reshape(40, 20, -1) / 255
 
 
-def test_shapes_and_types() -> None:
-    images, labels = draw_glyphs(classes=3, images_per_class=4, size=20)
-    assert images.shape == (12, 20, 20, 3) and images.dtype == np.uint8
-    assert labels.dtype == np.int64 and labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+def test_the_seed_and_the_class_decide(images: np.ndarray) -> None:
+    assert np.array_equal(draw_class(7, 3, 28, seed=0), images[7, :3])
+    assert not np.array_equal(draw_class(7, 3, 28, seed=1), images[7, :3])
+    assert draw_class(0, 2, 20, seed=0).shape == (2, 20, 20, 3) and images.dtype == np.uint8
 
 
-def test_the_seed_decides() -> None:
-    first, again = draw_glyphs(classes=2, images_per_class=3)[0], draw_glyphs(classes=2, images_per_class=3)[0]
-    other, _ = draw_glyphs(classes=2, images_per_class=3, seed=1)
-    assert np.array_equal(first, again) and not np.array_equal(first, other)
-
-
-def test_a_glyph_does_not_depend_on_how_many_are_drawn() -> None:
-    many, _ = draw_glyphs(classes=6, images_per_class=5)
-    few, labels = draw_glyphs(classes=2, images_per_class=3, first_class=4)
-    assert np.array_equal(few.reshape(2, 3, 28, 28, 3), many.reshape(6, 5, 28, 28, 3)[4:, :3])
-    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
-
-
-def test_dark_ink_on_white_paper() -> None:
-    images, _ = draw_glyphs(classes=40, images_per_class=20)
-    assert (images == images[..., :1]).all()
-    assert (images.max(axis=(1, 2, 3)) == 255).all()
-    assert np.median(images.min(axis=(1, 2, 3))) < 60
-    ink = (images[..., 0] < 128).mean(axis=(1, 2))
+def test_dark_ink_on_white_paper(images: np.ndarray) -> None:
+    flat = images.reshape(800, -1, 3)
+    assert (flat == flat[..., :1]).all()
+    assert (flat.max(axis=(1, 2)) == 255).all()
+    assert np.median(flat.min(axis=(1, 2))) < 60
+    ink = (flat[..., 0] < 128).mean(axis=1)
     assert (ink > 0).all() and 0.04 < ink.mean() < 0.2
 
 
-def test_every_drawing_is_another() -> None:
-    images, _ = draw_glyphs(classes=10, images_per_class=20)
-    assert len({image.tobytes() for image in images}) == 200
+def test_every_drawing_is_another(images: np.ndarray) -> None:
+    assert len({image.tobytes() for image in images.reshape(800, -1)}) == 800
 
 
 def test_long_thin_strokes_are_not_dotted() -> None:
@@ -85,12 +76,11 @@ def test_dataset_has_disjoint_splits() -> None:
     names = [cls for split in dataset.splits.values() for cls in split.classes]
     assert list(dataset.splits) == ["train", "val", "test"]
     assert names == [f"glyph-{c:04d}" for c in range(9)] and seen == [(c, 9) for c in range(1, 10)]
-    assert dataset.root == "glyphs" and dataset.skipped == 0
+    assert dataset.root == "glyphs" and dataset.skipped == {}
 
 
 def test_dataset_shows_the_glyphs_its_names_say() -> None:
     test = glyph_dataset(train=4, val=2, test=3, images_per_class=3).splits["test"]
-    images, labels = draw_glyphs(classes=3, images_per_class=3, first_class=6)
-    assert test.pixels is not None and np.array_equal(test.pixels, images)
-    assert test.labels == tuple(labels.tolist())
+    assert test.pixels is not None and np.array_equal(test.pixels[3:6], draw_class(7, 3, 28, seed=0))
+    assert test.labels == (0, 0, 0, 1, 1, 1, 2, 2, 2)
     assert test.classes[0] == "glyph-0006" and test.paths[1] == "glyphs/glyph-0006/01"

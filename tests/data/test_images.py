@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageOps, features
 
 from metadiff_cli.data import images
-from metadiff_cli.data.images import IMAGE_SUFFIXES, load_rgb, load_square, to_square
+from metadiff_cli.data.images import BITS, FORMATS, IMAGE_SUFFIXES, load_rgb, load_square, to_square, upright_rgb
 from metadiff_cli.errors import DataError
 
 ORIENTATION = 0x0112
@@ -31,14 +31,28 @@ def corner(image: Image.Image) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
 def test_every_suffix_is_read(tmp_path: Path, suffix: str) -> None:
-    if suffix == ".avif" and not features.check("avif"):
+    if suffix in (".avif",) and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
-    if suffix in (".heic", ".heif"):
+    if suffix in FORMATS["HEIF"]:
         pytest.importorskip("pillow_heif", reason="HEIC needs the extra [heic]").register_heif_opener()
-    path = saved(Image.new("RGB", (20, 10), (200, 100, 50)), tmp_path / f"a{suffix}")
+    kind = next(kind for kind, suffixes in FORMATS.items() if suffix in suffixes)
+    if kind not in images._formats() or kind not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {kind}")
+    path = saved(Image.new("RGB", (20, 10), (200, 100, 50)), tmp_path / f"a{suffix}", format=kind)
     image = load_rgb(path)
     assert (image.mode, image.size) == ("RGB", (20, 10))
     assert np.abs(np.array(corner(image)) - (200, 100, 50)).max() <= 8  # lossy formats
+
+
+def test_no_format_starts_a_program() -> None:
+    assert not {"EPS", "PDF", "WMF", "GRIB", "BUFR", "HDF5"} & {*images._formats()} and "TGA" in images._formats()
+
+
+def test_a_format_without_a_signature_is_tried_by_its_extension_alone(tmp_path: Path) -> None:
+    path = saved(Image.new("RGB", (20, 10), "red"), tmp_path / "a.tga")
+    assert load_rgb(path).size == (20, 10)
+    with pytest.raises(DataError, match="not an image"):
+        load_rgb(path.rename(tmp_path / "a.png"))
 
 
 @pytest.mark.parametrize(
@@ -113,6 +127,15 @@ def test_32_bit_and_float_tiff(tmp_path: Path, values: np.ndarray, expected: lis
     assert np.asarray(load_rgb(path))[0, :, 2].tolist() == expected
 
 
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bit_greyscale_is_scaled_by_the_bits_in_use(tmp_path: Path, bits: int, suffix: str) -> None:
+    """Scientific cameras store 10, 12 or 14 bits in files of 16, which would look nearly black."""
+    values = np.array([[0, 2 ** (bits - 1), 2**bits - 1]], dtype=np.uint16)
+    image = load_rgb(saved(Image.fromarray(values), tmp_path / f"a{suffix}"))
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 128, 255] and image.info[BITS] == bits
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
     upright = np.zeros((8, 16, 3), dtype=np.uint8)
@@ -163,7 +186,13 @@ def test_truncated_files_are_refused_by_name(tmp_path: Path, suffix: str) -> Non
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "not an image"), (b"hello", "not an image"), (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not an image")],
+    [
+        (b"", "the file is empty"),
+        (b"hello", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not an image"),
+        (b"%PDF-1.7\n", "not an image"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a git-lfs pointer.* `git lfs pull`"),
+    ],
 )
 def test_other_files_are_refused(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "a.png"
@@ -235,12 +264,40 @@ def test_to_square_leaves_the_right_size_alone() -> None:
     assert np.array_equal(to_square(Image.fromarray(pixels), 24), pixels)
 
 
-def test_draft_decoding_of_large_photos_is_close_to_full_decoding(tmp_path: Path) -> None:
-    smooth = np.linspace(0, 255, 1600)[None, :, None] * np.linspace(0.3, 1, 1200)[:, None, None] * np.ones(3)
-    path = saved(Image.fromarray(smooth.astype(np.uint8)), tmp_path / "a.jpg", quality=95)
-    assert load_rgb(path, 64).size < load_rgb(path).size
-    difference = load_square(path, 64).astype(int) - to_square(load_rgb(path), 64)
-    assert np.abs(difference).max() <= 4
+PHOTOS = {"large": (1501, 1000), "upright": (300, 411), "small": (40, 40)}
+
+
+@pytest.mark.parametrize("kind", PHOTOS)
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_file_an_opened_image_an_array_and_the_documented_call_give_the_same_pixels(
+    tmp_path: Path, kind: str, orientation: int
+) -> None:
+    """Whatever the size: a JPEG that was decoded at a smaller scale would differ."""
+    width, height = PHOTOS[kind]
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    path = saved(coarse.resize((width, height)), tmp_path / "a.jpg", quality=90, exif=exif)
+    size, found = 24, load_square(path, 24)
+    with Image.open(path) as opened:
+        assert np.array_equal(to_square(upright_rgb(opened), size), found)
+        upright = ImageOps.exif_transpose(opened).convert("RGB")
+    assert np.array_equal(to_square(Image.fromarray(np.asarray(upright)), size), found)
+    w, h = upright.size
+    s = min(w, h)
+    box = ((w - s) / 2, (h - s) / 2, (w + s) / 2, (h + s) / 2)
+    documented = upright.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    assert np.array_equal(np.asarray(documented), found)
+
+
+def test_an_opened_image_is_not_changed(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    path = saved(Image.new("RGB", (30, 20), "red"), tmp_path / "a.png", exif=exif)
+    with Image.open(path) as opened:
+        assert upright_rgb(opened).size == (20, 30)
+        assert opened.size == (30, 20) and opened.getexif()[ORIENTATION] == 6
 
 
 def test_the_limit_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +313,7 @@ HEIC_HEAD = b"\x00\x00\x00\x1cftypheic\x00\x00\x00\x00mif1heic"
 def test_without_the_extra_heic_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(images, "_formats", lambda: ["PNG", "JPEG"])
+    monkeypatch.setattr(images, "_formats", lambda: ("PNG", "JPEG"))
     path = tmp_path / name
     path.write_bytes(HEIC_HEAD + bytes(100))
     with pytest.raises(DataError, match=r"HEIC.*pip install pillow-heif"):
@@ -264,7 +321,7 @@ def test_without_the_extra_heic_says_what_to_install(
 
 
 def test_an_old_pillow_is_told_apart_from_a_broken_avif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_formats", lambda: ["PNG"])
+    monkeypatch.setattr(images, "_formats", lambda: ("PNG",))
     path = tmp_path / "a.avif"
     path.write_bytes(b"\x00\x00\x00\x20ftypavif" + bytes(100))
     with pytest.raises(DataError, match=r"Pillow 11\.3"):
@@ -272,7 +329,7 @@ def test_an_old_pillow_is_told_apart_from_a_broken_avif(tmp_path: Path, monkeypa
 
 
 def test_a_broken_heic_is_damaged_where_the_extra_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_formats", lambda: ["PNG", "HEIF"])
+    monkeypatch.setattr(images, "_formats", lambda: ("PNG", "HEIF"))
     monkeypatch.setitem(Image.OPEN, "HEIF", (lambda fp, name: None, lambda start: False))
     path = tmp_path / "a.heic"
     path.write_bytes(HEIC_HEAD + bytes(100))

@@ -1,11 +1,11 @@
 """CSV files of paths and labels."""
 
-import unicodedata
 from pathlib import Path
 
 import pytest
 
-from metadiff_cli.data.listing import class_name, is_listing, open_labelled, read_listing
+from metadiff_cli.data.listing import is_listing, open_labelled, read_listing
+from metadiff_cli.data.scan import Scan
 from metadiff_cli.errors import DataError
 
 
@@ -71,14 +71,18 @@ def test_a_folder_is_no_listing(tmp_path: Path) -> None:
     assert not is_listing(tmp_path / "photos.csv") and is_listing(written(tmp_path, "path\n", "a.CSV"))
 
 
-def test_one_name_in_two_spellings_is_one_class(tmp_path: Path) -> None:
-    for form in ("NFC", "NFD"):
-        folder = tmp_path / unicodedata.normalize(form, "café")
-        folder.mkdir(exist_ok=True)
-        (folder / f"{form}.png").touch()
-    split = open_labelled(tmp_path)
-    assert split.classes == (unicodedata.normalize("NFC", "café"),) and split.labels == (0, 0)
+def test_a_folder_with_split_folders_says_which_one_is_taken(tmp_path: Path) -> None:
+    for name in ("train/cat/1.png", "test/cat/2.png", "train/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    scan = Scan()
+    assert open_labelled(tmp_path, scan).paths == (str(tmp_path / "train" / "cat" / "1.png"),)
+    assert "the classes of train are taken" in scan.notes[0]
 
 
-def test_a_name_that_is_no_text_becomes_text() -> None:
-    assert class_name("caf\udce9") == "caf\ufffd"
+@pytest.mark.parametrize("name", ["x" * 300, "gone", "photos.zip"])
+def test_a_source_that_is_neither_is_an_error_with_the_next_step(tmp_path: Path, name: str) -> None:
+    (tmp_path / "photos.zip").touch()
+    with pytest.raises(DataError) as caught:
+        open_labelled(tmp_path / name)
+    assert name in caught.value.message and caught.value.hint

@@ -9,29 +9,6 @@ from metadiff_cli.config.load import check, resolve
 from metadiff_cli.errors import MetaDiffError
 
 
-def small_model(path: Path) -> Path:
-    """A real checkpoint, untrained: conv4 at 16 x 16 and a small denoiser."""
-    import torch
-
-    from metadiff_cli.core.checkpoints.model import save_model
-    from metadiff_cli.core.encoders.bank import ImageEncoder
-    from metadiff_cli.core.encoders.networks import build_encoder
-    from metadiff_cli.core.method.adapt import MetaDiff, Tuning
-    from metadiff_cli.core.method.denoisers import UNetDenoiser
-    from metadiff_cli.core.method.task_space import identity_space
-
-    encoder = build_encoder("conv4")
-    images = ImageEncoder(encoder, "conv4", 16, (0.5,) * 3, (0.2,) * 3, True, torch.device("cpu"))
-    learner = MetaDiff(
-        identity_space(torch.randn(4, images.feature_size) for _ in range(3)),
-        UNetDenoiser(images.feature_size, 8, 1), True, Tuning(),
-    )  # fmt: skip
-    settings = {"kind": "unet", "width": 8, "depth": 1, "dropout": 0.1}
-    header = {"classes": ["a", "ß", "日本"], "denoiser": settings, "config": {"seed": 0}, "metrics": {"x": 1.5}}
-    save_model(path, images, learner, header)
-    return path
-
-
 def small_classifier(path: Path) -> Path:
     """A real saved classifier of three classes and four images, made from the small model."""
     import numpy as np
@@ -40,6 +17,7 @@ def small_classifier(path: Path) -> Path:
     from metadiff_cli.core.checkpoints.classifier import StoredClassifier, StoredImages, save_classifier
     from metadiff_cli.core.checkpoints.model import load_model
     from metadiff_cli.core.method.adapt import TaskClassifier
+    from tests.worlds import small_model
 
     model = load_model(small_model(path.with_name("base.safetensors")), torch.device("cpu"))
     classes, size = ("a", "ß", "日本"), model.images.feature_size

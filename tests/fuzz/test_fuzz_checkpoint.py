@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from metadiff_cli.core.checkpoints.file import read_header
 from metadiff_cli.errors import CheckpointError, MetaDiffError
-from tests.fuzz.targets import checkpoint, read_any, small_classifier, small_model
+from tests.fuzz.targets import checkpoint, read_any, small_classifier
+from tests.worlds import small_model
 
 KEY, METADATA = "metadiff", "__metadata__"
 

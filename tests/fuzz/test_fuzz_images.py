@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from metadiff_cli.data import images as module
+from metadiff_cli.data.benchmarks import open_dataset
 from metadiff_cli.data.cache import decode_images
-from metadiff_cli.data.folders import open_dataset, scan_images
 from metadiff_cli.data.images import load_square
+from metadiff_cli.data.scan import Scan, walk_images
 from metadiff_cli.errors import DataError, MetaDiffError
 
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]
@@ -135,7 +136,7 @@ def test_links_between_all_folders_end(tmp_path: Path) -> None:
         for other in folders:
             (folder / f"to-{other.name}").symlink_to(other)
     with pytest.raises(DataError, match="ways"):
-        scan_images(tmp_path / "root")
+        list(walk_images(tmp_path / "root", Scan()))
 
 
 def test_a_chain_of_double_links_ends(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_a_chain_of_double_links_ends(tmp_path: Path) -> None:
         (tmp_path / f"{i:02d}" / "b").symlink_to(tmp_path / f"{i + 1:02d}")
     (tmp_path / "40").mkdir()
     with pytest.raises(DataError, match="ways"):
-        scan_images(tmp_path / "00")
+        list(walk_images(tmp_path / "00", Scan()))
 
 
 @pytest.mark.parametrize(("name", "count"), [("d", 1500), ("n" * 250, 100)])
@@ -154,8 +155,12 @@ def test_folders_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     for _ in range(count):
         os.mkdir(name)
         os.chdir(name)
-    with pytest.raises(DataError):
-        scan_images(tmp_path)
+    scan = Scan()
+    if len(name) == 1:
+        with pytest.raises(DataError, match="folders deep"):
+            list(walk_images(tmp_path, scan))
+    else:
+        assert list(walk_images(tmp_path, scan)) == [] and scan.unreadable[0][1] == "File name too long"
     for _ in range(count):  # one by one: the whole path is longer than the system takes
         os.chdir("..")
         os.rmdir(name)

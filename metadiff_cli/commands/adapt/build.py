@@ -16,12 +16,13 @@ from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.checkpoints.file import KINDS, read_header
 from metadiff_cli.core.checkpoints.model import Model, load_model
-from metadiff_cli.core.encoders.bank import ImageEncoder
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.evaluation.support_check import SupportCheck, check_support
 from metadiff_cli.core.method.adapt import Sampling
 from metadiff_cli.core.method.rejection import Rejector, require_rejection
-from metadiff_cli.data.folders import Scan, Split, suggestion
+from metadiff_cli.data.folders import Split
 from metadiff_cli.data.listing import open_labelled
+from metadiff_cli.data.scan import Scan, class_name, left_out, suggestion
 from metadiff_cli.errors import CheckpointError, DataError
 from metadiff_cli.files import checkpoint_path
 
@@ -64,17 +65,25 @@ class Ready:
 
 @dataclass(frozen=True)
 class Found:
-    """The images of a support that are not read yet, and its folders that cannot be read, with the reason."""
+    """The images of a support that are not read yet, what of its folder cannot be read, and `notes` for the user."""
 
     split: Split
     locked: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def at(cls, source: Path) -> "Found":
-        """Look through a support folder or listing. Raises DataError."""
-        unreadable: list[tuple[Path, str]] = []
-        split = open_labelled(source, Scan(unreadable=unreadable))
-        return cls(split, tuple((str(path), reason) for path, reason in unreadable))
+        """Look through a support folder or listing. Raises DataError, also for a class that cannot be read at all."""
+        scan = Scan()
+        split = open_labelled(source, scan)
+        for path, reason in scan.unreadable:
+            if path.parent == source and class_name(path.name) not in split.classes:
+                raise DataError(
+                    f"class '{path.name}' in {source} cannot be read ({reason})",
+                    hint="check the permissions of its folder, or remove it",
+                )
+        notes = [f"support: {text}" for text in (*scan.notes, left_out(scan.skipped)) if text]
+        return cls(split, tuple((str(path), reason) for path, reason in scan.unreadable), tuple(notes))
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ import functools
 import glob
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from metadiff_cli.data.folders import Scan, is_image, suggestion, walk_images
-from metadiff_cli.data.listing import as_utf8, class_name, is_listing, read_listing
+from metadiff_cli.data.listing import as_utf8, is_listing, read_listing
+from metadiff_cli.data.scan import Scan, class_name, is_image, suggestion, walk_images
 from metadiff_cli.errors import DataError
 
 LISTS = frozenset({".txt", ".lst", ".list"})  # extensions of files that hold paths, and no image
@@ -29,12 +29,12 @@ class Queries:
     """The query images in the order of the output.
 
     A path that does not exist is in its place, and becomes an error when it is read. `unreadable` lists folders that
-    cannot be read, with the reason. `skipped` is the number of files that are not images.
+    cannot be read, with the reason. `skipped` counts the files that are not images, by extension.
     """
 
     items: tuple[Query, ...]
     unreadable: tuple[tuple[str, str], ...] = ()
-    skipped: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     def paths(self) -> list[str]:
         """The path of each image."""
@@ -73,21 +73,20 @@ def find_queries(
     the shell made of a pattern. The label of an image is the name of the first folder below the folder that was given,
     or that of the listing. Raises DataError, which names `option`, when there is no image, and when no path exists.
     """
-    unreadable: list[tuple[Path, str]] = []
-    scan = Scan(unreadable=unreadable)
+    scan = Scan()
     named = given if not more else ()  # of a pattern that the shell expanded, other files are left out
     texts = [path for text in (*given, *more) for path in _expand(text, null, scan)]
     found = [query for text in texts for query in _queries(text, scan, named=text in named)]
     unique = {Path(query.path): query for query in reversed(found)}  # the first mention of an image stays
     items = tuple(query for query in found if unique[Path(query.path)] is query)
-    if not items and not unreadable:
+    if not items and not scan.unreadable:
         raise DataError(
             f"{option} {' '.join(given)}: there are no images",
             hint=f"give {option} a folder, files, a glob, a CSV file with a column 'path', or - for paths on stdin",
         )
     if items and "-" not in given and not any(_exists(query.path) for query in items):
         raise _missing(items, option)
-    return Queries(items, tuple((str(path), reason) for path, reason in unreadable), scan.skipped)
+    return Queries(items, tuple((str(path), reason) for path, reason in scan.unreadable), scan.skipped)
 
 
 def _missing(items: Sequence[Query], option: str) -> DataError:
@@ -128,7 +127,7 @@ def _queries(text: str, scan: Scan, *, named: bool) -> Iterator[Query]:
     elif not os.path.exists(text) or (os.path.isfile(text) and (named or is_image(path))):
         yield Query(text)
     else:
-        scan.skipped += 1
+        scan.skipped[path.suffix.lower()] += 1
 
 
 def _expand(text: str, null: bool, scan: Scan) -> list[str]:

@@ -14,6 +14,7 @@ from metadiff_cli.commands.adapt.labelled import Score
 from metadiff_cli.commands.adapt.output import DIGITS, Errors, Outcome
 from metadiff_cli.commands.adapt.sorting import Sorting
 from metadiff_cli.console import Screen, counted
+from metadiff_cli.data.scan import left_out
 
 RANKED = 3  # classes per image that are kept even where --top-k is lower: the report shows two runners-up
 
@@ -107,7 +108,7 @@ class Predictions:
     def tail(self) -> dict[str, Any]:
         """What the JSON document says after the predictions."""
         scored = {} if self.score is None else {"labelled": self.score.document()}
-        return {**scored, "errors": self.errors.document()}
+        return {**scored, "skipped": dict(self.queries.skipped), "errors": self.errors.document()}
 
     def finish(self, *, matrix: bool) -> None:
         """Say on stderr what happened, and show the score; its confusion matrix on stdout where `matrix` is set."""
@@ -119,7 +120,7 @@ class Predictions:
         if self.twins > NAMED:
             screen.warn(f"{self.twins} query images are also in the support")
         if self.queries.skipped:
-            screen.note(f"left out, because they are no images: {counted(self.queries.skipped, 'query file')}")
+            screen.note(f"query: {left_out(self.queries.skipped)}")
         if self.sorting is not None:
             self.sorting.tell(screen)
         if self.ready.dependence:

@@ -30,6 +30,8 @@ def run(given: Options, screen: Screen) -> None:
     check_outputs(given)
     queries = find_queries(given.query, null=given.null, more=given.more)
     support = None if given.support is None else Found.at(given.support)
+    for text in () if support is None else support.notes:
+        screen.note(text)
     unlabeled = None if given.unlabeled is None else find_queries([str(given.unlabeled)], option="--unlabeled")
     builder = Builder(config, sampling_of(given, config, screen), start_device(config), screen)
     start = builder.start(given.classifier, given.checkpoint)

@@ -26,8 +26,10 @@ def read_result(path: Path) -> Result:
         with path.open("rb") as file:
             raw = file.read(MAX_FILE + 1)
         document = json.loads(raw) if len(raw) <= MAX_FILE else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--compare {path} cannot be read ({error})", hint=HINT) from error
+    except OSError as error:
+        raise ConfigError(f"--compare {path} cannot be read ({error.strerror})", hint=HINT) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--compare {path} is not a JSON document ({error})", hint=HINT) from error
     if not isinstance(document, dict) or document.get("schema") != "metadiff.evaluate/1":
         raise ConfigError(f"--compare {path} is not the result of an evaluation", hint=HINT)
     try:

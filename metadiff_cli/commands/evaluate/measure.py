@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,7 +13,8 @@ from metadiff_cli.commands.train.run_folder import Source
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.checkpoints.model import Model
-from metadiff_cli.core.encoders.bank import FeatureBank, ImageEncoder, build_bank, every_other
+from metadiff_cli.core.encoders.bank import Bank, FeatureBank, build_bank, every_other
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.evaluation.controls import label_propagation_method, prototype_method, soft_kmeans_method
 from metadiff_cli.core.evaluation.diagnostics import measure_novelty, trace_weights
 from metadiff_cli.core.evaluation.evaluate import (
@@ -31,14 +32,16 @@ from metadiff_cli.core.method.adapt import MetaDiff, Sampling
 from metadiff_cli.core.method.denoisers import build_denoiser, randomise
 from metadiff_cli.core.method.rejection import require_rejection
 from metadiff_cli.core.training.fit import fit_tuning
-from metadiff_cli.errors import ConfigError
+from metadiff_cli.errors import ConfigError, DataError
 from metadiff_cli.files import cache_dir
 
+NAMED = 10  # classes that are named; the others are counted
 POSTERIOR = Sampling(steps=100, samples=16, temperature=1.0)  # the probabilities of 16 sampled classifiers, averaged
 PICTURES = "pictures"  # key of what only the report page draws; it is taken out before JSON is printed
 AGAINST = ("prototype", "analytic", "inductive")  # the methods that all others are compared with, in pairs
 
 Progress = Callable[[int], None]
+AnyBank = TypeVar("AnyBank", bound=Bank)
 
 
 def feature_bank(images: ImageEncoder, source: Source, split: str, config: Config, screen: Screen) -> FeatureBank:
@@ -48,8 +51,27 @@ def feature_bank(images: ImageEncoder, source: Source, split: str, config: Confi
         return build_bank(
             images, decoded.images, decoded.labels, decoded.classes,
             folder=cache_dir() / "features", key=decoded.key, batch=config.runtime.batch_size,
-            store=config.features.store, progress=advance, note=screen.note,
+            progress=advance, note=screen.note,
         )  # fmt: skip
+
+
+def with_enough(bank: AnyBank, protocol: Protocol, screen: Screen) -> tuple[AnyBank, list[str]]:
+    """The bank without the classes that have too few images for an episode, and the names of these; see `with_images`.
+
+    Raises DataError when fewer classes are left than an episode has.
+    """
+    need = protocol.shot + (protocol.query if protocol.imbalance is None else 2 * protocol.query)
+    kept, left_out = bank.with_images(need)
+    if left_out and len(kept.classes) < protocol.way:
+        raise DataError(
+            f"{protocol.way}-way {protocol.shot}-shot episodes with {need - protocol.shot} queries per class need "
+            f"{protocol.way} classes of {need} images or more; {len(kept.classes)} of {len(bank.classes)} have as many",
+            hint="lower --query, --shot or --way, or add images",
+        )
+    if left_out:
+        more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+        screen.note(f"classes left out, with fewer than {need} images: {', '.join(left_out[:NAMED])}{more}")
+    return kept, list(left_out)
 
 
 def sampling_of(config: Config) -> Sampling:
@@ -117,6 +139,7 @@ def measure(
     rejection of images of unknown classes is measured too. With `drawn`, PICTURES is added, for a report page.
     """
     device = model.images.device
+    bank, left_out = with_enough(bank, protocol, screen)
     if open_set and not halves:
         require_rejection(model.metadiff)  # before the long part
     parts = _halves(model, bank, protocol) if halves else [Part(model, bank, protocol)]
@@ -131,6 +154,7 @@ def measure(
         document[PICTURES] = trace_weights(first.model.metadiff, first.bank, first.protocol, sampling, device).to_dict()
     return {
         **document,
+        "classes_left_out": left_out,
         "halves": halves,
         "sampling": asdict(sampling),
         "denoiser": model.header["denoiser"]["kind"],
@@ -139,7 +163,7 @@ def measure(
 
 
 def result_document(
-    run: Callable[[Progress], Mapping[str, Scores]], bank: FeatureBank, split: str, protocol: Protocol, screen: Screen
+    run: Callable[[Progress], Mapping[str, Scores]], bank: Bank, split: str, protocol: Protocol, screen: Screen
 ) -> dict[str, Any]:
     """The part of the document that is the same for all methods; `run` scores them and reports the episodes done."""
     started = time.perf_counter()

@@ -88,6 +88,8 @@ def measure_checkpoint(
     if isinstance(model, Baseline):
         _check_sampled(model, request, controls, config)
     source = find_source(check(model.header["config"]), config, request.data, screen)
+    if request.split == "all":
+        screen.note(_all_of(source, model.header["classes"]))
     labels = source.split(request.split, model.images.size).labels
     name = "metadiff" if isinstance(model, Model) else model.name
     more, statistics = further(controls, name, config, source, request.split, labels, protocol, device, screen)
@@ -120,6 +122,16 @@ def find_source(trained: Config, config: Config, data: Path | None, screen: Scre
             raise
         folder = found.data.model_copy(update={"layout": "folder"})
         return open_source(found.model_copy(update={"data": folder}), data, screen)
+
+
+def _all_of(source: Source, trained: Sequence[str]) -> str:
+    """What `--split all` takes, and how much of it belongs to the classes of training."""
+    splits = source.dataset.splits
+    classes = {cls for split in splits.values() for cls in split.classes}
+    images = sum(len(split.labels) for split in splits.values())
+    known = classes & set(trained)
+    warning = f"; {len(known)} of them are classes of the training, which makes accuracies too good" if known else ""
+    return f"--split all: {len(classes)} classes, {images} images ({', '.join(splits)}){warning}"
 
 
 def _check(request: Request, controls: Sequence[str], *, baseline: bool) -> None:

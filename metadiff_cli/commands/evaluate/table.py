@@ -19,7 +19,8 @@ def show_result(document: Mapping[str, Any], screen: Screen) -> None:
     """Print the tables of a result document."""
     screen.table(result_title(document), RESULT_COLUMNS, result_rows(document))
     if "open_set" in document:
-        screen.table(open_set_title(document), OPEN_SET_COLUMNS, open_set_rows(document))
+        screen.text(open_set_title(document))  # longer than the table is wide
+        screen.table("", OPEN_SET_COLUMNS, open_set_rows(document))
 
 
 def result_title(document: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ HASH = "[0-9a-f]{32}"
 # the names of our files; whatever has another name is not ours to delete, even if it begins with a hash
 OURS = {
     "images": rf"{HASH}\.(npy|json)|s[0-9a-f]{{31}}\.(json|lock)",
-    "features": rf"{HASH}-{HASH}\.(npy|parts|statistics\d\.safetensors)",
+    "features": rf"{HASH}-{HASH}\.(npy|parts)",
     "encoders": rf"{HASH}\.safetensors",
 }
 PARTS = re.compile(r"\d{6}\.npy|\.\d{6}\.npy\.\w+\.tmp")  # in a folder of features that are not complete yet
@@ -53,7 +53,10 @@ def show(screen: Screen, *, as_json: bool) -> None:
     if as_json:
         screen.json({"schema": "metadiff.cache/1", "folder": str(root), "kinds": rows})
         return
-    cells = [(r["kind"], r["what"], str(r["files"]), in_units(r["bytes"]), r["newest"] or "") for r in rows]
+    cells = [
+        (r["kind"], r["what"], str(r["files"]), in_units(r["bytes"]), (r["newest"] or "")[:16].replace("T", " "))
+        for r in rows
+    ]
     screen.table(f"Cache in {root}", ("kind", "what", "files", "size", "newest"), cells, left=2)
     screen.note("`metadiff cache clear [KIND ...]` removes it; METADIFF_CACHE_DIR moves it")
 
@@ -134,7 +137,7 @@ def _remove(entry: Entry) -> bool:
 def _agreed(question: str, screen: Screen) -> bool:
     """Whether the person answers yes; no answer counts as a no."""
     screen.ask(f"{question} [y/N]")
-    answer = sys.stdin.readline()
+    answer = sys.stdin.readline() if sys.stdin else ""  # None if the shell closed it
     if not answer.endswith("\n"):  # nobody pressed Enter
         screen.note("")
     return answer.strip().lower() in ("y", "yes")

@@ -157,7 +157,7 @@ def show_config(
     file: options.ConfigFile = None,
     settings: options.Settings = None,
     origin: Annotated[
-        bool, option(options.COMMON, "--origin", help="Show where each value comes from, as a table.")
+        bool, option(options.COMMON, "--origin", help="Print a line per key, with the origin of its value.")
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:

@@ -16,14 +16,14 @@ def show(
     origin: bool,
     as_json: bool,
 ) -> None:
-    """Print the configuration of all layers: as YAML, with `origin` as a table, or as JSON. Raises ConfigError."""
+    """Print the configuration of all layers: as YAML, with `origin` a line per key, or as JSON. Raises ConfigError."""
     given = layers(preset, file, settings or ())
-    resolved = check(merge_layers(given))
+    resolved = check(merge_layers(given), given)
     values, known = resolved.model_dump(mode="json"), origins(given)
     if as_json:
         screen.json({"schema": "metadiff.config/1", "config": values, "origin": known})
     elif origin:
-        rows = [(key, "" if value is None else str(value), known[key]) for key, value in flat(values).items()]
-        screen.table("Configuration", ("key", "value", "from"), rows, left=3)
+        for key, value in flat(values).items():
+            screen.text(f"{key + ' = ' + ('none' if value is None else str(value)):<50}  {known[key]}")
     else:
         screen.text(to_yaml(resolved).rstrip("\n"))

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from metadiff_cli.console import Screen, counted
+from metadiff_cli.data.benchmarks import KNOWN, known, open_dataset
 from metadiff_cli.data.download import prepare as prepare_files
-from metadiff_cli.data.folders import Dataset, open_dataset
-from metadiff_cli.data.known import KNOWN, known
+from metadiff_cli.data.folders import Dataset
+from metadiff_cli.data.scan import left_out
 from metadiff_cli.data.verify import Report
 from metadiff_cli.data.verify import verify as verify_files
 from metadiff_cli.errors import ConfigError, DataError
@@ -22,8 +23,8 @@ def show_known(screen: Screen, *, as_json: bool) -> None:
     if as_json:
         screen.json({"schema": "metadiff.data-list/1", "data": rows})
         return
-    cells = [(r["name"], r["what"], r["licence"], r["home"], _how(r)) for r in rows]
-    screen.table("Data sets", ("name", "what", "licence", "from", "how to get it"), cells, left=5)
+    cells = [(r["name"], f"{r['what']}\nlicence: {r['licence']}\n{r['home']}", _how(r)) for r in rows]
+    screen.table("Data sets", ("name", "what, licence and source", "how to get it"), cells, left=3)
     screen.note("A folder of your own needs no name: give it with --data DIR. `metadiff data verify DIR` checks it.")
 
 
@@ -39,7 +40,8 @@ def prepare(name: str, root: Path | None, archives: Sequence[Path], screen: Scre
     place = folder / name
     for archive in archives:
         if not archive.is_file():
-            raise DataError(f"archive {archive} does not exist", hint=f"expected {data.archives}")
+            reason = "is not a file" if archive.exists() else "does not exist"
+            raise DataError(f"archive {archive} {reason}", hint=f"give {data.archives}")
     if archives and place.is_dir() and any(place.iterdir()):
         raise ConfigError(
             f"{place} is there already, so --from-archive has no effect",
@@ -101,7 +103,8 @@ def _document(folder: Path, dataset: Dataset, report: Report) -> dict[str, Any]:
         "folder": str(folder),
         "layout": dataset.name,
         "notes": list(dataset.notes),
-        "skipped_files": dataset.skipped,
+        "skipped_files": sum(dataset.skipped.values()),
+        "skipped_extensions": dataset.skipped,
         "splits": report.counts,
         "corrupt": [{"path": path, "reason": reason} for path, reason in report.corrupt],
         "empty_classes": report.empty,
@@ -125,7 +128,7 @@ def _show(dataset: Dataset, report: Report, screen: Screen) -> None:
     _list("pictures that one class has more than once", _groups(report.within_class), screen)
     _list("odd images", [f"{path}: {what}" for path, what in report.odd], screen)
     if dataset.skipped:
-        screen.text(f"skipped, as they are no images: {counted(dataset.skipped, 'file')}")
+        screen.text(left_out(dataset.skipped))
 
 
 def _show_counts(report: Report, screen: Screen) -> None:

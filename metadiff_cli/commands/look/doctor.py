@@ -17,6 +17,7 @@ from pathlib import Path
 from metadiff_cli import __version__
 from metadiff_cli.commands.look.cache import KINDS, entries, in_units
 from metadiff_cli.console import Screen, counted
+from metadiff_cli.errors import MetaDiffError
 from metadiff_cli.files import cache_dir, data_dir
 
 LEAST_DISK = 5e9  # bytes: enough for mini-ImageNet decoded at 84 x 84, its features, and the states of a training
@@ -36,7 +37,7 @@ class Check:
 
 def show(screen: Screen, *, as_json: bool) -> bool:
     """Print all checks, and return whether everything that is needed works."""
-    checks = [check for find in CHECKS for check in find()]
+    checks = [check for find in CHECKS for check in _found(find)]
     failed = [check for check in checks if check.state == "fail"]
     if as_json:
         screen.json({"schema": "metadiff.doctor/1", "ok": not failed, "checks": [asdict(check) for check in checks]})
@@ -47,6 +48,14 @@ def show(screen: Screen, *, as_json: bool) -> bool:
             screen.text(f"{check.name}: {check.advice}")
     screen.text("everything that is needed works" if not failed else f"{len(failed)} of the checks failed")
     return not failed
+
+
+def _found(find: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+    """The findings of one check; what it cannot get past, such as a wrong METADIFF_CACHE_DIR, is a finding too."""
+    try:
+        yield from find()
+    except MetaDiffError as error:
+        yield Check(find.__name__.strip("_"), "fail", error.message, error.hint or "")
 
 
 def _python() -> Iterator[Check]:

@@ -18,8 +18,8 @@ def show_all(screen: Screen, *, as_json: bool) -> None:
     if as_json:
         screen.json({"schema": "metadiff.presets/1", "presets": rows})
         return
-    columns = ("name", "kind", "what", "expected accuracy")
-    screen.table("Presets", columns, [tuple(row.values()) for row in rows], left=4)
+    cells = [(row["name"], f"{row['kind']}: {row['summary']}", row["expect"]) for row in rows]
+    screen.table("Presets", ("name", "what", "expected accuracy"), cells, left=3)
 
 
 def preset_text(name: str) -> str:

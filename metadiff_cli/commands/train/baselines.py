@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from metadiff_cli.commands.train.starting import Start
     from metadiff_cli.core.baselines.train import InnerStep, InnerTrainer, InnerValidation
     from metadiff_cli.core.checkpoints.baseline import Baseline
-    from metadiff_cli.core.encoders.bank import FeatureBank
+    from metadiff_cli.core.encoders.bank import Bank, PixelBank
     from metadiff_cli.core.evaluation.evaluate import Method, Protocol
 
 FILE = ".safetensors"
@@ -57,16 +57,23 @@ def measure_method(
     more: "Mapping[str, Method] | None" = None,
 ) -> dict[str, Any]:
     """The `evaluate --json` document of a baseline; on images there is no model that controls could be made of."""
-    from metadiff_cli.commands.evaluate.measure import feature_bank, methods_of, result_document, sampling_of
+    from metadiff_cli.commands.evaluate.measure import (
+        feature_bank,
+        methods_of,
+        result_document,
+        sampling_of,
+        with_enough,
+    )
     from metadiff_cli.core.checkpoints.model import Model
     from metadiff_cli.core.evaluation.evaluate import evaluate, run_through
 
     device = method.images.device
     methods = {method.name: _as_method(method, protocol.way)}
     if method.base is not None:
-        bank = feature_bank(method.images, source, split, config, screen)
+        features = feature_bank(method.images, source, split, config, screen)
+        bank: Bank = features
         model = Model(method.images, method.base, method.header)
-        of_model = methods_of(model, bank, controls, sampling_of(config), protocol, device)
+        of_model = methods_of(model, features, controls, sampling_of(config), protocol, device)
         methods |= {control: of_model[control] for control in controls if control in of_model}
         methods |= _fitted(controls, config)
     else:
@@ -77,9 +84,11 @@ def measure_method(
                 f"{method.name}, give a MetaDiff checkpoint with --checkpoint and this one among --controls"
             )
     methods |= more or {}
+    bank, left_out = with_enough(bank, protocol, screen)
     document = result_document(
         lambda progress: run_through(evaluate(bank, methods, protocol, device), progress), bank, split, protocol, screen
     )
+    document["classes_left_out"] = left_out
     return mark(document, {method.name: _statistics(method)})
 
 
@@ -105,7 +114,7 @@ def further(
 def _from_file(
     path: Path, config: Config, source: "Source", split: str, protocol: "Protocol", device: "torch.device",
     screen: Screen,
-) -> tuple[str, "Method", "FeatureBank", str | None]:  # fmt: skip
+) -> tuple[str, "Method", "Bank", str | None]:  # fmt: skip
     """Name, method, images in its own form, and BatchNorm statistics of a checkpoint file."""
     from metadiff_cli.commands.evaluate.measure import feature_bank, sampling_of
     from metadiff_cli.core.checkpoints.baseline import load_baseline
@@ -115,7 +124,7 @@ def _from_file(
 
     if read_header(path)["kind"] != "baseline":
         model = load_model(path, device)
-        bank = feature_bank(model.images, source, split, config, screen)
+        bank: Bank = feature_bank(model.images, source, split, config, screen)
         name = f"metadiff-{model.header['denoiser']['kind']}"
         return name, method_of(model.metadiff, sampling_of(config), protocol), bank, None
     trained = load_baseline(path, device)
@@ -139,12 +148,12 @@ def _statistics(method: "Baseline") -> str | None:
     return None if kind is None else str(kind)
 
 
-def pixel_bank(source: "Source", split: str, size: int) -> "FeatureBank":
-    """The images themselves in the place of features: (n, S * S * 3) uint8, memory-mapped."""
-    from metadiff_cli.core.encoders.bank import FeatureBank
+def pixel_bank(source: "Source", split: str, size: int) -> "PixelBank":
+    """The images themselves, memory-mapped."""
+    from metadiff_cli.core.encoders.bank import PixelBank
 
     decoded = source.split(split, size)
-    return FeatureBank(decoded.images.reshape(len(decoded.images), -1), decoded.labels, decoded.classes)
+    return PixelBank(decoded.images, decoded.labels, decoded.classes)
 
 
 def _fitted(controls: Sequence[str], config: Config) -> dict[str, "Method"]:
@@ -163,7 +172,7 @@ def _as_method(method: "Baseline", way: int) -> "Method":
     return inner_method(method.inner, int(method.header["baseline"]["settings"]["test_steps"]), way)
 
 
-def _reading(bank: "FeatureBank", method: "Method", device: "torch.device") -> "Method":
+def _reading(bank: "Bank", method: "Method", device: "torch.device") -> "Method":
     """A method that takes the episodes' images from a bank of its own, a few tasks at a time as they may be pixels."""
     import torch
 
@@ -188,7 +197,7 @@ def _unused(name: str, taken: set[str]) -> str:
 
 def _on_features(
     name: str, config: Config, source: "Source", run: "Run", start: "Start", screen: Screen
-) -> tuple["Baseline", "FeatureBank", "FeatureBank | None"]:
+) -> tuple["Baseline", "Bank", "Bank | None"]:
     """An untrained baseline over the features of the run's encoder, with base and validation classes."""
     from metadiff_cli.commands.train.metatrain import frozen_parts
     from metadiff_cli.core.baselines.learners import FrozenLearner
@@ -202,14 +211,14 @@ def _on_features(
 
 def _on_images(
     name: str, config: Config, source: "Source", run: "Run", start: "Start", screen: Screen
-) -> tuple["Baseline", "FeatureBank", "FeatureBank | None"]:
+) -> tuple["Baseline", "Bank", "Bank | None"]:
     """An untrained baseline over images, with base and validation classes; its encoder starts at random."""
     import torch
 
     from metadiff_cli.commands.settings import start as begin
     from metadiff_cli.core.baselines.learners import build_image_learner
     from metadiff_cli.core.checkpoints.baseline import Baseline
-    from metadiff_cli.core.encoders.bank import ImageEncoder
+    from metadiff_cli.core.encoders.image_encoder import ImageEncoder
     from metadiff_cli.core.encoders.networks import build_encoder
     from metadiff_cli.data.cache import channel_statistics
 
@@ -229,7 +238,7 @@ def _on_images(
     return Baseline(name, images, inner, None, _header(name, config, base)), base, val
 
 
-def _header(name: str, config: Config, base: "FeatureBank") -> dict[str, Any]:
+def _header(name: str, config: Config, base: "Bank") -> dict[str, Any]:
     from metadiff_cli.core.baselines.learners import ON_FEATURES
 
     settings = config.baselines.frozen if name in ON_FEATURES else config.baselines.images
@@ -244,8 +253,8 @@ def _header(name: str, config: Config, base: "FeatureBank") -> dict[str, Any]:
 def _train(
     method: "Baseline",
     config: Config,
-    base: "FeatureBank",
-    val: "FeatureBank | None",
+    base: "Bank",
+    val: "Bank | None",
     run: "Run",
     screen: Screen,
     identity: dict[str, Any],
@@ -275,7 +284,7 @@ def _train(
     return replace(method, inner=trainer.chosen())
 
 
-def _validation(val: "FeatureBank | None", config: Config, learner: Any) -> tuple[float, float] | None:
+def _validation(val: "Bank | None", config: Config, learner: Any) -> tuple[float, float] | None:
     """Accuracy on validation episodes in percent, and its interval."""
     import torch
 

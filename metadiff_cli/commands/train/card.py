@@ -8,7 +8,7 @@ from metadiff_cli.config.load import preset_names, read_preset
 from metadiff_cli.config.schema import Config, is_pretrained
 
 if TYPE_CHECKING:
-    from metadiff_cli.core.encoders.bank import ImageEncoder
+    from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 
 
 def model_card(

@@ -10,7 +10,7 @@ import typer
 from metadiff_cli.commands import completions, options
 from metadiff_cli.commands.train import baselines as methods
 from metadiff_cli.commands.train.pretrained import check_encoder, pretrained_file
-from metadiff_cli.config.load import resolve
+from metadiff_cli.config.load import encoder_file, resolve
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.training.world import world
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from metadiff_cli.commands.train.run_folder import Run, Source
     from metadiff_cli.commands.train.starting import Start
-    from metadiff_cli.core.encoders.bank import FeatureBank, ImageEncoder
+    from metadiff_cli.core.encoders.bank import FeatureBank
+    from metadiff_cli.core.encoders.image_encoder import ImageEncoder
     from metadiff_cli.core.method.adapt import MetaDiff
     from metadiff_cli.core.method.task_space import TaskSpace
     from metadiff_cli.core.training.metatrain import MetaStep, MetaTrainer, MetaValidation
@@ -81,7 +82,7 @@ def metatrain(
     screen = Screen(quiet=quiet, verbose=verbose)
     if method not in METHODS:
         raise ConfigError(f"unknown method '{method}'", hint=f"choose one of {', '.join(METHODS)}")
-    file = Path(encoder) if encoder and (encoder.endswith(".safetensors") or Path(encoder).exists()) else None
+    file = encoder_file(encoder)
     flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
     resolved = resolve(preset, config, settings or (), {**flags, "encoder": None if file else encoder})
     check_encoder(resolved, method, file, encoder_weights)
@@ -263,11 +264,11 @@ def _task_space(
     config: Config, base: "FeatureBank", val: "FeatureBank | None", device: Any, screen: Screen
 ) -> tuple["TaskSpace", "Tensor"]:
     """The task space of the base classes, its shrinkage as configured or as validation classes prefer; their means."""
-    from metadiff_cli.core.encoders.statistics import kept_statistics
+    from metadiff_cli.core.method.task_space import class_statistics
     from metadiff_cli.core.training.distributed import on_main
     from metadiff_cli.core.training.fit import SHRINKAGE, choose_shrinkage
 
-    statistics = on_main(lambda: kept_statistics(base))
+    statistics = on_main(lambda: class_statistics(base.by_class()))
     shrink, floor = config.space.shrink, config.space.floor
     if shrink == "auto":
         shrink = SHRINKAGE[0]

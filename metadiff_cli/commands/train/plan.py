@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from metadiff_cli.commands.train.run_folder import Source
-    from metadiff_cli.core.encoders.bank import ImageEncoder
+    from metadiff_cli.core.encoders.image_encoder import ImageEncoder
     from metadiff_cli.core.encoders.networks import Encoder
 
 BATCHES = 2  # of pretraining that are timed, after as many that warm up
@@ -132,9 +132,9 @@ def _kept_encoder(source: "Source") -> Path | None:
 def _frozen(config: Config, file: Path | None, device: "torch.device") -> "ImageEncoder":
     """The encoder that is planned for: that of a file, else a network of the right shape without trained weights."""
     from metadiff_cli.core.checkpoints.model import load_encoder
-    from metadiff_cli.core.encoders.bank import ImageEncoder
+    from metadiff_cli.core.encoders.image_encoder import ImageEncoder
+    from metadiff_cli.core.encoders.library import untrained_encoder, with_statistics
     from metadiff_cli.core.encoders.networks import build_encoder
-    from metadiff_cli.core.encoders.pretrained import untrained_encoder, with_statistics
 
     f = config.features
     if file is not None:

@@ -197,7 +197,7 @@ def _save_best(run: "Run", trainer: "Pretrainer", header: dict[str, Any]) -> Non
 
 def _validation(config: Config, source: "Source", image: dict[str, Any]) -> Any:
     """The measurement after each epoch: prototype, 5-way 1-shot, on part of the validation images."""
-    from metadiff_cli.core.encoders.bank import ImageEncoder
+    from metadiff_cli.core.encoders.image_encoder import ImageEncoder
     from metadiff_cli.core.evaluation.evaluate import quick_accuracy
     from metadiff_cli.core.training.distributed import on_main
 

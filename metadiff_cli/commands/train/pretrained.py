@@ -52,7 +52,7 @@ def pretrained_file(config: Config, weights: Path | None, run: "Run", screen: Sc
 
     from metadiff_cli.commands.train.run_folder import ENCODER
     from metadiff_cli.core.checkpoints.model import save_encoder
-    from metadiff_cli.core.encoders.pretrained import pretrained_encoder, with_statistics
+    from metadiff_cli.core.encoders.library import pretrained_encoder, with_statistics
 
     if not is_pretrained(config.encoder):
         return None

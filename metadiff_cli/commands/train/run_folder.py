@@ -23,10 +23,11 @@ from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.training.distributed import check_same, lost, main_first, on_main, process_lost
 from metadiff_cli.core.training.world import world
+from metadiff_cli.data.benchmarks import KNOWN, open_dataset
 from metadiff_cli.data.cache import DecodedSplit, decode_split
-from metadiff_cli.data.folders import Dataset, Split, check_folder, open_dataset, require_split
+from metadiff_cli.data.folders import Dataset, Split, require_split
 from metadiff_cli.data.glyphs import glyph_dataset
-from metadiff_cli.data.known import KNOWN
+from metadiff_cli.data.scan import check_folder
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError, Stopped
 from metadiff_cli.files import LEFTOVER, cache_dir, data_dir, sweep, writable, write_text
 

@@ -10,7 +10,7 @@ from metadiff_cli.errors import ConfigError
 
 if TYPE_CHECKING:
     from metadiff_cli.commands.train.run_folder import Source
-    from metadiff_cli.core.encoders.bank import ImageEncoder
+    from metadiff_cli.core.encoders.image_encoder import ImageEncoder
     from metadiff_cli.core.training.metatrain import MetaTrainer
 
 

@@ -21,10 +21,10 @@ from torch.func import functional_call
 from metadiff_cli.config.schema import FrozenBaseline, ImageBaseline
 from metadiff_cli.core.baselines.tasknorm import statistics_of_first, with_task_norm
 from metadiff_cli.core.device import autocast
+from metadiff_cli.core.encoders.image_encoder import normalise
 from metadiff_cli.core.encoders.networks import Encoder
 from metadiff_cli.core.evaluation.episodes import Episodes
 from metadiff_cli.core.evaluation.evaluate import Method
-from metadiff_cli.core.training.transforms import normalise
 from metadiff_cli.errors import ConfigError
 
 ON_FEATURES, ON_IMAGES = ("anil-frozen", "metasgd-frozen"), ("maml", "fomaml", "anil")

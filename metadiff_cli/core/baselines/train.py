@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from metadiff_cli.config.schema import InnerLoop
 from metadiff_cli.core.baselines.learners import InnerLearner
 from metadiff_cli.core.device import sent
-from metadiff_cli.core.encoders.bank import FeatureBank
+from metadiff_cli.core.encoders.bank import Bank
 from metadiff_cli.core.evaluation.episodes import Episodes, check_episodes, mixed_seed, training_batch
 from metadiff_cli.core.training.distributed import mean_gradients, mean_of, part_of
 from metadiff_cli.core.training.loop import StepTrainer, Validate, adam_tensors, restore_adam
@@ -54,10 +54,10 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
     remedy = "try a lower rate or lr in --set baselines.images.rate=... or baselines.frozen.rate=..."
 
     def __init__(
-        self, learner: InnerLearner, bank: FeatureBank, config: InnerLoop, *, shot: int, seed: int,
+        self, learner: InnerLearner, bank: Bank, config: InnerLoop, *, shot: int, seed: int,
         device: torch.device, quarters: int = 1, augmentation: Augmentation | None = None,
     ) -> None:  # fmt: skip
-        """`bank` has features, or pixels (n, S * S * 3) for a learner on images.
+        """`bank` is a PixelBank for a learner on images, else a FeatureBank.
 
         With `quarters` = 4 each class of images, turned by 90, 180 and 270 degrees, counts as three further classes.
         With an `augmentation` each image of a task undergoes it, by what follows from (seed, step, task).
@@ -153,9 +153,7 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
         values = self.bank.take(rows)
         for q in (1, 2, 3):
             if (turned := torch.from_numpy(turns == q)).any():
-                side = math.isqrt(values.shape[-1] // 3)
-                squares = values[turned].view(-1, side, side, 3)
-                values[turned] = squares.rot90(q, dims=(1, 2)).flatten(1)
+                values[turned] = values[turned].rot90(q, dims=(1, 2))
         values = sent(values, self.device)
         return values if self.augmentation is None else _augmented(values, self.augmentation, generator)
 
@@ -183,9 +181,9 @@ class InnerTrainer(StepTrainer[InnerStep, InnerValidation]):
 
 
 def _augmented(pixels: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
-    """Pixels (..., S * S * 3) uint8 of square images, each changed in its own way."""
-    side = math.isqrt(pixels.shape[-1] // 3)
-    squares = pixels.reshape(-1, side, side, 3)
+    """Pixels (..., S, S, 3) uint8, each image changed in its own way."""
+    side = pixels.shape[-2]
+    squares = pixels.flatten(0, -4)
     changes = Changes.draw(len(squares), how, generator).to(pixels.device)
     values = changed(squares, side, changes).mul_(255).round_().to(torch.uint8)
     return values.permute(0, 2, 3, 1).reshape(pixels.shape)

@@ -25,9 +25,8 @@ from metadiff_cli.core.checkpoints.model import (
     model_tensors,
     space_of,
     tuning_from,
-    views_of,
 )
-from metadiff_cli.core.encoders.bank import ImageEncoder
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import build_encoder
 from metadiff_cli.core.method.adapt import MetaDiff, Tuning
 from metadiff_cli.core.method.denoisers import AnalyticDenoiser
@@ -75,7 +74,7 @@ def _on_features(
     name: str, checkpoint: Checkpoint, device: torch.device
 ) -> tuple[ImageEncoder, InnerLearner, MetaDiff | None]:
     header = checkpoint.header
-    images = image_encoder(checkpoint, device, *views_of(header["image"]))
+    images = image_encoder(checkpoint, device)
     space = space_of(checkpoint, images)
     base = MetaDiff(space, AnalyticDenoiser(), False, Tuning()).tuned(tuning_from(header["tuning"]))
     settings = FrozenBaseline.model_validate(header["baseline"]["settings"])
@@ -86,7 +85,7 @@ def _on_images(
     name: str, checkpoint: Checkpoint, device: torch.device
 ) -> tuple[ImageEncoder, InnerLearner, MetaDiff | None]:
     header = checkpoint.header
-    images = described_encoder(header, with_task_norm(build_encoder(header["encoder"])), device, mirror=False)
+    images = described_encoder(header, with_task_norm(build_encoder(header["encoder"])), device)
     settings = ImageBaseline.model_validate(header["baseline"]["settings"])
     shape = (images.size, images.mean, images.std)
     return images, build_image_learner(name, _way(name, checkpoint), images.encoder, *shape, settings), None

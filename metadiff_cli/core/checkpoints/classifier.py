@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
-from metadiff_cli.core.checkpoints.file import Checkpoint, load_checkpoint, save_checkpoint
-from metadiff_cli.core.checkpoints.headers import check_task
+from metadiff_cli.core.checkpoints.file import Checkpoint, Part, load_checkpoint, save_checkpoint
 from metadiff_cli.core.checkpoints.model import (
     Model,
+    Positive,
     SavedClassifier,
     checkpoint_errors,
     model_header,
@@ -25,6 +26,16 @@ from metadiff_cli.core.method.adapt import TaskClassifier
 from metadiff_cli.core.method.task_space import TaskSpace
 
 DIGEST = 32  # bytes
+
+
+class ClassifierHeader(Part):
+    """What is read from the header of a classifier, besides that of its model."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    scale: Positive
+    guidance: Positive
+    support: list[str]
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,7 @@ def load_classifier(path: Path, device: torch.device) -> StoredClassifier:
     checkpoint = load_checkpoint(path, "classifier")
     model = model_of(checkpoint, device)
     with checkpoint_errors(path):
-        check_task(checkpoint.header)
+        ClassifierHeader.of(checkpoint.header)
         classes, names = tuple(checkpoint.header["classes"]), tuple(checkpoint.header["support"])
         task = _task(checkpoint, model, len(classes))
         size = model.images.feature_size

@@ -1,24 +1,95 @@
-"""From parts to checkpoint files and back: encoders, full models, adapted classifiers."""
+"""From encoders and full models to checkpoint files, and back.
 
+What a header holds is decided in two places. `model_header` (for an encoder alone: `image_header`) gives what reading
+the file needs: `encoder`, `image` and, of a full model, `tuning`. All else is the `header` that the caller of
+`save_model` or `save_encoder` gives: `denoiser` (the settings that its network is built by), `classes`, `config`,
+`metrics`, `card`. `EncoderHeader` and `ModelHeader` check what is read.
+"""
+
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import torch
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from metadiff_cli.config.schema import ENCODERS, is_pretrained
-from metadiff_cli.core.checkpoints.file import KINDS, Checkpoint, load_checkpoint, save_checkpoint
-from metadiff_cli.core.checkpoints.headers import check_denoiser, check_image, check_tuning
-from metadiff_cli.core.encoders.bank import ImageEncoder
+from metadiff_cli.config.schema import ENCODERS, DenoiserConfig, is_pretrained
+from metadiff_cli.core.checkpoints.file import (
+    KINDS,
+    Checkpoint,
+    Part,
+    load_checkpoint,
+    reason_of,
+    save_checkpoint,
+)
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
+from metadiff_cli.core.encoders.library import build_pretrained
 from metadiff_cli.core.encoders.networks import Encoder, build_encoder
-from metadiff_cli.core.encoders.pretrained import build_pretrained
 from metadiff_cli.core.method.adapt import MetaDiff, TaskClassifier, Tuning
-from metadiff_cli.core.method.calibration import Calibration, Rejection, TaskTable
+from metadiff_cli.core.method.calibration import Calibration, Rejection
 from metadiff_cli.core.method.denoisers import build_denoiser
 from metadiff_cli.core.method.guidance import PoolGuidance, Usual
 from metadiff_cli.core.method.task_space import TaskSpace
-from metadiff_cli.errors import CheckpointError, ConfigError
+from metadiff_cli.errors import CheckpointError, ConfigError, MetaDiffError
+
+LARGEST = 1.001e6  # of a fitted number: the guidance scale of a prototype, rounded to fp32
+# in the messages of errors that are not the file's fault: of missing drivers and of memory that does not suffice
+MACHINE = ("CUDA", "NVIDIA", "HIP", "MPS", "allocate memory", "out of memory")
+
+Number = Annotated[float, Field(ge=0, le=LARGEST)]
+Positive = Annotated[float, Field(gt=0, le=LARGEST)]
+
+
+class ImageHeader(Part):
+    """`image`: side in pixels, mean and standard deviation per channel of pixels in 0..1, and the views of a model."""
+
+    size: Annotated[int, Field(ge=16, le=1024)]
+    mean: tuple[Number, Number, Number]
+    std: tuple[Positive, Positive, Positive]
+    mirror: bool = False
+    shift: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _shift_stays_inside(self) -> Self:
+        if self.shift >= self.size:
+            raise ValueError(f"images of {self.size} pixels are moved by {self.shift}")
+        return self
+
+
+class TuningHeader(Part):
+    """`tuning`: the fields of a `Tuning`."""
+
+    calibration: Calibration
+    prototype_calibration: Calibration
+    centred_prototype: bool
+    guidance: Positive
+    shared: Number
+    usual: Usual | None
+    pool: dict[Literal["sharpness", "smoothing", "weight"], Number]
+    rejection: Rejection | None
+
+    def tuning(self) -> Tuning:
+        """The tuning itself."""
+        return Tuning(**{**dict(self), "pool": PoolGuidance(**self.pool)})
+
+
+class EncoderHeader(Part):
+    """What is read from the header of any file with an encoder."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    encoder: str
+    image: ImageHeader
+
+
+class ModelHeader(EncoderHeader):
+    """What is read from the header of a full model, and of the files that contain one."""
+
+    classes: list[str]
+    denoiser: DenoiserConfig
+    tuning: TuningHeader
 
 
 @dataclass(frozen=True)
@@ -39,17 +110,23 @@ class SavedClassifier:
     classes: tuple[str, ...]
 
     def probabilities(self, features: Tensor) -> Tensor:
-        """(Q, N) of features (Q, D)."""
+        """Probabilities (Q, N) of features (Q, D)."""
         return self.task.probabilities(features.unsqueeze(0))[0]
+
+
+def save_encoder(path: Path, images: ImageEncoder, header: dict[str, Any]) -> None:
+    """Write an encoder that metadiff did not train; `header` says where its weights come from. Raises OSError."""
+    save_checkpoint(path, "encoder", encoder_tensors(images), {**header, **image_header(images)})
 
 
 def load_encoder(
     path: Path, device: torch.device, *, mirror: bool, shift: int = 0, half: bool = False, size: int | None = None
 ) -> ImageEncoder:
-    """The encoder of an encoder file or of a full model.
+    """The encoder of an encoder file or of a full model, with the given views.
 
-    With `half`, its matrices are rounded to what fp16 can hold. `size` is the side of the images in pixels where it is
-    not that of training; raises ConfigError when the features' size depends on it.
+    With `half`, its matrices are rounded to what fp16 can hold. `size` is the side of the images in pixels, if it is
+    not that of the file. Raises CheckpointError for a file without an encoder, ConfigError if the size of the features
+    depends on `size`.
     """
     checkpoint = load_checkpoint(path)
     if checkpoint.kind == "state":
@@ -58,7 +135,7 @@ def load_encoder(
         )
     if not checkpoint.part("encoder"):
         raise CheckpointError(f"{path} holds no encoder of its own", hint=f"give {KINDS['encoder']}")
-    images = image_encoder(checkpoint, device, mirror, shift)
+    images = replace(image_encoder(checkpoint, device), mirror=mirror, shift=shift)
     if half:
         with torch.no_grad():
             for weights in images.encoder.parameters():
@@ -67,7 +144,7 @@ def load_encoder(
 
 
 def resized(images: ImageEncoder, size: int) -> ImageEncoder:
-    """The same encoder for images of `size` pixels. Raises ConfigError when its features depend on that."""
+    """The same encoder for images of `size` pixels. Raises ConfigError if the size of its features depends on that."""
     if images.encoder.feature_size(size) != images.feature_size:
         raise ConfigError(
             f"{images.name} has other features at {size} pixels than at {images.size}",
@@ -77,17 +154,36 @@ def resized(images: ImageEncoder, size: int) -> ImageEncoder:
 
 
 def save_model(path: Path, images: ImageEncoder, metadiff: MetaDiff, header: dict[str, Any]) -> None:
-    """Write a full model; `header` says whose denoiser it is, the base classes, configuration and metrics."""
+    """Write a full model; `header` has the settings of its denoiser, its base classes, configuration and metrics.
+
+    Raises OSError.
+    """
     save_checkpoint(path, "model", model_tensors(images, metadiff), {**header, **model_header(images, metadiff)})
 
 
 def load_model(path: Path, device: torch.device) -> Model:
-    """Read a full model. Raises CheckpointError for anything else."""
+    """Read a full model. Raises CheckpointError for any other file."""
     return model_of(load_checkpoint(path, "model"), device)
 
 
+def model_of(checkpoint: Checkpoint, device: torch.device) -> Model:
+    """The model in a checkpoint that was read. Raises CheckpointError if tensors and header do not fit each other."""
+    with checkpoint_errors(checkpoint.path):
+        header = ModelHeader.of(checkpoint.header)
+        images = image_encoder(checkpoint, device)
+        space = space_of(checkpoint, images)
+        denoiser = _denoiser(header.denoiser, checkpoint.part("denoiser"), images.feature_size).to(device)
+        learned = header.denoiser.kind != "analytic"
+        targets = checkpoint.tensors.get("targets")
+        if targets is not None:
+            check_tensor("targets", targets, (len(targets), images.feature_size))
+            targets = targets.to(device)
+        metadiff = MetaDiff(space, denoiser, learned, Tuning(), targets).tuned(header.tuning.tuning())
+        return Model(images, metadiff, checkpoint.header)
+
+
 def model_tensors(images: ImageEncoder, metadiff: MetaDiff) -> dict[str, Tensor]:
-    """What adaptation, prediction and rejection need of a model, by name."""
+    """The tensors of a model that adaptation, prediction and rejection need, by name."""
     tensors = encoder_tensors(images)
     if metadiff.targets is not None:
         tensors["targets"] = metadiff.targets
@@ -96,102 +192,8 @@ def model_tensors(images: ImageEncoder, metadiff: MetaDiff) -> dict[str, Tensor]
 
 
 def model_header(images: ImageEncoder, metadiff: MetaDiff) -> dict[str, Any]:
-    """What a header says of a model, besides which denoiser it has and where it comes from."""
+    """The part of a model's header that this module decides: encoder, images and tuning."""
     return {**image_header(images), "tuning": asdict(metadiff.tuning)}
-
-
-def model_of(checkpoint: Checkpoint, device: torch.device) -> Model:
-    """The model in a file that was read. Raises CheckpointError when tensors and header do not fit."""
-    header = checkpoint.header
-    with checkpoint_errors(Path(checkpoint.path)):
-        images = image_encoder(checkpoint, device, *views_of(header["image"]))
-        space = space_of(checkpoint, images)
-        denoiser = _denoiser(checkpoint, images.feature_size).to(device)
-        learned = header["denoiser"]["kind"] != "analytic"
-        targets = checkpoint.tensors.get("targets")
-        if targets is not None and targets.shape != (len(targets), images.feature_size):
-            raise ValueError(f"training weights of shape {tuple(targets.shape)}")
-        targets = None if targets is None else targets.to(device)
-        metadiff = MetaDiff(space, denoiser, learned, Tuning(), targets).tuned(tuning_from(header["tuning"]))
-        return Model(images, metadiff, header)
-
-
-def tuning_from(values: dict[str, Any]) -> Tuning:
-    """Tuning from a checkpoint's header; older files lack what was fitted later."""
-    check_tuning(values)
-    calibrations = {key: Calibration.from_dict(values[key]) for key in ("calibration", "prototype_calibration")}
-    usual = values.get("usual")
-    if usual is not None:
-        usual = Usual(TaskTable.from_dict(usual["shift"]), float(usual["deviation"]))
-    rejection = values.get("rejection")
-    parts = {
-        **calibrations,
-        "rejection": None if rejection is None else Rejection.from_dict(rejection),
-        "shared": values.get("shared", 0.0),
-        "usual": usual,
-        "pool": PoolGuidance(**values["pool"]),
-    }
-    return Tuning(**{**values, **parts})
-
-
-def space_of(checkpoint: Checkpoint, images: ImageEncoder) -> TaskSpace:
-    """The task space in a file that was read."""
-    space = TaskSpace.from_tensors(checkpoint.part("space")).to(images.device)
-    if len(space.mean) != images.feature_size:
-        raise ValueError("its task space is of another encoder")
-    return space
-
-
-def _denoiser(checkpoint: Checkpoint, size: int) -> nn.Module:
-    settings = checkpoint.header["denoiser"]
-
-    def build() -> nn.Module:
-        return build_denoiser(settings["kind"], size, settings["width"], settings["depth"], settings["dropout"])
-
-    check_denoiser(settings, checkpoint.part("denoiser"), build)
-    denoiser = build()
-    denoiser.load_state_dict(checkpoint.part("denoiser"))
-    return denoiser.eval()
-
-
-def views_of(image: dict[str, Any]) -> tuple[bool, int]:
-    """Whether mirror images are views, and the shift of moved ones, which older headers do not know."""
-    return bool(image["mirror"]), image.get("shift", 0)
-
-
-def image_encoder(checkpoint: Checkpoint, device: torch.device, mirror: bool, shift: int = 0) -> ImageEncoder:
-    """The encoder in a file that was read."""
-    with checkpoint_errors(Path(checkpoint.path)):
-        encoder = _network(checkpoint)
-        encoder.load_state_dict(checkpoint.part("encoder"))
-        encoder.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        return described_encoder(checkpoint.header, encoder, device, mirror=mirror, shift=shift)
-
-
-def _network(checkpoint: Checkpoint) -> Encoder:
-    """The encoder that the header names, with random weights."""
-    name, image = checkpoint.header["encoder"], checkpoint.header["image"]
-    if name in ENCODERS:
-        return build_encoder(name)
-    if not is_pretrained(name):
-        raise ValueError(f"an unknown encoder {name!r:.80}")
-    check_image(image)
-    return build_pretrained(name, image["size"], checkpoint.part("encoder"))
-
-
-def save_encoder(path: Path, images: ImageEncoder, header: dict[str, Any]) -> None:
-    """Write an encoder that is not ours; `header` says where its weights come from."""
-    save_checkpoint(path, "encoder", encoder_tensors(images), {**header, **image_header(images)})
-
-
-def described_encoder(
-    header: dict[str, Any], encoder: Encoder, device: torch.device, *, mirror: bool, shift: int = 0
-) -> ImageEncoder:
-    """An encoder with what a header says about its images."""
-    image = header["image"]
-    check_image(image)
-    mean, std = tuple(map(float, image["mean"])), tuple(map(float, image["std"]))
-    return ImageEncoder(encoder, header["encoder"], int(image["size"]), mean, std, mirror, device, shift)
 
 
 def encoder_tensors(images: ImageEncoder) -> dict[str, Tensor]:
@@ -201,24 +203,96 @@ def encoder_tensors(images: ImageEncoder) -> dict[str, Tensor]:
 
 
 def image_header(images: ImageEncoder) -> dict[str, Any]:
-    """What a header says of an encoder and its images."""
-    image = {"size": images.size, "mean": list(images.mean), "std": list(images.std), "mirror": images.mirror}
-    image |= {"shift": images.shift} if images.shift else {}
-    return {"encoder": images.name, "image": image}
+    """The part of a header that this module decides for any file with an encoder: its name, and how it sees images."""
+    image = {"size": images.size, "mean": list(images.mean), "std": list(images.std)}
+    return {"encoder": images.name, "image": {**image, "mirror": images.mirror, "shift": images.shift}}
+
+
+def image_encoder(checkpoint: Checkpoint, device: torch.device) -> ImageEncoder:
+    """The encoder in a checkpoint that was read, with the views of its header. Raises CheckpointError."""
+    with checkpoint_errors(checkpoint.path):
+        header = EncoderHeader.of(checkpoint.header)
+        encoder = _network(header, checkpoint.part("encoder"))
+        encoder.load_state_dict(checkpoint.part("encoder"))
+        encoder.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        return described_encoder(checkpoint.header, encoder, device)
+
+
+def described_encoder(header: Mapping[str, Any], encoder: Encoder, device: torch.device) -> ImageEncoder:
+    """An encoder with what a header says about its images. Raises ValueError."""
+    image = ImageHeader.of(header["image"])
+    return ImageEncoder(
+        encoder, header["encoder"], image.size, image.mean, image.std, image.mirror, device, image.shift
+    )
+
+
+def tuning_from(values: Any) -> Tuning:
+    """The tuning in a header. Raises ValueError."""
+    return TuningHeader.of(values).tuning()
+
+
+def space_of(checkpoint: Checkpoint, images: ImageEncoder) -> TaskSpace:
+    """The task space in a checkpoint that was read. Raises ValueError if it is not one of the encoder `images`."""
+    parts, size = checkpoint.part("space"), images.feature_size
+    for name in ("mean", "basis", "inverse", "precision"):
+        check_tensor(f"space.{name}", parts[name], (size, size) if name in ("basis", "inverse") else (size,))
+    return TaskSpace.from_tensors(parts).to(images.device)
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a tensor has floating-point numbers and that shape."""
+    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+        raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not of shape {shape}")
+
+
+def _network(header: EncoderHeader, tensors: Mapping[str, Tensor]) -> Encoder:
+    """The encoder that the header names, with random weights. Raises ValueError."""
+    if header.encoder in ENCODERS:
+        return build_encoder(header.encoder)
+    if not is_pretrained(header.encoder):
+        raise ValueError(f"an unknown encoder {header.encoder!r:.80}")
+    return build_pretrained(header.encoder, header.image.size, tensors)
+
+
+def _denoiser(settings: DenoiserConfig, tensors: dict[str, Tensor], size: int) -> nn.Module:
+    """The denoiser in a file, for feature size D.
+
+    Its shapes are compared on the meta device first: settings may ask for terabytes. Raises ValueError.
+    """
+
+    def build() -> nn.Module:
+        return build_denoiser(settings.kind, size, settings.width, settings.depth, settings.dropout)
+
+    with torch.device("meta"):
+        wanted = {name: tensor.shape for name, tensor in build().state_dict().items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    odd = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+    if odd:
+        raise ValueError(f"its denoiser is another one, see {odd[0]}")
+    denoiser = build()
+    denoiser.load_state_dict(tensors)
+    return denoiser.eval()
 
 
 class checkpoint_errors:
-    """A header that lacks a field, or tensors that do not fit it, is a damaged checkpoint, not our crash."""
+    """Within it, a header that lacks a field, or tensors that do not fit it, raise CheckpointError.
 
-    def __init__(self, path: Path) -> None:
+    What is no fault of the file stays what it is: memory that does not suffice, and a GPU that cannot be used, raise
+    MetaDiffError.
+    """
+
+    def __init__(self, path: Path | str) -> None:
         self.path = path
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, KeyError | TypeError | ValueError | RuntimeError | AttributeError):
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(
-                f"{self.path} does not hold what its header says ({reason})", hint="copy it again, or make it again"
-            ) from error
+        if not isinstance(error, KeyError | TypeError | ValueError | RuntimeError | AttributeError | IndexError):
+            return
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in MACHINE):
+            raise MetaDiffError(reason_of(error), hint="try --device cpu, or a machine with more memory") from error
+        raise CheckpointError(
+            f"{self.path} does not hold what its header says ({reason_of(error)})",
+            hint="copy it again, or make it again",
+        ) from error

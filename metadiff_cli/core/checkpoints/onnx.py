@@ -1,9 +1,9 @@
 """A saved classifier as one ONNX graph, from pixels to class probabilities, for runtimes without Python or torch.
 
-Input `pixels` (n, S, S, 3) uint8: RGB images as decoders give them, the central square of each resized to S x S. What
-follows (normalisation, both mirror views, encoder, classifier, calibrated softmax) is in the graph. Output
-`probabilities` (n, N) float32, columns in the order of the classes. The file's metadata has two entries:
-`classes`, a JSON list, and `metadiff`, JSON with image size, logit scale, guidance and the package's version.
+The input `pixels` (n, S, S, 3) uint8 are images as PREPARATION says. All that follows (normalisation, views, encoder,
+classifier, calibrated softmax) is in the graph. The output `probabilities` (n, N)
+float32 has columns in the order of the classes. The metadata of the file has two entries: `classes`, a JSON list, and
+`metadiff`, JSON with the preparation of images, their size S, logit scale, guidance and the version of the package.
 """
 
 import json
@@ -17,19 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metadiff_cli import __version__
+from metadiff_cli._version import __version__
 from metadiff_cli.core.checkpoints.model import SavedClassifier, image_header
 from metadiff_cli.errors import ConfigError, MetaDiffError
 from metadiff_cli.files import atomic
 
-OPSET = 18  # the oldest that torch's exporter writes: what is most widely read
-TOLERANCE = 1e-4  # between our probabilities and those of the graph
+OPSET = 18  # the oldest that torch's exporter writes, and so the most widely read
+TOLERANCE = 1e-4  # of the difference between our probabilities and those of the graph
 MAX_BYTES = 2**31 - 2**24  # of weights in one protobuf file, which ends at 2 GiB
-TRIED = 3  # random images that the graph is tried on; another number than the one it was traced with
+# how data/images.py makes pixels of an image, in one call of Pillow: the same steps give the same pixels
+PREPARATION = (
+    "upright as the EXIF data says, RGB, transparent parts on white; with W, H = image.size and s = min(W, H): "
+    "image.resize((S, S), Image.Resampling.BICUBIC, "
+    "box=((W - s) / 2, (H - s) / 2, (W + s) / 2, (H + s) / 2), reducing_gap=3.0)"
+)
+TRIED = 3  # random images that the graph is tried on; not as many as it is traced with
 
 
 class PixelClassifier(nn.Module):
-    """Pixels (n, S, S, 3) uint8 -> probabilities (n, N): the classifier as the exporter sees it."""
+    """The classifier as the exporter sees it: from pixels (n, S, S, 3) uint8 to probabilities (n, N)."""
 
     def __init__(self, classifier: SavedClassifier) -> None:
         super().__init__()
@@ -42,7 +48,7 @@ class PixelClassifier(nn.Module):
 
 
 def require_exporter() -> None:
-    """Raise ConfigError when the packages of the extra [onnx] are missing."""
+    """Raise ConfigError if packages of the extra [onnx] are missing."""
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -52,10 +58,10 @@ def require_exporter() -> None:
 
 
 def export_onnx(classifier: SavedClassifier, path: Path) -> float | None:
-    """Write the graph to `path`; the largest difference to our probabilities, or None without onnxruntime.
+    """Write the graph to `path`; returns its largest difference to our probabilities, or None without onnxruntime.
 
-    The classifier is on the CPU. Raises MetaDiffError, and writes nothing, for an encoder that ONNX cannot hold and
-    when the difference on random images is above TOLERANCE.
+    The classifier has to be on the CPU. Raises MetaDiffError, and writes nothing, for an encoder that ONNX cannot hold,
+    and if the difference on random images is above TOLERANCE.
     """
     size = sum(t.numel() * t.element_size() for t in classifier.images.encoder.state_dict().values())
     if size > MAX_BYTES:
@@ -71,11 +77,12 @@ def export_onnx(classifier: SavedClassifier, path: Path) -> float | None:
 
 
 def metadata(classifier: SavedClassifier) -> dict[str, str]:
-    """What the file says about itself."""
+    """The metadata of the file, by key: its classes, and facts on how to use it."""
     task = classifier.task
     facts = {
         "package": __version__,
-        "input": "pixels (n, S, S, 3) uint8 RGB, the central square of an upright image resized to S = image.size",
+        "input": "pixels (n, S, S, 3) uint8 RGB, S = image.size",
+        "preparation": PREPARATION,
         "output": "probabilities (n, N), columns in the order of classes",
         **image_header(classifier.images),
         "calibration": {"scale": task.scale, "guidance": task.single_guidance()},
@@ -85,7 +92,7 @@ def metadata(classifier: SavedClassifier) -> dict[str, str]:
 
 
 def _traced(classifier: SavedClassifier) -> Any:
-    """torch's ONNX program of the classifier."""
+    """The ONNX program that torch makes of the classifier. Raises MetaDiffError."""
     batch = torch.export.Dim("batch")
     try:
         return torch.onnx.export(
@@ -102,7 +109,10 @@ def _traced(classifier: SavedClassifier) -> Any:
 
 
 def _difference(classifier: SavedClassifier, path: Path) -> float | None:
-    """Largest difference between our probabilities and the graph's on random images; None without onnxruntime."""
+    """The largest difference between our probabilities and the graph's, or None without onnxruntime.
+
+    Raises MetaDiffError if it is above TOLERANCE.
+    """
     run = open_graph(path)
     if run is None:
         return None
@@ -118,7 +128,7 @@ def _difference(classifier: SavedClassifier, path: Path) -> float | None:
 
 
 def open_graph(path: Path) -> Callable[[Tensor], Tensor] | None:
-    """Pixels -> probabilities by onnxruntime on the CPU; None where it is not installed."""
+    """The graph in a file as a function from pixels to probabilities; None if onnxruntime is not installed."""
     if find_spec("onnxruntime") is None:
         return None
     runtime = import_module("onnxruntime")

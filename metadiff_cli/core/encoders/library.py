@@ -1,23 +1,36 @@
-"""Models of torchvision and timm as encoders: their names, image sizes and weights, without the classification layer.
+"""Encoders of torchvision and timm, without their classification layer: by name, with their trained weights.
 
-`torchvision:resnet50` and `timm:vit_small_patch14_dinov2.lvd142m`; after the dot stand the weights, as the libraries
-call them, and without it the library's default. Image size, mean and standard deviation are those of the weights.
+`torchvision:resnet50` and `timm:vit_small_patch14_dinov2.lvd142m`: the library, its name of the model and, after the
+dot, its name of the weights; without the dot, the library's default weights. Image size, mean and standard deviation
+are those of the weights. Weights come from the library's download, a local file, or a checkpoint.
+
+No memory of the size of a network is taken before names and shapes are known to fit: networks are first built without
+memory.
 """
 
 import difflib
 import importlib
+import io
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from metadiff_cli.config.schema import PRETRAINED
-from metadiff_cli.errors import ConfigError, MetaDiffError
+from metadiff_cli.core.checkpoints.file import reason_of
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
+from metadiff_cli.core.encoders.networks import Encoder
+from metadiff_cli.core.encoders.weights import densenet_names, difference, efficientnet_names, read_weights
+from metadiff_cli.errors import CheckpointError, ConfigError, MetaDiffError
 
 # two whose trained weights want pixels prepared in a way of their own, and heads that only training uses
 UNUSABLE = frozenset({"googlenet", "inception_v3"})
@@ -29,8 +42,8 @@ CLOSE = 3  # names that are suggested
 class Architecture:
     """A model of a library with one of its sets of weights; `size` in pixels, `mean` and `std` of pixels in 0..1.
 
-    `name` has the weights in it. `fixed` says that the model is built for one image size; `source` where its weights
-    are downloaded from, None when there are none.
+    `name` includes the weights. `fixed` says that the model is built for one image size. `source` is where the weights
+    are downloaded from, or None if there are none. `handle` is the library's own description of the weights.
     """
 
     name: str
@@ -40,7 +53,7 @@ class Architecture:
     fixed: bool
     source: str | None
     licence: str
-    handle: Any  # the library's own description of the weights
+    handle: Any
 
     @property
     def model(self) -> str:
@@ -48,11 +61,11 @@ class Architecture:
         return self.name.partition(":")[2].partition(".")[0]
 
     def network(self, size: int, *, download: bool = False, progress: bool = False) -> nn.Module:
-        """Images (B, 3, size, size) -> features (B, D); random weights, or those that `download` gets or finds."""
+        """A network from images (B, 3, size, size) to features (B, D); without `download`, with random weights."""
         raise AssertionError("a library defines its own networks")
 
     def fitted(self, state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-        """The weights of a file, as `network` calls them, without those of the classification layer."""
+        """The weights `state` of a file under the names of `network`, without those of the classification layer."""
         raise AssertionError("a library defines its own names")
 
 
@@ -65,16 +78,15 @@ class TorchvisionModel(Architecture):
         sized = {"image_size": size} if self.model.startswith("vit_") else {}
         weights = self.handle if download else None
         whole: nn.Module = _torchvision().get_model(self.model, weights=weights, progress=progress, **sized)
-        # the last layer is the classifier in all of them, a convolution in SqueezeNet; what it is given is pooled
+        # the last layer is the classifier in all of them, a convolution in SqueezeNet; its input is pooled
         layers = [name for name, m in whole.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
         whole.set_submodule(layers[-1], nn.Identity())
         return whole
 
     def fitted(self, state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
         gone = {name for name, module in network.named_modules() if isinstance(module, nn.Identity)}
-        # DenseNet's files have names of old: denselayer1.norm.1.weight
-        names = {name: re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name) for name in state}
-        return {names[name]: t for name, t in state.items() if name.rpartition(".")[0] not in gone}
+        state = densenet_names(state)
+        return {name: t for name, t in state.items() if name.rpartition(".")[0] not in gone}
 
 
 class TimmModel(Architecture):
@@ -91,20 +103,156 @@ class TimmModel(Architecture):
     def fitted(self, state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
         classifier = self.handle.classifier or ()
         gone = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-        # timm's convention for names of the authors' files and for positions at another image size
+        # timm's function for the names in the authors' files, and for positions at another image size
         rename = getattr(importlib.import_module(type(network).__module__), "checkpoint_filter_fn", None)
-        state = rename(state, network) if rename is not None else state
+        state = efficientnet_names(state, network)
+        state = state if rename is None else rename(state, network)
         return {name: t for name, t in state.items() if name.rpartition(".")[0] not in gone}
+
+
+class PretrainedEncoder(Encoder):
+    """A library's network without its classification layer, for images of `size` pixels."""
+
+    pooled = True
+
+    def __init__(self, source: Architecture, net: nn.Module, size: int) -> None:
+        super().__init__()
+        self.source, self.size = source, size
+        self.channels = probe(source.name, size)[0]
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.net(images)  # (B, D)
+        return features
+
+    def feature_size(self, size: int) -> int:
+        """D for images of `size` pixels. Raises ConfigError if the network takes none of that size."""
+        if self.source.fixed and size != self.size:
+            raise ConfigError(
+                f"this {self.source.name} is built for images of {self.size} pixels, not {size}",
+                hint=f"leave features.size out, or make it anew: --encoder {self.source.name}",
+            )
+        return probe(self.source.name, size)[0]
 
 
 @cache
 def architecture(name: str) -> Architecture:
-    """What stands behind `torchvision:...` or `timm:...`. Raises ConfigError with near misses, or naming the extra."""
+    """The model behind `torchvision:...` or `timm:...`.
+
+    Raises ConfigError for an unknown name (with similar ones) and for a library that is not installed.
+    """
     match = re.fullmatch(PRETRAINED, name)
     if match is None:
         raise ConfigError(f"unknown encoder '{name:.80}'", hint="write torchvision:MODEL or timm:MODEL")
     library, model, weights = match.groups()
     return (_of_torchvision if library == "torchvision" else _of_timm)(model, weights)
+
+
+def pretrained_encoder(
+    name: str, size: int | None = None, file: Path | None = None, *, progress: bool = False
+) -> PretrainedEncoder:
+    """The named encoder with its weights, from `file` or as its library downloads them, for images of `size` pixels.
+
+    Without `size`, the image size of the weights. `progress` lets the library show a bar on stderr. Raises ConfigError
+    for an unknown name or size, CheckpointError for a file that does not fit, MetaDiffError for a download that fails.
+    """
+    source = architecture(name)
+    size = size or source.size
+    probe(source.name, size)  # before anything is downloaded
+    if file is None:
+        return PretrainedEncoder(source, _downloaded(source, size, progress), size)
+    encoder = untrained_encoder(name, size)
+    _fill(source, encoder.net, file)
+    return encoder
+
+
+def untrained_encoder(name: str, size: int | None) -> PretrainedEncoder:
+    """The named encoder with random weights: it costs as much to run as the trained one, and nothing is downloaded."""
+    source = architecture(name)
+    probe(source.name, size or source.size)
+    return PretrainedEncoder(source, source.network(size or source.size), size or source.size)
+
+
+def build_pretrained(name: str, size: int, tensors: Mapping[str, Tensor]) -> PretrainedEncoder:
+    """The encoder of a checkpoint, still with random weights. Raises ValueError if `tensors` are not its weights."""
+    shapes = {f"net.{key}": shape for key, shape in probe(name, size)[1].items()}
+    if odd := difference(shapes, tensors):
+        raise ValueError(f"its encoder is another one: {odd}")
+    source = architecture(name)
+    return PretrainedEncoder(source, source.network(size), size)
+
+
+def with_statistics(encoder: PretrainedEncoder, device: torch.device, *, mirror: bool, shift: int = 0) -> ImageEncoder:
+    """The encoder with the image size and the statistics of pixels that it was trained with."""
+    source = encoder.source
+    encoder.to(device).eval()
+    return ImageEncoder(encoder, source.name, encoder.size, source.mean, source.std, mirror, device, shift)
+
+
+class Weightless(TorchFunctionMode):
+    """Gives `torch.empty`, which layers call for their weights, no memory.
+
+    A whole network made on the meta device would fail in libraries that compute layer sizes on tensors.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@cache
+def probe(name: str, size: int) -> tuple[int, dict[str, torch.Size]]:
+    """D and the shapes of all weights of an encoder, for images of `size` pixels; nothing is allocated or computed.
+
+    Raises ConfigError if the encoder gives no feature vector for that size.
+    """
+    source = architecture(name)
+    try:
+        with Weightless():
+            net = source.network(size).to("meta").eval()
+        features = net(torch.zeros(1, 3, size, size, device="meta"))
+        _, channels = features.shape
+    except Exception as error:  # each of a thousand models has its own way to refuse
+        raise ConfigError(
+            f"{name} gives no feature vector for images of {size} pixels ({reason_of(error)})",
+            hint=f"its own size is {source.size}: leave features.size out, or use another encoder",
+        ) from error
+    return int(channels), {key: tensor.shape for key, tensor in net.state_dict().items()}
+
+
+def _fill(source: Architecture, net: nn.Module, file: Path) -> None:
+    """Load the weights of a file: all weights of `net`, and no others. Raises CheckpointError."""
+    hint = f"give the file of just this model{f'; its weights are at {source.source}' if source.source else ''}"
+    try:
+        state = source.fitted(read_weights(file), net)
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{file} holds no weights of {source.name} ({reason_of(error)})", hint=hint) from error
+    if odd := difference({key: tensor.shape for key, tensor in net.state_dict().items()}, state):
+        raise CheckpointError(f"{file} does not hold the weights of {source.name}: {odd}", hint=hint)
+    net.load_state_dict(state)
+
+
+def _downloaded(source: Architecture, size: int, progress: bool) -> nn.Module:
+    """The network with downloaded weights. Raises ConfigError if there are none, MetaDiffError for a failure."""
+    if source.source is None:
+        raise ConfigError(f"there are no weights of {source.name} to download", hint="give a file: --encoder-weights")
+    try:
+        # torch.hub prints to stdout, where results belong
+        with redirect_stdout(sys.stderr if progress else io.StringIO()):
+            return source.network(size, download=True, progress=progress)
+    except Exception as error:  # of the network, the disk, the hub or the file: each library has its own
+        first: BaseException = error
+        while first.__cause__ is not None:  # the first cause says more than the library's own error
+            first = first.__cause__
+        raise MetaDiffError(
+            f"the weights of {source.name} could not be downloaded ({reason_of(first)})",
+            hint=f"check the network and HTTPS_PROXY; or download {source.source} on another computer and give the "
+            "file with --encoder-weights FILE; the library also takes files from its own cache ($TORCH_HOME, $HF_HOME)",
+        ) from error
 
 
 def _of_torchvision(model: str, tag: str | None) -> Architecture:
@@ -146,12 +294,13 @@ def _floats(values: Any) -> tuple[float, ...]:
 
 
 def _unknown(library: str, what: str, name: str, known: list[str]) -> ConfigError:
+    """The error for a name that a library does not have, with those that come near."""
     beginning = [other for other in known if other.startswith(name)]
     close = [*beginning[:CLOSE], *difflib.get_close_matches(name, known, n=CLOSE)][:CLOSE]
     return ConfigError(
         f"{library} has no {what} '{name}'",
         hint=f"did you mean {', '.join(f'{library}:{other}' for other in close)}?" if close
-        else f"{library}'s documentation lists its models",
+        else f"the documentation of {library} lists its models",
     )  # fmt: skip
 
 
@@ -174,9 +323,9 @@ def _timm() -> Any:
 
 @contextmanager
 def _quiet_hub(progress: bool) -> Iterator[None]:
-    """Progress bars of the hub's downloads only where they are wanted; a person's own setting stays.
+    """Show the hub's progress bars only if they are wanted; a user's own setting is kept.
 
-    Its warnings of every attempt that fails are left out: the error at the end says what happened.
+    Its warnings of attempts that failed are hidden: the error at the end says what happened.
     """
     bars, log = importlib.import_module("huggingface_hub.utils"), logging.getLogger("huggingface_hub")
     hide, level = not (progress or bars.are_progress_bars_disabled()), log.level

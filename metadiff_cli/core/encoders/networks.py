@@ -1,13 +1,13 @@
 """The encoders of the field: images (B, 3, S, S) -> features (B, D), not normalised.
 
 conv4         four 3x3 convolution blocks of 64 channels (Vinyals et al. 2016; Snell et al. 2017)
-conv4-padded  conv4 on images with a margin up to a multiple of 16 pixels, so that no pooling loses a row
+conv4-padded  conv4 on images with a margin up to a multiple of 16 pixels, so that pooling loses no row
 resnet10      a stem of stride 2 and four basic residual blocks of 48, 96, 192, 512 channels (He et al. 2016; depth 10
               as in Chen et al. 2019): on two CPU cores it trains at six tenths of conv4's speed
 resnet12      four residual blocks of 64, 160, 320, 640 channels with DropBlock (Lee et al. 2019; Tian et al. 2020)
 
-`maps` gives the last feature maps (B, C, H, W); `pool` says how they become a vector. The head of pretraining needs
-that: conv4's flattened features depend on the image size, and its linear head is resized with them.
+`maps` gives the last feature maps (B, C, H, W); `pooled` says whether they are averaged or flattened to a vector. The
+head of pretraining needs that: flattened features depend on the image size, and its linear head is resized with them.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from metadiff_cli.errors import ConfigError
 
 
 class Encoder(nn.Module):
-    """Base: `maps` (B, 3, S, S) -> (B, C, H, W), `forward` -> (B, D)."""
+    """Base: `maps` takes images (B, 3, S, S) to (B, C, H, W), `forward` takes them to features (B, D)."""
 
     pooled: bool
     channels: int
@@ -78,7 +78,7 @@ class Conv4(Encoder):
 
 
 class PaddedConv4(Conv4):
-    """conv4 on images that repeat their edge up to a multiple of 16 pixels: D = 256 at 28 x 28, where conv4 has 64."""
+    """conv4 on images whose edge is repeated up to a multiple of 16 pixels: D = 256 at 28 x 28, where conv4 has 64."""
 
     def side(self, size: int) -> int:
         """Height and width of the feature maps of images of `size` pixels."""
@@ -92,7 +92,7 @@ class PaddedConv4(Conv4):
 
 
 class DropBlock(nn.Module):
-    """Zero square regions of the feature maps in training (Ghiasi et al. 2018), `rate` of the area in all.
+    """Zeroes square regions of the feature maps in training (Ghiasi et al. 2018), `rate` of the area in all.
 
     The seeds of the squares come from torch's default generator, which the training loop seeds per epoch.
     """
@@ -177,8 +177,8 @@ class BasicBlock(nn.Module):
 class ResNet10(Encoder):
     """D = 512, averaged over the last maps (6 x 6 at 84 x 84).
 
-    Half the resolution is gone after the stem, and the widths grow where the maps are small: most of the work is in
-    wide convolutions, which a CPU does best.
+    The stem halves the resolution, and the widths grow where the maps are small: most of the work is in wide
+    convolutions, which a CPU does best.
     """
 
     pooled = True
@@ -212,7 +212,7 @@ ENCODERS: dict[str, Callable[[], Encoder]] = {
 
 
 def build_encoder(name: str) -> Encoder:
-    """The named encoder, randomly initialised. Raises ConfigError for a name that is not known."""
+    """The named encoder, randomly initialised. Raises ConfigError for an unknown name."""
     if name not in ENCODERS:
         raise ConfigError(f"unknown encoder '{name}'", hint=f"choose one of {', '.join(ENCODERS)} or a checkpoint file")
     return ENCODERS[name]()

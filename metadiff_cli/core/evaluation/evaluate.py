@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metadiff_cli.core.device import sent
-from metadiff_cli.core.encoders.bank import Encoding, FeatureBank, ImageEncoder, extract
+from metadiff_cli.core.encoders.bank import Bank, Encoding, FeatureBank, extract
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.evaluation.episodes import Episodes, check_episodes, episode_batches
 from metadiff_cli.core.method.adapt import MetaDiff, Sampling, adapt_tasks, ranks_of, seeds_of
 from metadiff_cli.core.method.calibration import calibration_error, reliability
@@ -116,7 +117,7 @@ def method_of(
 
 
 def evaluate(
-    bank: FeatureBank, methods: Mapping[str, Method], protocol: Protocol, device: torch.device
+    bank: Bank, methods: Mapping[str, Method], protocol: Protocol, device: torch.device
 ) -> Generator[int, None, dict[str, Scores]]:
     """Scores of each method on the protocol's episodes. Raises DataError when the classes do not suffice.
 
@@ -126,7 +127,7 @@ def evaluate(
     largest = None if protocol.imbalance is None else 2 * protocol.query
     check_episodes(indices, bank.classes, protocol.way, protocol.shot, protocol.query, largest)
     rows = protocol.way * (protocol.shot + protocol.query)
-    batch = max(1, min(math.ceil(protocol.episodes / BATCHES), BATCH_VALUES // (rows * bank.features.shape[1])))
+    batch = max(1, min(math.ceil(protocol.episodes / BATCHES), BATCH_VALUES // (rows * bank.numbers_per_image)))
     own: list[dict[str, Scores]] = []
     firsts = mine(range(0, protocol.episodes, batch))
     for first, episodes in zip(firsts, episode_batches(
@@ -185,7 +186,7 @@ def quick_accuracy(
     images: np.ndarray,
     labels: np.ndarray,
     *,
-    batch: int,
+    batch: int | None,
     seed: int,
     per_class: int = 100,
     episodes: int = 600,

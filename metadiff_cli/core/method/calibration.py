@@ -3,12 +3,14 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+LARGEST_LOG = 50.0  # of a logit scale
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,12 @@ class TaskTable:
     ways: tuple[int, ...]
     shots: tuple[int, ...]
     values: tuple[tuple[float, ...], ...]  # a row for each of `ways`
+
+    def __post_init__(self) -> None:
+        """Raises ValueError unless there is a row for each of the ways and in it a value for each of the shots."""
+        shaped = len(self.values) == len(self.ways) and all(len(row) == len(self.shots) for row in self.values)
+        if not (shaped and self.ways and self.shots and min(*self.ways, *self.shots) >= 1):
+            raise ValueError("the table does not have a value for each of its ways and shots from 1 on")
 
     def at(self, way: int, shot: float) -> float:
         """The value for N ways and K shots (the mean over the classes when they differ); constant beyond the grid."""
@@ -30,15 +38,6 @@ class TaskTable:
         ways, shots = (tuple(sorted({pair[i] for pair in found})) for i in (0, 1))
         return cls(ways, shots, tuple(tuple(found[way, shot] for shot in shots) for way in ways))
 
-    @classmethod
-    def from_dict(cls, document: Mapping[str, Any], key: str = "values") -> Self:
-        """From a checkpoint's header, where it is a dictionary of lists. Raises ValueError for a wrong shape."""
-        rows = tuple(tuple(map(float, row)) for row in document[key])
-        table = cls(tuple(map(int, document["ways"])), tuple(map(int, document["shots"])), rows)
-        if len(rows) != len(table.ways) or any(len(row) != len(table.shots) for row in rows):
-            raise ValueError("a table in its tuning has a wrong shape")
-        return table
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -48,15 +47,15 @@ class Calibration:
     shots: tuple[int, ...] = (1,)
     log_scales: tuple[tuple[float, ...], ...] = ((math.log(10.0),),)  # a row for each of `ways`
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a table of another shape, and for logarithms of scales that float32 cannot hold."""
+        TaskTable(self.ways, self.shots, self.log_scales)
+        if any(abs(log) > LARGEST_LOG for row in self.log_scales for log in row):
+            raise ValueError("a logit scale is out of all bounds")
+
     def scale(self, way: int, shot: float) -> float:
         """s for N ways and K shots (the mean over the classes when shots differ); constant beyond the fitted points."""
         return math.exp(TaskTable(self.ways, self.shots, self.log_scales).at(way, shot))
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Calibration":
-        """From a checkpoint's header."""
-        table = TaskTable.from_dict(values, "log_scales")
-        return cls(table.ways, table.shots, table.values)
 
 
 def best_scale(cosines: Tensor, labels: Tensor) -> float:
@@ -109,8 +108,3 @@ class Rejection:
 
     offsets: TaskTable
     rate: float
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Rejection":
-        """From a checkpoint's header."""
-        return cls(TaskTable.from_dict(values["offsets"]), float(values["rate"]))

@@ -174,6 +174,11 @@ class Usual:
     shift: TaskTable
     deviation: float
 
+    def __post_init__(self) -> None:
+        """Raises ValueError unless the deviation is above 0."""
+        if self.deviation <= 0:
+            raise ValueError(f"a standard deviation of {self.deviation}")
+
 
 def shared_of(denoiser: str) -> float:
     """SHARED, but for the published form, which knows no domains."""

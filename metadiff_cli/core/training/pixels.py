@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from metadiff_cli.core.device import sent
-from metadiff_cli.data.mapped import release
+from metadiff_cli.files import release
 
 SHARE = 0.5  # of a GPU's free memory that images may take; the rest is for the training itself
 CHUNK = 4096  # images that are copied at a time, as the array may be a large file

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches of uint8 images as tensors, and normalisation.
+"""Augmentation of whole batches of uint8 images as tensors.
 
 Per image: one affine map (random resized crop, mirror, small rotation) applied by a single bilinear resampling, then
 brightness, contrast and saturation. All randomness comes from the generator that is passed.
@@ -32,11 +32,6 @@ class Augmentation:
             self, crop=(smallest, largest), aspect=(narrow, wide), jitter=strength * self.jitter,
             rotate=strength * self.rotate,
         )  # fmt: skip
-
-
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Pixels (B, H, W, 3) uint8 -> (B, 3, H, W) float, zero mean and unit variance per channel, channels last."""
-    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

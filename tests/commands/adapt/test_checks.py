@@ -83,9 +83,9 @@ def test_an_empty_path_is_not_the_working_folder(cli: CLI, place: Path, option: 
     ("arguments", "code", "words"),
     [
         (["-S", "support", "-Q", "qery"], 3, "--query qery does not exist"),
-        (["-S", "suport", "-Q", "query"], 3, "support suport does not exist"),
-        (["-S", "photos.zip", "-Q", "query"], 3, "photos.zip is an archive"),
-        (["-S", "query/red.png", "-Q", "query"], 3, "neither a folder nor a CSV file"),
+        (["-S", "suport", "-Q", "query"], 3, "folder suport does not exist"),
+        (["-S", "photos.zip", "-Q", "query"], 3, "photos.zip is an archive, not a folder"),
+        (["-S", "query/red.png", "-Q", "query"], 3, "query/red.png is a file, not a folder"),
         ([*BOTH, "--unlabeled", "empty"], 3, "--unlabeled empty"),
         ([*BOTH, "--unlabeled", "nosuch"], 3, "--unlabeled nosuch does not exist"),
         (["--classifier", "nosuch.safetensors", "-Q", "query"], 4, "--classifier nosuch.safetensors does not exist"),
@@ -146,7 +146,7 @@ def test_more_images_as_the_shell_expands_a_pattern(cli: CLI, place: Path, check
     files = sorted(f"query/{path.name}" for path in (place / "query").iterdir())
     result = cli("adapt", "-c", checkpoint, "--format", "csv", "-Q", *files, "-S", "support")
     assert result.code == 0 and len(result.out.splitlines()) == 1 + 4, result.err
-    assert "left out, because they are no images: 1 query file" in result.err
+    assert "query: left out, as they are not images: 1 .txt" in result.err
 
 
 def test_draws_take_more_steps_and_say_so(cli: CLI, place: Path, checkpoint: Path, monkeypatch: Any) -> None:

@@ -20,7 +20,7 @@ def old(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that has no threshold, because there were no validation classes."""
     path = tmp_path_factory.mktemp("old") / "old.safetensors"
     stored = load_checkpoint(checkpoint)
-    tuning = {key: value for key, value in stored.header["tuning"].items() if key != "rejection"}
+    tuning = {**stored.header["tuning"], "rejection": None}
     save_checkpoint(path, "model", stored.tensors, {**stored.header, "tuning": tuning})
     return path
 

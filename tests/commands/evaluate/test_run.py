@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from metadiff_cli.config.load import resolve, to_yaml
-from tests.worlds import SMALL, Page, Result, invoke
+from tests.worlds import SMALL, Page, Result, invoke, paint, validate
 
 CLI = Callable[..., Result]
 QUICK = ["--query", "3", "--episodes", "4", "--controls", "prototype"]
@@ -102,3 +102,39 @@ def test_what_a_baseline_cannot_do(cli: CLI, baseline: Path, small_run: Path, op
     given = [option, small_run / "result.json"] if option == "--compare" else [option]
     result = cli("evaluate", "-c", baseline, "--controls", "", *given)
     assert result.code == 2 and option in result.err and "leave out" in result.err
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> Path:
+    """A folder of classes: six with four images, one with a single image, one with two."""
+    for c in range(8):
+        for i in range({6: 1, 7: 2}.get(c, 4)):
+            paint(tmp_path / "photos" / f"kind-{c}" / f"{i}.png", (30 * c, 90, 200), seed=10 * c + i, size=24)
+    return tmp_path / "photos"
+
+
+def test_classes_with_too_few_images_are_left_out_and_named(cli: CLI, checkpoint: Path, uneven: Path) -> None:
+    common = ("evaluate", "-c", checkpoint, "--data", uneven, "--split", "all", "--episodes", "3", "--query", "3")
+    result = cli(*common, "--controls", f"prototype,logreg,{checkpoint}", "--open-set", "--json")
+    document = validate(result, "metadiff.evaluate/1")
+    assert document["classes"] == 6 and document["classes_left_out"] == ["kind-6", "kind-7"]
+    assert "classes left out, with fewer than 4 images: kind-6, kind-7" in result.err
+    same = [document["methods"][name]["accuracy"] for name in ("metadiff", "metadiff-analytic")]
+    assert same[0] == same[1]  # the file among the controls reads the same rows
+    assert cli(*common, "--halves", "--way", "3", "--controls", "").code == 0
+    few = cli(*common, "--shot", "2")
+    assert few.code == 3 and "need 5 classes of 5 images or more; 0 of 8" in few.err and "--query" in few.err
+    assert cli(*common, "--way", "7").code == 3
+
+
+def test_a_baseline_leaves_out_the_same_classes(cli: CLI, baseline: Path, uneven: Path) -> None:
+    result = cli("evaluate", "-c", baseline, "--data", uneven, "--split", "all", "--episodes", "2", "--query", "3",
+                 "--controls", "", "--json")  # fmt: skip
+    assert validate(result, "metadiff.evaluate/1")["classes_left_out"] == ["kind-6", "kind-7"]
+
+
+def test_split_all_says_what_it_takes(cli: CLI, checkpoint: Path, uneven: Path) -> None:
+    common = ("evaluate", "-c", checkpoint, "--split", "all", "--episodes", "2", "--query", "2", "--controls", "")
+    assert "--split all: 8 classes, 27 images (train, val, test)\n" in cli(*common, "--data", uneven).err
+    trained = cli(*common).err
+    assert "--split all: 28 classes, 336 images" in trained and "12 of them are classes of the training" in trained

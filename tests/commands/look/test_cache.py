@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from metadiff_cli.commands.look.cache import KINDS, in_units
+from metadiff_cli.commands.look.cache import KINDS, clear, in_units
+from metadiff_cli.console import Screen
+from metadiff_cli.errors import ConfigError
 from tests.worlds import Result
 
 CLI = Callable[..., Result]
@@ -59,6 +61,14 @@ def test_clear_asks(cli: CLI, cache: Path, answer: str, code: int) -> None:
     result = cli("cache", "clear", stdin=answer)
     assert result.code == code and result.out == "" and "Remove 35 B" in result.err
     assert files(cache) == (PERSONAL if code == 0 else before)
+
+
+def test_a_closed_stdin_is_no_yes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files(cache)
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ConfigError, match="nothing was removed"):
+        clear([], Screen(), yes=False)
+    assert files(cache) == before
 
 
 def test_links_are_not_followed(cli: CLI, cache: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metadiff_cli.data.known import KNOWN
+from metadiff_cli.data.benchmarks import KNOWN
 from tests.worlds import Result, paint, validate
 
 CLI = Callable[..., Result]
@@ -113,3 +113,20 @@ def test_an_archive_for_a_data_set_that_is_there_is_refused(cli: CLI, tmp_path: 
     (tmp_path / "cub.zip").touch()
     result = cli("data", "prepare", "cub", "--root", tmp_path / "root", "--from-archive", tmp_path / "cub.zip")
     assert result.code == 2 and "there already" in result.err and "--from-archive" in result.err
+
+
+def test_what_is_left_out_or_not_what_it_seems(cli: CLI, folder: Path) -> None:
+    train = folder / "train" / "train0"
+    (train / "pointer.jpg").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (train / "empty.png").touch()
+    (train / "notes.txt").write_text("text")
+    (train / "movie.mp4").write_bytes(b"1")
+    Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40)).save(train / "deep.png")
+    document = report(cli, folder, code=3)
+    assert document["skipped_files"] == 2 and document["skipped_extensions"] == {".txt": 1, ".mp4": 1}
+    reasons = {Path(c["path"]).name: c["reason"] for c in document["corrupt"]}  # type: ignore[attr-defined]
+    assert "git-lfs" in reasons["pointer.jpg"] and "empty" in reasons["empty.png"]
+    (odd,) = document["odd"]  # type: ignore[misc]
+    assert Path(odd["path"]).name == "deep.png" and "greyscale of more than 8 bits" in odd["what"]
+    shown = cli("data", "verify", folder).out
+    assert ".txt" in shown and ".mp4" in shown and "deep.png: greyscale" in shown

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from metadiff_cli.commands.look import doctor
+from metadiff_cli.errors import ConfigError
 from tests.worlds import Result
 
 CLI = Callable[..., Result]
@@ -88,3 +89,13 @@ def test_little_disk_and_a_cache_that_cannot_be_written_are_notes(
     assert found["cache"]["state"] == found["disk for cache"]["state"] == "note"
     assert "METADIFF_CACHE_DIR" in found["cache"]["advice"] and "METADIFF_DATA_DIR" in found["disk for data"]["advice"]
     assert all(check["advice"] for check in found.values() if check["state"] == "note")
+
+
+def test_a_check_that_ends_in_an_error_is_a_finding(cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Path:
+        raise ConfigError("METADIFF_CACHE_DIR is a file", hint="give it a folder")
+
+    monkeypatch.setattr(doctor, "cache_dir", refuse)
+    found = checks(cli, 1)
+    assert found["cache"]["found"] == "METADIFF_CACHE_DIR is a file" and found["cache"]["advice"] == "give it a folder"
+    assert found["python"]["state"] == "ok"

@@ -239,11 +239,11 @@ def test_a_baseline_goes_on_exactly(whole: Path, tmp_path: Path, cli: CLI, monke
 
 def test_resume_of_a_missing_or_empty_folder_starts_afresh(tmp_path: Path, cli: CLI) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / ".config.yaml.abc.tmp").write_text("killed while it wrote this", encoding="utf-8")
+    (tmp_path / "empty" / ".config.yaml.abcd_123.tmp").write_text("killed while it wrote this", encoding="utf-8")
     for name in ("missing", "empty"):
         result = cli(*PRETRAIN, "--out", tmp_path / name, "--resume")
         assert result.code == 0 and "going on" not in result.err
-    assert not (tmp_path / "empty" / ".config.yaml.abc.tmp").exists()
+    assert not (tmp_path / "empty" / ".config.yaml.abcd_123.tmp").exists()
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work", encoding="utf-8")
     refused = cli(*PRETRAIN, "--out", tmp_path / "thesis", "--resume")

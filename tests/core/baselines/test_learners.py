@@ -21,7 +21,7 @@ from metadiff_cli.core.baselines.learners import (
 from metadiff_cli.core.baselines.tasknorm import TaskNorm
 from metadiff_cli.core.baselines.train import InnerTrainer, InnerValidation
 from metadiff_cli.core.checkpoints.file import load_checkpoint, save_checkpoint
-from metadiff_cli.core.encoders.bank import FeatureBank
+from metadiff_cli.core.encoders.bank import Bank, FeatureBank, PixelBank
 from metadiff_cli.core.encoders.networks import ConvBlock, Encoder, build_encoder
 from metadiff_cli.core.evaluation.episodes import Episodes
 from metadiff_cli.core.training.transforms import Augmentation
@@ -56,14 +56,12 @@ def pixels(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (*shape, 16 * 16 * 3), dtype=torch.uint8, generator=g)
 
 
-def bank_of(images: int = 12) -> FeatureBank:
-    """Classes of pictures of one colour each, as flat pixels."""
+def bank_of(images: int = 12) -> PixelBank:
+    """Classes of pictures of one colour each."""
     rng = np.random.default_rng(0)
     colours = rng.integers(0, 200, (8, 1, 1, 3))
     values = colours + rng.integers(0, 55, (8, images, 256, 3))
-    return FeatureBank(
-        values.reshape(8 * images, -1).astype(np.uint8), np.repeat(np.arange(8), images), tuple("abcdefgh")
-    )
+    return PixelBank(values.reshape(-1, 16, 16, 3).astype(np.uint8), np.repeat(np.arange(8), images), tuple("abcdefgh"))
 
 
 def test_the_written_out_gradient_is_that_of_autograd() -> None:
@@ -179,13 +177,13 @@ def train(trainer: InnerTrainer, accuracies: list[float]) -> list[InnerValidatio
 
 
 def trainer_of(method: str, quarters: int = 1, steps: int = 24, **settings: object) -> InnerTrainer:
-    bank = bank_of()
+    bank: Bank = (pictures := bank_of())
     values = {"steps": steps, "validate_every": steps // 2, "query": 4, "inner_steps": 2, "lr": 0.01, **settings}
     torch.manual_seed(0)
     learner: InnerLearner
     config: InnerLoop
     if method.endswith("frozen"):
-        z = torch.nn.functional.normalize(torch.from_numpy(bank.features).float(), dim=-1)
+        z = torch.nn.functional.normalize(torch.from_numpy(pictures.pixels).flatten(1).float(), dim=-1)
         bank = FeatureBank(z.numpy(), bank.labels, bank.classes)
         config = FrozenBaseline.model_validate({"rate": 1.0, **values})
         learner = FrozenLearner(method, 3, z.mean(dim=0), config)

@@ -1,4 +1,4 @@
-"""Checkpoints: exact round trip, equal bytes, one metadata key, nothing half-written."""
+"""Checkpoint files: exact round trip, equal bytes, one metadata key, nothing half-written, clear refusals."""
 
 from pathlib import Path
 
@@ -6,11 +6,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from metadiff_cli.core.checkpoints.file import load_checkpoint, read_header, save_checkpoint
-from metadiff_cli.core.checkpoints.model import load_encoder, load_model, model_tensors, resized, save_model
-from metadiff_cli.core.encoders.bank import ImageEncoder
-from metadiff_cli.core.encoders.networks import build_encoder
-from metadiff_cli.errors import CheckpointError, ConfigError
+from metadiff_cli.core.checkpoints import file as module
+from metadiff_cli.core.checkpoints.file import KINDS, load_checkpoint, read_header, save_checkpoint
+from metadiff_cli.errors import CheckpointError
 
 TENSORS = {
     "a.x": torch.randn(3, 4),
@@ -37,8 +35,6 @@ def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import metadiff_cli.core.checkpoints.file as module
-
     path = tmp_path / "c.safetensors"
     save_checkpoint(path, "encoder", TENSORS, HEADER)
     before = path.read_bytes()
@@ -60,12 +56,19 @@ def test_views_are_written_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"abc", b"\x80\x04.", b"PK\x03\x04....", b"\xff" * 64, (2).to_bytes(8, "little") + b"{}"]
-)
-def test_other_files_are_checkpoint_errors(tmp_path: Path, content: bytes) -> None:
+    ("content", "told"),
+    [
+        (b"", "is empty"), (b"abc", "damaged"), (b"\x80\x04.", "pickle"), (b"PK\x03\x04....", "pickle"),
+        (b"\xff" * 64, "damaged"), ((2).to_bytes(8, "little") + b"{}", "without a metadiff header"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "git lfs pull"),
+        ((20 << 20).to_bytes(8, "little") + b"{" + bytes(21 << 20), "longer"),
+    ],
+)  # fmt: skip
+def test_other_files_are_told_apart(tmp_path: Path, content: bytes, told: str) -> None:
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError) as caught:
         read_header(tmp_path / "x")
+    assert told in str(caught.value) and str(tmp_path / "x") in caught.value.message
 
 
 def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
@@ -73,35 +76,12 @@ def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
         read_header(tmp_path)
 
 
-def test_a_half_precision_encoder_takes_half_the_space_and_gives_the_same_features(
-    small_run: Path, tmp_path: Path
-) -> None:
-    device = torch.device("cpu")
-    model = load_model(small_run / "checkpoint.safetensors", device)
-    images = load_encoder(small_run / "encoder.safetensors", device, mirror=False, half=True)
-    save_model(tmp_path / "half.safetensors", images, model.metadiff, model.header)
-    again = load_model(tmp_path / "half.safetensors", device)
-    pixels = torch.randint(0, 256, (3, 28, 28, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(again.images.encode(pixels), images.encode(pixels))
-    assert torch.allclose(images.encode(pixels), model.images.encode(pixels), atol=1e-2)
-    saved = {
-        n: t for n, t in load_checkpoint(tmp_path / "half.safetensors").tensors.items() if n.startswith("encoder.")
-    }
-    assert all(t.dtype == torch.float16 for t in saved.values() if t.dim() > 1)
-
-
-def test_views_are_kept_with_a_model(small_run: Path, tmp_path: Path) -> None:
-    device = torch.device("cpu")
-    model = load_model(small_run / "checkpoint.safetensors", device)
-    images = load_encoder(small_run / "encoder.safetensors", device, mirror=True, shift=2)
-    save_model(tmp_path / "moved.safetensors", images, model.metadiff, model.header)
-    back = load_model(tmp_path / "moved.safetensors", device)
-    assert (back.images.mirror, back.images.shift) == (True, 2) and back.images.key == images.key
-    for shift in (-1, 1.5, True, "3", back.images.size):
-        header = {**back.header, "image": {**back.header["image"], "shift": shift}}
-        save_checkpoint(tmp_path / "odd.safetensors", "model", model_tensors(images, model.metadiff), header)
-        with pytest.raises(CheckpointError, match="does not hold what its header says"):
-            load_model(tmp_path / "odd.safetensors", device)
+def test_another_format_is_told_before_all_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as later:
+        later.setattr(module, "FORMAT", 2)
+        save_checkpoint(tmp_path / "c", "encoder", TENSORS, {"classes": "of another form"})
+    with pytest.raises(CheckpointError, match="format 2"):
+        read_header(tmp_path / "c")
 
 
 def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path) -> None:
@@ -115,11 +95,14 @@ def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path) -> No
     assert load_checkpoint(path, "encoder").header["note"] == "x" * size
 
 
-def test_an_encoder_that_averages_its_maps_takes_larger_images_and_conv4_says_why_not() -> None:
-    device, plain = torch.device("cpu"), (0.5, 0.5, 0.5)
-    pooled = ImageEncoder(build_encoder("resnet10"), "resnet10", 28, plain, plain, False, device)
-    pixels = torch.zeros(1, 44, 44, 3, dtype=torch.uint8)
-    assert resized(pooled, 44).encode(pixels).shape == (1, 512) and resized(pooled, 44).key != pooled.key
-    flat = ImageEncoder(build_encoder("conv4"), "conv4", 28, plain, plain, False, device)
-    with pytest.raises(ConfigError, match=r"features\.size"):
-        resized(flat, 44)
+@pytest.mark.parametrize("found", KINDS)
+@pytest.mark.parametrize("wanted", ["model", "classifier", "baseline"])
+def test_a_file_of_another_kind_is_told_with_the_option_that_takes_it(tmp_path: Path, found: str, wanted: str) -> None:
+    save_checkpoint(tmp_path / "c", found, {}, {})
+    if found == wanted:
+        assert load_checkpoint(tmp_path / "c", wanted).kind == wanted
+        return
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path / "c", wanted)
+    assert f"is {KINDS[found]}, not {KINDS[wanted]}" in caught.value.message
+    assert caught.value.hint is not None and "`" in caught.value.hint

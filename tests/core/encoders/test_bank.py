@@ -1,6 +1,7 @@
 """The feature bank: made once, in shards that an interruption leaves behind, whatever memory and disk allow."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,25 +10,22 @@ import torch
 from torch import Tensor
 
 from metadiff_cli.core.encoders import bank as features
-from metadiff_cli.core.encoders.bank import Encoding, FeatureBank, ImageEncoder, build_bank
-from metadiff_cli.core.encoders.networks import build_encoder
-from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
+from metadiff_cli.core.encoders.bank import Bank, Encoding, FeatureBank, PixelBank, build_bank
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
+from metadiff_cli.errors import DataError, MetaDiffError
+from tests.worlds import small_encoder
 
-CPU = torch.device("cpu")
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
 
 
 @pytest.fixture
 def encoder() -> ImageEncoder:
-    torch.manual_seed(0)
-    return ImageEncoder(build_encoder("conv4"), "conv4", 32, (0.5,) * 3, (0.25,) * 3, True, CPU)
+    return small_encoder(32)
 
 
-def build(
-    encoder: ImageEncoder, folder: Path, progress: Callable[[int, int], None], store: str = "fp32"
-) -> FeatureBank:
+def build(encoder: ImageEncoder, folder: Path, progress: Callable[[int, int], None]) -> FeatureBank:
     labels = np.repeat([0, 1], 5)
-    return build_bank(encoder, PIXELS, labels, ("a", "b"), folder=folder, key="k" * 32, batch=4, store=store,
+    return build_bank(encoder, PIXELS, labels, ("a", "b"), folder=folder, key="k" * 32, batch=4,
                       progress=progress)  # fmt: skip
 
 
@@ -46,30 +44,6 @@ def test_it_is_made_once_and_mended(encoder: ImageEncoder, tmp_path: Path) -> No
     assert np.array_equal(features_now(), first) and calls == [4, 8, 10]
     mirrored = encoder.encode(torch.from_numpy(PIXELS[:, :, ::-1].copy()))
     assert torch.allclose(mirrored, torch.from_numpy(first), atol=1e-5)  # averaged over both views
-
-
-def test_moved_images_are_views_whose_edges_are_repeated() -> None:
-    torch.manual_seed(0)
-    network = build_encoder("conv4").eval()
-    pixels = torch.from_numpy(PIXELS[:3])
-
-    def features_of(pixels: Tensor, mirror: bool, shift: int) -> Tensor:
-        return ImageEncoder(network, "conv4", 32, (0.5,) * 3, (0.25,) * 3, mirror, CPU, shift).encode(pixels)
-
-    padded = np.pad(PIXELS[:3], ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")
-    places = [(y, x) for y in (0, 4, 8) for x in (0, 4, 8)]
-    moved = [torch.from_numpy(padded[:, y : y + 32, x : x + 32].copy()) for y, x in places]
-    for mirror in (False, True):
-        views = moved + [view.flip(2) for view in moved] if mirror else moved
-        mean = torch.stack([features_of(view, False, 0) for view in views]).mean(dim=0)
-        assert torch.allclose(features_of(pixels, mirror, 4), torch.nn.functional.normalize(mean, dim=1), atol=1e-5)
-    keys = {ImageEncoder(network, "conv4", 32, (0.5,) * 3, (0.25,) * 3, True, CPU, shift).key for shift in (0, 3, 4)}
-    assert len(keys) == 3
-
-
-def test_images_cannot_be_moved_out_of_the_picture() -> None:
-    with pytest.raises(ConfigError, match="32 pixels cannot be moved by 32"):
-        ImageEncoder(build_encoder("conv4"), "conv4", 32, (0.5,) * 3, (0.25,) * 3, True, CPU, 32)
 
 
 def test_an_interrupted_extraction_goes_on_after_its_last_shard(
@@ -105,23 +79,44 @@ def counting(encode: Callable[[ImageEncoder, Tensor], Tensor], seen: list[int]) 
     return counted
 
 
-@pytest.mark.parametrize(("store", "bits"), [("fp16", 11), ("bf16", 8)])
-def test_half_as_large_on_disk_and_float32_in_use(encoder: ImageEncoder, tmp_path: Path, store: str, bits: int) -> None:
-    exact, half = (build(encoder, tmp_path, lambda done, total: None, kind) for kind in ("fp32", store))
-    assert half.features.itemsize == 2 and len(list(tmp_path.glob("*.npy"))) == 2
-    rows = np.array([[3, 1], [7, 7]])
-    assert half.take(rows).dtype == torch.float32 and half.take(rows).shape == (2, 2, 256)
-    assert torch.allclose(half.take(rows), exact.take(rows), rtol=2.0**-bits, atol=1e-7)
-    again = build(encoder, tmp_path, lambda done, total: pytest.fail("it was kept"), store)
-    assert torch.equal(again.take(rows), half.take(rows))
-
-
 def test_classes_one_after_another_are_its_rows() -> None:
-    bank = FeatureBank(np.arange(12, dtype=np.float16).reshape(6, 2), np.array([1, 0, 1, 0, 0, 1]), ("a", "b"))
+    bank = FeatureBank(np.arange(12, dtype=np.float32).reshape(6, 2), np.array([1, 0, 1, 0, 0, 1]), ("a", "b"))
     first, second = bank.by_class()
-    assert first[:, 0].tolist() == [2, 6, 8] and second[:, 0].tolist() == [0, 4, 10] and first.dtype == torch.float32
-    pixels = FeatureBank(np.zeros((2, 3), dtype=np.uint8), np.array([0, 1]), ("a", "b"))
-    assert pixels.take(np.array([1])).dtype == torch.uint8
+    assert first[:, 0].tolist() == [2, 6, 8] and second[:, 0].tolist() == [0, 4, 10]
+    assert bank.take(np.array([[0, 5]])).shape == (1, 2, 2) and bank.numbers_per_image == 2
+
+
+def test_pixels_stay_pixels() -> None:
+    bank = PixelBank(np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3), np.array([1, 0]), ("a", "b"))
+    taken = bank.take(np.array([[1], [0]]))
+    assert taken.shape == (2, 1, 2, 2, 3) and taken.dtype == torch.uint8 and taken[0, 0, 0, 0].tolist() == [12, 13, 14]
+    assert bank.numbers_per_image == 12 and [rows.tolist() for rows in bank.class_indices()] == [[1], [0]]
+
+
+@pytest.mark.parametrize("kind", ["features", "pixels"])
+def test_classes_with_too_few_images_are_left_out_and_named(kind: str) -> None:
+    """A folder of many classes, one of which has a single image, can still be evaluated on the others."""
+    labels, classes = np.array([2, 0, 3, 0, 2, 1, 3, 3]), ("a", "b", "c", "d")
+    values = np.arange(8 * 12)
+    bank: Bank = (
+        FeatureBank(values.reshape(8, 12).astype(np.float32), labels, classes)
+        if kind == "features"
+        else PixelBank(values.reshape(8, 2, 2, 3).astype(np.uint8), labels, classes)
+    )
+    kept, left_out = bank.with_images(2)
+    assert (kept.classes, left_out) == (("a", "c", "d"), ("b",)) and type(kept) is type(bank)
+    assert kept.labels.tolist() == [1, 0, 2, 0, 1, -1, 2, 2]
+    assert torch.equal(kept.take(np.arange(8)), bank.take(np.arange(8)))  # rows keep their places
+    assert kept.with_images(3)[0].labels.tolist() == [-1, -1, 0, -1, -1, -1, 0, 0]
+    assert [len(rows) for rows in kept.class_indices()] == [2, 2, 3]
+    assert bank.with_images(1) == (bank, ()) and bank.with_images(3)[0].classes == ("d",)
+    none, all_of_them = bank.with_images(4)
+    assert none.classes == () and all_of_them == classes
+
+
+def test_the_batch_suits_the_device(encoder: ImageEncoder) -> None:
+    assert Encoding(encoder).batch == 32 and Encoding(encoder, 7).batch == 7
+    assert Encoding(replace(encoder, device=torch.device("cuda"))).batch == 256
 
 
 def limited(room: int, seen: list[int]) -> Callable[..., Tensor]:

@@ -15,7 +15,8 @@ from metadiff_cli.config.schema import AugmentConfig, DenoiserConfig, FrozenBase
 from metadiff_cli.core.baselines.learners import FrozenLearner
 from metadiff_cli.core.baselines.train import InnerTrainer
 from metadiff_cli.core.encoders import bank as features
-from metadiff_cli.core.encoders.bank import FeatureBank, ImageEncoder, build_bank
+from metadiff_cli.core.encoders.bank import FeatureBank, build_bank
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import Encoder, build_encoder
 from metadiff_cli.core.method.task_space import fit_task_space
 from metadiff_cli.core.training import distributed as parallel

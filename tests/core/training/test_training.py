@@ -14,6 +14,7 @@ from metadiff_cli.commands.train.metatrain import metatrain as metatraining
 from metadiff_cli.config.schema import AugmentConfig, DenoiserConfig, MetatrainConfig, PretrainConfig
 from metadiff_cli.core.checkpoints.file import load_checkpoint, save_checkpoint
 from metadiff_cli.core.encoders.bank import FeatureBank
+from metadiff_cli.core.encoders.image_encoder import normalise
 from metadiff_cli.core.encoders.networks import Conv4, DropBlock, build_encoder
 from metadiff_cli.core.evaluation.episodes import training_batch
 from metadiff_cli.core.method.metric import cosine_logits
@@ -26,7 +27,6 @@ from metadiff_cli.core.training.transforms import (
     Changes,
     affine_maps,
     augment,
-    normalise,
     rotate_quarters,
     sampling_grid,
 )
