@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from metadiff_cli.data.images import looks_like_image
 from metadiff_cli.data.listing import as_utf8, is_listing, read_listing
 from metadiff_cli.data.scan import Scan, class_name, is_image, suggestion, walk_images
 from metadiff_cli.errors import DataError
@@ -124,10 +125,15 @@ def _queries(text: str, scan: Scan, *, named: bool) -> Iterator[Query]:
         yield from (Query(row.path, row.label) for row in read_listing(text))
     elif named and path.suffix.lower() in LISTS and os.path.isfile(text):
         raise DataError(f"{text} is not an image", hint=f"for a list of paths, give --query - < {text}")
-    elif not os.path.exists(text) or (os.path.isfile(text) and (named or is_image(path))):
+    elif not os.path.exists(text) or (os.path.isfile(text) and (named or _may_be_image(path))):
         yield Query(text)
     else:
         scan.skipped[path.suffix.lower()] += 1
+
+
+def _may_be_image(path: Path) -> bool:
+    """Whether a walk through a folder would take a file: by its extension, or without one by its content."""
+    return is_image(path) or (not path.suffix and looks_like_image(path))
 
 
 def _expand(text: str, null: bool, scan: Scan) -> list[str]:

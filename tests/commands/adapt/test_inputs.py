@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from metadiff_cli.commands.adapt.inputs import find_queries
 from metadiff_cli.errors import DataError
@@ -168,6 +169,8 @@ def test_a_file_that_is_named_is_tried_whatever_it_is_called(here: Path) -> None
     assert shown("scan") == ["scan"]
     found = find_queries(["q/b.png"], more=["scan", "q/notes.txt", "q/a.jpg"])  # as the shell expands *
     assert [item.path for item in found.items] == ["q/b.png", "q/a.jpg"] and found.skipped == {"": 1, ".txt": 1}
+    Image.new("RGB", (4, 4)).save(here / "scan", "PNG")
+    assert [item.path for item in find_queries(["q/b.png"], more=["scan"]).items] == ["q/b.png", "scan"]
 
 
 def test_a_pipe_is_no_image(here: Path) -> None:
