@@ -87,8 +87,8 @@ def test_broken_training_images_are_named_and_counted(cli: CLI, tmp_path: Path) 
     for split in ("train", "val"):
         for c in range(5):
             for i in range(4):
-                paint(tmp_path / "set" / split / f"{split}-{c}" / f"{i}.png", (50 * c, 90, 200), seed=9 * c + i)
-    (tmp_path / "set" / "train" / "train-1" / "broken.png").write_bytes(b"x")
+                paint(tmp_path / "set" / split / f"{split}{c}" / f"{i}.png", (50 * c, 90, 200), seed=9 * c + i)
+    (tmp_path / "set" / "train" / "train1" / "broken.png").write_bytes(b"x")
     result = cli("pretrain", "--data", tmp_path / "set", "--out", tmp_path / "run", "--set", "data.size=16",
                  "--epochs", "1", "--set", "pretrain.batch=4")  # fmt: skip
     assert result.code == 0, result.err

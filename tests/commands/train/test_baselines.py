@@ -91,14 +91,6 @@ def test_the_table_says_whose_statistics_are_used(trained: dict[str, Path], cli:
     assert "prototype, analytic, untrained need the features" in result.err
 
 
-def test_penalties_are_settings(checkpoint: Path, cli: CLI) -> None:
-    common = ["evaluate", "-c", checkpoint, "--controls", "logreg,ridge", "--shot", "3", *EPISODES]
-    strong = cli(*common, "--set", "baselines.logreg=100", "--set", "baselines.ridge=100")
-    assert (
-        json.loads(strong.out)["methods"]["logreg"]["ece"] != json.loads(cli(*common).out)["methods"]["logreg"]["ece"]
-    )
-
-
 def test_training_resumes_from_its_state(trained: dict[str, Path], tmp_path: Path) -> None:
     class Stop(Exception):
         pass

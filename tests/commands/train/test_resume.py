@@ -252,7 +252,8 @@ def test_resume_of_a_missing_or_empty_folder_starts_afresh(tmp_path: Path, cli: 
 
 def test_changed_settings_are_refused_with_the_difference(whole: Path, cli: CLI) -> None:
     before = {path: path.read_bytes() for path in whole.iterdir() if path.is_file()}
-    changed = [*METATRAIN, "--set", "pretrain.lr=0.25", "--set", "metatrain.ways=[3,4]", "--seed", "9"]
+    other_seed = ["9" if word == "6" else word for word in METATRAIN]
+    changed = [*other_seed, "--set", "pretrain.lr=0.25", "--set", "metatrain.ways=[3,4]"]
     result = cli(*changed, "--out", whole, "--resume")
     assert result.code == 2 and "--init-from" in result.err
     for line in ("pretrain.lr: 0.05 -> 0.25", "metatrain.ways: [5, 10] -> [3, 4]", "seed: 6 -> 9"):

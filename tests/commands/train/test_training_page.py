@@ -24,6 +24,5 @@ def test_the_page_of_a_training_has_its_curves(cli: CLI, tmp_path: Path) -> None
         "Gain over the analytic",
         "Pretraining: training loss",
         "From noise to weights",
-        "Memory against steps",
     ):
         assert words in text
