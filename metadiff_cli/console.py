@@ -46,6 +46,11 @@ class Screen:
         if not self.quiet:
             self.err.print(escape(text), soft_wrap=True)
 
+    def result(self, text: str) -> None:
+        """A result that goes to stderr, because stdout holds rows for a program; shown even when quiet."""
+        if not self.mute:
+            self.err.print(escape(text), soft_wrap=True)
+
     def detail(self, text: str) -> None:
         """A line that only `--verbose` shows."""
         if self.verbose:
