@@ -1,5 +1,6 @@
 """The Typer app: registers the commands, and the one boundary that turns errors into messages and exit codes."""
 
+import contextlib
 import errno
 import os
 import shlex
@@ -87,15 +88,46 @@ def run(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     previous = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
+        _open_streams()
         result = app(args=given, prog_name="metadiff", standalone_mode=False)
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except (BrokenPipeError, SystemExit) as error:
+        return _left(error)
     except (Exception, KeyboardInterrupt, Stopped, Told) as error:
         return _told(error, given)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _open_streams() -> None:
+    """Put /dev/null in the place of standard streams that are closed, before another file gets their numbers.
+
+    Raises MetaDiffError when results would have no place to go.
+    """
+    no_results = sys.stdout is None
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 -- open to the end
+    if no_results:
+        raise MetaDiffError("standard output is closed, so results have no place to go", hint="add > FILE")
+
+
+def _left(error: BaseException) -> int:
+    """The exit code when the reader of the output has gone, `head` for one, which is no failure.
+
+    Rich and Typer turn that into an exit of their own.
+    """
+    if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+        raise error
+    with contextlib.suppress(OSError, ValueError):  # what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _told(error: BaseException, arguments: Sequence[str]) -> int:

@@ -68,7 +68,7 @@ def library_encoder(config: Config, weights: Path | None, run: Run, screen: Scre
         return path
     if weights is None:
         screen.note(f"weights of {config.encoder}: from the library's cache, or downloaded")
-    f, shown = config.features, screen.err.is_terminal and not screen.quiet
+    f, shown = config.features, screen.moves and not screen.quiet
     encoder = pretrained_encoder(config.encoder, f.size, weights, progress=shown)
     images, source = with_statistics(encoder, CPU, mirror=f.mirror, shift=f.shift), encoder.source
     facts = {"source": "a local file" if weights else source.source, "licence": source.licence}
