@@ -23,6 +23,8 @@ from metadiff_cli.errors import ConfigError, MetaDiffError, ProcessLost, Stopped
 
 SHARED = ("pretrain", "metatrain")  # commands that several processes can share
 
+SMALLER = "lower --batch-size, or pretrain.batch or metatrain.batch with --set; or use --device cpu"
+
 USE, TRAIN, LOOK = "Use", "Train and measure", "Look around"
 
 app = typer.Typer(
@@ -160,6 +162,8 @@ def _message(error: BaseException, arguments: Sequence[str]) -> tuple[str, str |
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}", "make room, and run it again" if full else None
     kind = type(error).__name__
+    if kind in ("OutOfMemoryError", "MemoryError"):  # torch's or Python's
+        return f"out of memory ({error})" if str(error) else "out of memory", SMALLER
     text = f"{kind}: {error}" if str(error) else kind
     return text, "run it again with METADIFF_DEBUG=1 to see where it failed"
 

@@ -1,11 +1,16 @@
 """The command line as a process: closed streams, readers that go, a full output."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from metadiff_cli import app
 
 COMMAND = f"{sys.executable} -m metadiff_cli"
 
@@ -39,3 +44,15 @@ def test_a_reader_that_has_seen_enough_is_no_failure(command: str, tmp_path: Pat
     assert done.stdout.splitlines()[-1] == "0" and done.stderr == ""
     gone = shell(f"(sleep 0.1; exec {COMMAND} {command}) | true; echo ${{PIPESTATUS[0]}}", tmp_path)
     assert gone.stdout == "0\n" and gone.stderr == ""
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("Tried to allocate 2 GiB")])
+def test_a_lack_of_memory_is_told_as_what_it_is(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(app, "app", fail)
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        assert app.run(["pretrain"]) == 1
+    assert "error: out of memory" in err.getvalue() and "--batch-size" in err.getvalue()
