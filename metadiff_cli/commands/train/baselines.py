@@ -35,7 +35,7 @@ from metadiff_cli.core.evaluation.evaluate import Method, Protocol, evaluate, me
 from metadiff_cli.core.training.transforms import Augmentation
 from metadiff_cli.data.cache import channel_statistics
 from metadiff_cli.data.open import Source
-from metadiff_cli.errors import ConfigError, DataError
+from metadiff_cli.errors import DataError
 
 FILE = ".safetensors"
 METRICS = ("methods", "split", "way", "shot", "query", "episodes", "seed")  # of the table, in the header
@@ -194,10 +194,6 @@ def _on_features(t: Training, name: str) -> tuple[Baseline, FeatureBank, Feature
 
 def _on_images(t: Training, name: str) -> tuple[Baseline, FeatureBank, FeatureBank | None]:
     """An untrained baseline over images, with base and validation classes; its encoder starts at random."""
-    if t.start.encoder or t.start.init:
-        raise ConfigError(
-            f"{name} trains an encoder of its own", hint="leave --encoder FILE and --init-from out, or give a name"
-        )
     config, size = t.config, t.config.data.size
     mean, std = channel_statistics(t.source.split("train").images)
     shape = (size, tuple(mean), tuple(std))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,16 +57,31 @@ def check_encoder(config: Config, method: str, file: Path | None, weights: Path 
         )
 
 
-def library_encoder(config: Config, weights: Path | None, run: Run, screen: Screen) -> Path | None:
-    """Make the run's encoder file of a library's encoder; None when the configuration names one of ours.
+def image_size(config: Config, file: Path | None) -> int:
+    """The size in pixels of the images that the first stage reads, with the encoder of `file` if there is one."""
+    if file is not None:
+        return load_encoder(file, CPU, mirror=False, size=config.features.size).size
+    if is_pretrained(config.encoder):
+        return config.features.size or architecture(config.encoder).size
+    return config.data.size
 
-    A resumed run takes the file that it has.
-    """
-    if not is_pretrained(config.encoder):
-        return None
-    path = run.folder / ENCODER
-    if path.is_file():
+
+@dataclass(frozen=True)
+class LibraryEncoder:
+    """An encoder of a library, and the facts about its weights for the header."""
+
+    images: ImageEncoder
+    weights: dict[str, str | None]
+
+    def save(self, run: Run) -> Path:
+        """Write the run's encoder file."""
+        path = run.folder / ENCODER
+        save_encoder(path, self.images, {"weights": self.weights})
         return path
+
+
+def library_encoder(config: Config, weights: Path | None, screen: Screen) -> LibraryEncoder:
+    """The library's encoder that the configuration names, with `weights` from a file or else the library's own."""
     if weights is None:
         screen.note(f"weights of {config.encoder}: from the library's cache, or downloaded")
     f, shown = config.features, screen.moves and not screen.quiet
@@ -76,8 +92,7 @@ def library_encoder(config: Config, weights: Path | None, run: Run, screen: Scre
     if weights:
         screen.note(f"the weights come from {weights}; architecture, image size and normalisation follow the name")
     screen.detail(f"weights: {facts['source']}, licence {facts['licence']}")
-    save_encoder(path, images, {"weights": facts})
-    return path
+    return LibraryEncoder(images, facts)
 
 
 def find_encoder(t: Training) -> ImageEncoder:
