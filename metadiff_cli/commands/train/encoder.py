@@ -24,7 +24,7 @@ from metadiff_cli.core.encoders.bank import ImageEncoder
 from metadiff_cli.core.encoders.library import architecture
 from metadiff_cli.core.encoders.networks import Encoder, build_encoder
 from metadiff_cli.core.encoders.pretrained import pretrained_encoder, with_statistics
-from metadiff_cli.core.method.adapt import quick_accuracy
+from metadiff_cli.core.method.adapt import QUICK_WAY, quick_accuracy
 from metadiff_cli.core.training.pretrain import PretrainEpoch, Pretrainer, PretrainStep
 from metadiff_cli.data.cache import DecodedSplit, channel_statistics
 from metadiff_cli.errors import ConfigError
@@ -185,8 +185,13 @@ def _weights(init: Path, name: str) -> dict[str, torch.Tensor]:
     return weights
 
 
+def validation_way(t: Training) -> int:
+    """The ways of the measurement after each epoch."""
+    return min(QUICK_WAY, len(t.source.split("val").classes)) if t.source.has("val") else QUICK_WAY
+
+
 def _validation(t: Training, image: dict[str, Any]) -> Callable[[Encoder], float | None]:
-    """The measurement after each epoch: prototype, 5-way 1-shot, on part of the validation images."""
+    """The measurement after each epoch: prototype, 1-shot, on part of the validation images."""
     if not t.source.has("val"):
         return lambda encoder: None
     val, config = t.source.split("val"), t.config
@@ -212,7 +217,9 @@ def _show(
         text = f"epoch {record.epoch} loss {record.loss:.3f} train {record.accuracy:.1f} %"
         update(done, trainer.steps, text)
         return False
-    measured = "" if record.validation is None else f"  5-way 1-shot on validation classes {record.validation:.1f} %"
+    measured = ""
+    if record.validation is not None:
+        measured = f"  {validation_way(t)}-way 1-shot on validation classes {record.validation:.1f} %"
     t.screen.note(
         f"epoch {record.epoch}/{record.epochs} ({record.size} px)  loss {record.loss:.3f}"
         f"  train {record.accuracy:.1f} %{measured}{'  best' if record.best and measured else ''}"

@@ -15,6 +15,7 @@ from metadiff_cli.commands.train.encoder import (
     library_encoder,
     require_trainable,
     train_encoder,
+    validation_way,
 )
 from metadiff_cli.commands.train.plan import show_plan
 from metadiff_cli.commands.train.request import Request
@@ -44,13 +45,15 @@ def run_pretrain(request: Request) -> None:
         data = find_data(config, request.data)
         if request.init_from is not None:
             load_encoder(request.init_from, CPU, mirror=False)
-        with _open_run(("data", "pretrain"), "pretrain", config, request, data, group) as run:
+        stages = ("data", "pretrain")
+        with _open_run(stages, "pretrain", config, request, data, group) as run:
             t = begin(config, request.data, run, screen, Start(init=request.init_from))
-            t.source.split("train")  # all inputs could be opened
+            t = t.fitted_to_data(stages, config.data.size)  # so all inputs can be opened
             _note(group.on_rank_zero(lambda: run.begin(config)), run, screen)
             trainer, _ = train_encoder(t)
+            way = validation_way(t)
             run.save_manifest(data=t.source.dataset.root, classes=len(t.source.split("train").classes))
-        _show_encoder(run.folder / ENCODER, trainer.epoch, trainer.best_value, screen, as_json=request.as_json)
+        _show_encoder(run.folder / ENCODER, trainer.epoch, trainer.best_value, way, screen, as_json=request.as_json)
 
 
 def run_metatrain(request: Request) -> None:
@@ -70,9 +73,10 @@ def run_metatrain(request: Request) -> None:
             return
         data = find_data(config, request.data)
         start = Start.of(file, request.init_from, request.method, config.denoiser.kind)
-        with _open_run(_stages(config, request.method, start), "metatrain", config, request, data, group) as run:
+        stages = _stages(config, request.method, start)
+        with _open_run(stages, "metatrain", config, request, data, group) as run:
             t = begin(config, request.data, run, screen, start)
-            t.source.split("train", image_size(config, start.encoder))  # all inputs could be opened
+            t = t.fitted_to_data(stages, image_size(config, start.encoder))  # so all inputs can be opened
             left, library = group.on_rank_zero(lambda: _begin_run(config, request, run, start, screen))
             _note(left, run, screen)
             result = train_and_measure(t.with_encoder(start.encoder or library), request)
@@ -124,13 +128,15 @@ def _note(left: list[str], run: Run, screen: Screen) -> None:
         screen.note(f"other files stay in {run.folder}: {', '.join(left)}")
 
 
-def _show_encoder(path: Path, epochs: int, validation: float | None, screen: Screen, *, as_json: bool) -> None:
+def _show_encoder(
+    path: Path, epochs: int, validation: float | None, way: int, screen: Screen, *, as_json: bool
+) -> None:
     if as_json:
         document = {"schema": "metadiff.pretrain/1", "encoder": str(path), "epochs": epochs, "validation": validation}
         screen.json(document)
     else:
         shown = "not measured" if validation is None else f"{validation:.1f} %"
-        screen.text(f"encoder: {path}  (prototype, 5-way 1-shot, validation classes: {shown})")
+        screen.text(f"encoder: {path}  (prototype, {way}-way 1-shot, validation classes: {shown})")
 
 
 def _show(result: dict[str, Any], request: Request, run: Run, screen: Screen) -> None:

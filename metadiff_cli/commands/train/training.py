@@ -1,13 +1,15 @@
 """What the stages of one run share: settings, data, run directory, screen, device, and the files to start from."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from metadiff_cli.commands.train.episodes import fitted, too_small
 from metadiff_cli.commands.train.run_folder import Run, depends
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
@@ -101,6 +103,20 @@ class Training:
         """The same with `file` as the encoder that the run starts from."""
         return replace(self, start=replace(self.start, encoder=file))
 
+    def fitted_to_data(self, stages: Sequence[str], size: int) -> "Training":
+        """The same with episodes that the images can fill, which are read here at `size` pixels.
+
+        Raises DataError when they cannot fill any; see `episodes.fitted`.
+        """
+        splits = {name: _counts(self.source.split(name, size)) for name in self.source.dataset.splits}
+        if "train" not in splits:
+            self.source.split("train")  # raises DataError
+        left_out = too_small(splits, self.screen.warn)
+        kept = {name: split for name, split in self.source.dataset.splits.items() if name not in left_out}
+        source = replace(self.source, dataset=replace(self.source.dataset, splits=kept))
+        config = fitted(self.config, {name: splits[name] for name in kept}, stages, self.screen.warn)
+        return replace(self, source=source, config=config)
+
     def features(self, images: ImageEncoder, split: str) -> FeatureBank:
         """The features of a split, from the cache when they are there."""
         decoded = self.source.split(split, images.size)
@@ -137,6 +153,11 @@ def begin(config: Config, data: Path | None, run: Run, screen: Screen, start: St
         return decoded
 
     return Training(config, open_source(config, data, screen, in_turn), run, screen, start, device)
+
+
+def _counts(split: DecodedSplit) -> dict[str, int]:
+    counts = np.bincount(split.labels, minlength=len(split.classes))
+    return dict(zip(split.classes, counts.tolist(), strict=True))
 
 
 def file_digest(path: Path | None) -> str | None:

@@ -1,12 +1,24 @@
 """Adaptation as a whole: what must not matter does not, what must does."""
 
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from metadiff_cli.core.method.adapt import MetaDiff, Sampling, TaskClassifier, Tuning, adapt_tasks, seeds_of
+from metadiff_cli.core.encoders.bank import ImageEncoder
+from metadiff_cli.core.encoders.networks import build_encoder
+from metadiff_cli.core.method.adapt import (
+    MetaDiff,
+    Sampling,
+    TaskClassifier,
+    Tuning,
+    adapt_tasks,
+    quick_accuracy,
+    seeds_of,
+)
 from metadiff_cli.core.method.denoisers import AnalyticDenoiser, UNetDenoiser, randomise
 from metadiff_cli.core.method.guidance import PoolGuidance
 from metadiff_cli.core.method.metric import cosine_logits
@@ -134,3 +146,14 @@ def test_probabilities_are_averaged_over_samples(metadiff: MetaDiff) -> None:
     assert together.shape == (2, 7, 4) and torch.allclose(together.sum(dim=-1), torch.ones(2, 7), atol=1e-5)
     single = [TaskClassifier(metadiff.space, w[m : m + 1], 4.0, 5.0).probabilities(z) for m in range(3)]
     assert torch.allclose(together, torch.stack(single).mean(dim=0), atol=1e-6)
+
+
+def test_the_quick_measurement_of_an_encoder_takes_the_classes_that_it_can() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (31, 16, 16, 3), dtype=np.uint8)
+    encoder = ImageEncoder(build_encoder("conv4"), "conv4", 16, (0.5,) * 3, (0.25,) * 3, False, torch.device("cpu"))
+    measure = partial(quick_accuracy, encoder, batch=8, seed=0, episodes=5)
+    for classes in (2, 3, 6):
+        assert 0 <= measure(images[: 4 * classes], np.repeat(np.arange(classes), 4)) <= 100
+    with_single = measure(images[:9], np.array([0, 0, 0, 0, 1, 1, 1, 1, 2]))
+    assert with_single == measure(images[:8], np.array([0, 0, 0, 0, 1, 1, 1, 1]))
+    assert measure(images[:5], np.array([0, 0, 0, 0, 1])) is None
