@@ -54,7 +54,7 @@ class Scores:
         """Take in probabilities (B, M, N) and labels (B, M)."""
         confidence, predicted = probabilities.max(dim=-1)
         correct = predicted == labels
-        self.accuracy.append(correct.double().mean(dim=1).cpu())
+        self.accuracy.append(correct.cpu().double().mean(dim=1))  # not every device has float64
         self.confidence.append(confidence.flatten().cpu())
         self.correct.append(correct.flatten().cpu())
 
