@@ -93,7 +93,7 @@ def features() -> FeatureBank:
     (lambda here, there: there.double(), TypeError),
     (lambda here, there: here.double().to(GPU, non_blocking=True), TypeError),
     (lambda here, there: torch.zeros(2, dtype=torch.float64, device=GPU), TypeError),
-], ids=["to the CPU", "to the GPU", "copied", "item", "mask", "two devices", "double", "sent double", "made double"])  # fmt: skip
+], ids=["to the CPU", "to the GPU", "copied", "item", "mask", "two devices", "double", "sent", "made"])  # fmt: skip
 def test_the_stand_in_notices(gpu: FakeGpu, wait: Callable[..., object], error: type[Exception]) -> None:
     here, there = torch.zeros(3), torch.zeros(3, device=GPU)
     with gpu.nobody_waits():
