@@ -75,7 +75,7 @@ def ddim(
     `guide` may replace the support statistics by others that depend on the current estimate.
     """
     times = trailing_steps(schedule.steps, steps)
-    abar = sent(schedule.abar, w.device).to(w.dtype)
+    abar = sent(schedule.abar.to(w.dtype), w.device)  # cast first: not every device has float64
     for i, (t, after) in enumerate(zip(times, [*times[1:], 0], strict=True)):
         a, b = abar[t], abar[after]
         x0 = denoiser(w, a.view(1), stats)
@@ -98,7 +98,7 @@ def ddpm(
 ) -> Iterator[SamplerStep]:
     """Ancestral sampling (Ho et al. 2020, eq. 6 and 7, for any subset of the steps); `draw` gives noise (B, N, D)."""
     times = trailing_steps(schedule.steps, steps)
-    abar = sent(schedule.abar, w.device).to(w.dtype)
+    abar = sent(schedule.abar.to(w.dtype), w.device)  # cast first: not every device has float64
     for i, (t, after) in enumerate(zip(times, [*times[1:], 0], strict=True)):
         a, b = abar[t], abar[after]
         ratio = a / b
