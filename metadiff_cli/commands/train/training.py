@@ -106,17 +106,20 @@ class Training:
         return replace(self, start=replace(self.start, encoder=file))
 
     def fitted_to_data(self, stages: Sequence[str], size: int) -> "Training":
-        """The same with episodes that the images can fill, which are read here at `size` pixels.
+        """The same with episodes that the images can fill. They are read here; the first stage needs them at `size`.
 
         Raises DataError when they cannot fill any; see `episodes.fitted`.
         """
-        splits = {name: _counts(self.source.split(name, size)) for name in self.source.dataset.splits}
-        if "train" not in splits:
-            self.source.split("train")  # raises DataError
+        method, sizes = stages[-1], {"train": size, "val": size}
+        if method != "pretrain":
+            sizes["test"] = size if method in ON_IMAGES else self.config.features.size or size
+        there = [name for name in sizes if name == "train" or self.source.has(name)]
+        splits = {name: _counts(self.source.split(name, sizes[name])) for name in there}
         left_out = too_small(splits, self.screen.warn)
         kept = {name: split for name, split in self.source.dataset.splits.items() if name not in left_out}
         source = replace(self.source, dataset=replace(self.source.dataset, splits=kept))
-        config = fitted(self.config, {name: splits[name] for name in kept}, stages, self.screen.warn)
+        used = {name: counts for name, counts in splits.items() if name in kept}
+        config = fitted(self.config, used, stages, self.screen.warn)
         return replace(self, source=source, config=config)
 
     def features(self, images: ImageEncoder, split: str) -> FeatureBank:

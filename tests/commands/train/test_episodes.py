@@ -12,6 +12,7 @@ from metadiff_cli.config.schema import Config
 from metadiff_cli.core.checkpoints.file import read_header
 from metadiff_cli.core.training.metatrain import MetaTrainer
 from metadiff_cli.core.training.pretrain import Pretrainer
+from metadiff_cli.data.open import Source
 from metadiff_cli.errors import DataError
 from tests.worlds import Result, paint
 
@@ -151,6 +152,20 @@ def test_what_cannot_be_measured_is_told_before_training(
     for more in ([], ["--dry-run"]):
         failed = cli(command, "--preset", "folder", "--data", data, *FEW, "--out", tmp_path / "run", *more)
         assert failed.code == 3 and told in failed.err, failed.err
+
+
+def test_images_are_read_at_the_sizes_that_are_needed(
+    tmp_path: Path, cli: CLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, decode = [], Source._decode
+    monkeypatch.setattr(Source, "_decode", lambda *given: read.append((given[1].name, given[2])) or decode(*given))
+    data = folder(tmp_path / "data", {f"{split}/{c}": 6 for split in ("train", "val", "test") for c in "abc"})
+    common = ["--preset", "folder", "--data", data, *FEW, "--set", "features.size=20", "--set", "evaluation.shot=1"]
+    assert cli("pretrain", *common, "--out", tmp_path / "encoder").code == 0
+    assert read == [("train", 16), ("val", 16)]
+    read.clear()
+    assert cli("metatrain", *common, "--out", tmp_path / "run").code == 0
+    assert sorted(read) == [("test", 20), ("train", 16), ("train", 20), ("val", 16), ("val", 20)]
 
 
 @pytest.mark.parametrize("preset", ["omniglot-5w1s", "omniglot-20w1s"])
