@@ -159,7 +159,7 @@ def test_images_are_read_at_the_sizes_that_are_needed(
 ) -> None:
     read, decode = [], Source._decode
     monkeypatch.setattr(Source, "_decode", lambda *given: read.append((given[1].name, given[2])) or decode(*given))
-    data = folder(tmp_path / "data", {f"{split}/{c}": 6 for split in ("train", "val", "test") for c in "abc"})
+    data = folder(tmp_path / "data", {f"{split}/{split}-{c}": 6 for split in ("train", "val", "test") for c in "abc"})
     common = ["--preset", "folder", "--data", data, *FEW, "--set", "features.size=20", "--set", "evaluation.shot=1"]
     assert cli("pretrain", *common, "--out", tmp_path / "encoder").code == 0
     assert read == [("train", 16), ("val", 16)]

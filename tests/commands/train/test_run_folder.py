@@ -62,14 +62,14 @@ def test_overwriting_removes_the_files_of_a_run_alone(tmp_path: Path, cli: CLI) 
     out = tmp_path / "run"
     assert cli(*PRETRAIN, "--out", out).code == 0
     (out / "state.safetensors").write_text("of an earlier metatrain")
-    (out / ".result.json.abc123.tmp").write_text("begun and killed")
+    (out / ".result.json.abcd_123.tmp").write_text("begun and killed")
     for name in ("notes.txt", "photos/cat/1.jpg", ".thesis.tex.backup.tmp", "checkpoint.safetensors.old"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("mine")
     again = cli(*PRETRAIN, "--set", "pretrain.epochs=1", "--out", out, "--overwrite")
     assert again.code == 0, again.err
     assert "checkpoint.safetensors.old, notes.txt, photos" in again.err
-    assert not (out / "state.safetensors").exists() and not (out / ".result.json.abc123.tmp").exists()
+    assert not (out / "state.safetensors").exists() and not (out / ".result.json.abcd_123.tmp").exists()
     for name in ("notes.txt", "photos/cat/1.jpg", ".thesis.tex.backup.tmp", "checkpoint.safetensors.old"):
         assert (out / name).read_text() == "mine"
 
