@@ -9,31 +9,29 @@ array(['dog', 'cat'], dtype='<U3')
 
 import importlib
 import inspect
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from metadiff_cli.classify.classifier import Classifier, adapt
+from metadiff_cli.classify.arguments import Images, Labels, images_of, labels_of, name_of
+from metadiff_cli.classify.classifier import Classifier, adapt, default_steps, narrow_draws
 from metadiff_cli.classify.images import Encoded, ImageLike, encode_images
-from metadiff_cli.classify.support_set import FEWEST_CLASSES, support_of
+from metadiff_cli.classify.support_set import FEWEST_CLASSES, SHOWN, SupportSet, support_of
 from metadiff_cli.core.checkpoints.model import Model, load_model
 from metadiff_cli.core.device import pick_device
 from metadiff_cli.core.method.adapt import Sampling
-from metadiff_cli.data.scan import class_name
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
 from metadiff_cli.files import checkpoint_path
-
-Images: TypeAlias = np.ndarray | Sequence[ImageLike]
-Labels: TypeAlias = np.ndarray | Sequence[Any]
 
 
 class NotFittedError(MetaDiffError, ValueError, AttributeError):
@@ -55,12 +53,12 @@ class FewShotClassifier:
     ----------
     checkpoint : path of a `checkpoint.safetensors`; None for the one that comes with the package.
     guidance : scale of the support gradient, above 0; "auto" chooses it from the support.
-    steps : denoising steps S.
-    samples : classifiers M whose probabilities are averaged.
-    temperature : noise temperature, 0 for the posterior mean.
+    steps : denoising steps S; None for 10, or for 100 at a temperature above 0, where fewer draw too narrow.
+    samples : classifiers M whose probabilities are averaged; they differ at a temperature above 0.
+    temperature : noise temperature, 0 for the posterior mean, 1 to draw from the posterior.
     random_state : seed of the noise, an int; it has no effect at temperature 0.
-    device : "auto", "cpu", "cuda" or "mps".
-    batch_size : images of one forward pass of the encoder.
+    device : "auto" (or None), "cpu", "cuda", "mps", or a torch.device.
+    batch_size : images per forward pass of the encoder; None for the default of the device.
 
     Attributes (after `fit` or `load`)
     ----------
@@ -78,12 +76,12 @@ class FewShotClassifier:
         checkpoint: str | os.PathLike[str] | None = None,
         *,
         guidance: float | str = "auto",
-        steps: int = 10,
+        steps: int | None = None,
         samples: int = 1,
         temperature: float = 0.0,
         random_state: int = 0,
-        device: str = "auto",
-        batch_size: int = 64,
+        device: str | torch.device | None = "auto",
+        batch_size: int | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.guidance = guidance
@@ -111,17 +109,19 @@ class FewShotClassifier:
         labels that do not fit the images, for images that cannot be read, and for a picture with two labels.
         """
         sampling = self._sampling()
-        labels, items = _labels(y), _items(X)
-        if len(items) != len(labels):
-            raise InputError(f"{len(items)} images but {len(labels)} labels", hint="give one label per image")
-        classes = np.unique(labels)
-        if len(classes) < FEWEST_CLASSES:
-            raise InputError(f"the labels hold {len(classes)} class", hint="give images of two classes or more")
-        model = self._model()
+        if warning := narrow_draws(sampling):
+            warnings.warn(warning, stacklevel=2)
         with _input_errors():
-            support = support_of(zip(map(_name, labels), self._encoded(items, model), strict=True))
-        for path, twin in support.repeated:
-            warnings.warn(f"image {path} is the same picture as {twin} and counts once", stacklevel=2)
+            labels, images = labels_of(y), images_of(X)
+            classes = np.unique(labels)
+            if len(images) != len(labels):
+                raise InputError(f"{len(images)} images but {len(labels)} labels", hint="give one label per image")
+            if len(classes) < FEWEST_CLASSES:
+                what = "the labels hold one class only" if len(classes) else "there are no labels"
+                raise InputError(what, hint="give images of two classes or more")
+            model = self._model()
+            support = support_of(zip(map(name_of, labels), self._encoded(images, model), strict=True))
+        _warn_of_repeated(support)
         self.classifier_ = adapt(model, support, sampling, seed=self.random_state)
         self.classes_ = classes
         return self
@@ -136,7 +136,8 @@ class FewShotClassifier:
         if not len(z):
             return np.empty((0, len(self.classes_)))
         p: np.ndarray = classifier.probabilities(z).cpu().numpy().astype(np.float64)
-        columns = [classifier.classes.index(_name(label)) for label in self.classes_]  # numbers sort unlike their names
+        # the classes of the classifier are sorted by name, and numbers sort otherwise
+        columns = [classifier.classes.index(name_of(label)) for label in self.classes_]
         rows: np.ndarray = p[:, columns] / p.sum(axis=1, keepdims=True)  # float32 probabilities add up to 1 + 1e-7
         return rows
 
@@ -167,9 +168,11 @@ class FewShotClassifier:
 
     def score(self, X: Images, y: Sequence[Any] | np.ndarray) -> float:
         """The share of the images X whose predicted label equals that in y (n,). Raises InputError for other labels."""
-        predicted, wanted = self.predict(X), _text(np.asarray(y))
+        with _input_errors():
+            wanted = labels_of(y)
+        predicted = self.predict(X)
         if predicted.shape != wanted.shape:
-            raise InputError(f"{len(predicted)} images but labels of shape {wanted.shape}", hint="give one per image")
+            raise InputError(f"{len(predicted)} images but {len(wanted)} labels", hint="give one label per image")
         if (predicted.dtype.kind == "U") != (wanted.dtype.kind == "U"):
             raise InputError(
                 f"labels of type {wanted.dtype} for classes of type {predicted.dtype}",
@@ -179,7 +182,7 @@ class FewShotClassifier:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the classifier, for `load` and for `metadiff adapt --classifier`. Raises NotFittedError and OSError."""
-        self._fitted().save(Path(path))
+        self._fitted().save(_path(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **parameters: Any) -> Self:
@@ -188,7 +191,7 @@ class FewShotClassifier:
         `fit` starts again from the checkpoint of the parameters. Raises CheckpointError for any other file.
         """
         classifier = cls(**parameters)
-        classifier.classifier_ = Classifier.load(Path(path), pick_device(classifier.device))
+        classifier.classifier_ = Classifier.load(_path(path), classifier._device())
         classifier.classes_ = np.array(classifier.classifier_.classes)
         return classifier
 
@@ -235,25 +238,45 @@ class FewShotClassifier:
         return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
 
     def _sampling(self) -> Sampling:
-        """The sampler's settings. Raises ParameterError for values that cannot be used."""
-        guidance = None if self.guidance == "auto" else self.guidance
-        if guidance is not None and not (isinstance(guidance, int | float) and guidance > 0):
-            raise ParameterError(f"guidance is {guidance!r}", hint='give "auto" or a number above 0')
-        for name, fewest in (("steps", 1), ("samples", 1), ("temperature", 0), ("random_state", 0), ("batch_size", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float, np.number) if name == "temperature" else (int, np.integer)):
-                raise ParameterError(f"{name} is {value!r}", hint="give a number")
-            if value < fewest:
-                raise ParameterError(f"{name} is {value}", hint=f"give at least {fewest}")
-        return Sampling(self.steps, self.samples, self.temperature, guidance)
+        """The sampler's settings. Raises ParameterError for a value that cannot be used."""
+        self._number("random_state", 0)
+        temperature = float(self._number("temperature", 0, Real))
+        steps = default_steps(temperature) if self.steps is None else int(self._number("steps", 1))
+        if isinstance(self.guidance, str) and self.guidance == "auto":
+            guidance = None
+        else:
+            guidance = float(self._number("guidance", 0, Real, 'give "auto" or a number above 0'))
+            if guidance == 0:
+                raise ParameterError("guidance is 0", hint='give "auto" or a number above 0')
+        return Sampling(steps, int(self._number("samples", 1)), temperature, guidance)
+
+    def _number(self, name: str, least: int, kind: type = Integral, hint: str = "") -> Any:
+        """A parameter that is a finite number, NumPy's included. Raises ParameterError."""
+        value = getattr(self, name)
+        if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):  # type: ignore[arg-type]
+            whole = "a whole number" if kind is Integral else "a number"
+            raise ParameterError(f"{name} is {value!r}", hint=hint or f"give {whole}")
+        if value < least:  # type: ignore[operator]
+            raise ParameterError(f"{name} is {value}", hint=hint or f"give at least {least}")
+        return value
+
+    def _device(self) -> torch.device:
+        """The device that the parameter names. Raises ParameterError where there is none."""
+        device = "auto" if self.device is None else self.device
+        if not isinstance(device, str | torch.device):
+            raise ParameterError(f"device is {device!r}", hint='give "auto", "cpu", "cuda" or "mps"')
+        try:
+            return pick_device(str(device))
+        except ConfigError as error:
+            raise ParameterError(error.message, hint='give "auto", "cpu", "cuda" or "mps"') from error
 
     def _model(self) -> Model:
         """The checkpoint, read when first needed and when `checkpoint` or `device` has changed."""
         key = (self.checkpoint, self.device)
         loaded: tuple[object, Model] | None = getattr(self, "_loaded", None)
         if loaded is None or loaded[0] != key:
-            given = None if self.checkpoint is None else Path(self.checkpoint)
-            loaded = self._loaded = (key, load_model(checkpoint_path(given), pick_device(self.device)))
+            given = None if self.checkpoint is None else _path(self.checkpoint)
+            loaded = self._loaded = (key, load_model(checkpoint_path(given), self._device()))
         return loaded[1]
 
     def _fitted(self) -> Classifier:
@@ -263,22 +286,25 @@ class FewShotClassifier:
 
     def _features(self, X: Images, classifier: Classifier) -> Tensor:
         """Features (n, D) of n images. Raises InputError for an image that cannot be read."""
-        z = [image.features for image in self._encoded(_items(X), classifier.model) if image.features is not None]
+        with _input_errors():
+            images = images_of(X)
+        z = [image.features for image in self._encoded(images, classifier.model) if image.features is not None]
         return torch.stack(z) if z else torch.empty(0)
 
-    def _encoded(self, items: Sequence[ImageLike], model: Model) -> Iterator[Encoded]:
+    def _encoded(self, images: Sequence[ImageLike], model: Model) -> Iterator[Encoded]:
         """The images one by one. Raises InputError for an image that cannot be read."""
-        batches = encode_images(items, model.images, self.batch_size)
+        batch = None if self.batch_size is None else int(self._number("batch_size", 1))
+        batches = encode_images(images, model.images, batch)
         for number, image in enumerate(chain.from_iterable(batches)):
             if image.features is None:
-                path = f", {image.path}" if isinstance(items[number], str | os.PathLike) else ""
+                path = f", {image.path}" if isinstance(images[number], str | os.PathLike) else ""
                 raise InputError(f"image {number}{path}: {image.reason}", hint="replace it or leave it out")
             yield image
 
 
 @contextmanager
 def _input_errors() -> Iterator[None]:
-    """Raise an InputError for any DataError, which is no ValueError."""
+    """Raise an InputError for any other DataError, which is not a ValueError."""
     try:
         yield
     except InputError:
@@ -287,47 +313,15 @@ def _input_errors() -> Iterator[None]:
         raise InputError(error.message, hint=error.hint) from error
 
 
-def _labels(y: Labels) -> np.ndarray:
-    """The labels (n,), text in one spelling. Raises InputError for labels of another type or shape."""
-    given = _text(np.asarray(y))
-    if given.ndim != 1:
-        raise InputError(f"labels of shape {given.shape}", hint="give one label per image, shape (n,)")
-    whole = given.dtype.kind == "f" and bool(np.all(given % 1 == 0))
-    if given.dtype.kind not in "Uiub" and not whole:
-        raise InputError(f"labels of type {given.dtype}", hint="give text, whole numbers or booleans")
-    return given
+def _warn_of_repeated(support: SupportSet) -> None:
+    for path, twin in support.repeated[:SHOWN]:
+        warnings.warn(f"image {path} is the same picture as {twin} and counts once", stacklevel=3)
+    if len(support.repeated) > SHOWN:
+        warnings.warn(f"{len(support.repeated)} images are repeated, and each picture counts once", stacklevel=3)
 
 
-def _text(labels: np.ndarray) -> np.ndarray:
-    """Labels (n,) that are text, as a text array in the spelling that folder names have; other labels as they are."""
-    if labels.ndim == 1 and labels.dtype.kind in "UO" and all(isinstance(label, str) for label in labels):
-        return np.array([class_name(label) for label in labels], dtype=np.str_)
-    return labels
-
-
-def _name(label: Any) -> str:
-    """The class name of a label, as a folder would be called."""
-    return str(int(label)) if isinstance(label, np.floating) else str(label)
-
-
-def _items(X: Images) -> list[ImageLike]:
-    """The single images. Raises InputError for one image where a sequence is meant, and for what is no image."""
-    if isinstance(X, str | os.PathLike | Image.Image) or not hasattr(X, "__len__"):
-        raise InputError(f"a single {type(X).__name__} instead of a sequence", hint="put it into a list: [image]")
-    if isinstance(X, np.ndarray) and X.ndim not in (1, 4):
-        raise InputError(f"an array of shape {X.shape}", hint="give images as uint8 of shape (n, height, width, 3)")
-    items = list(X)
-    for i, item in enumerate(items):
-        _check_item(item, i)
-    return items
-
-
-def _check_item(item: Any, number: int) -> None:
-    if isinstance(item, np.ndarray):
-        if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3 or 0 in item.shape:
-            raise InputError(
-                f"image {number} is an array {item.dtype} of shape {item.shape}",
-                hint="give uint8 of shape (height, width, 3)",
-            )
-    elif not isinstance(item, str | os.PathLike | Image.Image):
-        raise InputError(f"image {number} is a {type(item).__name__}", hint="give a path, a Pillow image or an array")
+def _path(path: str | os.PathLike[str]) -> Path:
+    """A path in which `~` is the home folder. Raises ParameterError for what is not a path."""
+    if not isinstance(path, str | os.PathLike):
+        raise ParameterError(f"{path!r} is not a path", hint="give a str or a pathlib.Path")
+    return Path(path).expanduser()

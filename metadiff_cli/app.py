@@ -1,5 +1,6 @@
 """The Typer app: registers the commands, and the one boundary that turns errors into messages and exit codes."""
 
+import contextlib
 import errno
 import os
 import shlex
@@ -23,6 +24,8 @@ from metadiff_cli.errors import ConfigError, MetaDiffError, ProcessLost, Stopped
 from metadiff_cli.files import without_home
 
 SHARED = ("pretrain", "metatrain")  # commands that several processes can share
+
+SMALLER = "lower --batch-size, or pretrain.batch or metatrain.batch with --set; or use --device cpu"
 
 USE, TRAIN, LOOK = "Use", "Train and measure", "Look around"
 
@@ -91,15 +94,46 @@ def run(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     previous = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
+        _open_streams()
         result = app(args=given, prog_name="metadiff", standalone_mode=False)
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except (BrokenPipeError, SystemExit) as error:
+        return _left(error)
     except (Exception, KeyboardInterrupt, Stopped, Told) as error:
         return _told(error, given)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _open_streams() -> None:
+    """Put /dev/null in the place of standard streams that are closed, before another file gets their numbers.
+
+    Raises MetaDiffError when results would have no place to go.
+    """
+    no_results = sys.stdout is None
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 -- open to the end
+    if no_results:
+        raise MetaDiffError("standard output is closed, so results have no place to go", hint="add > FILE")
+
+
+def _left(error: BaseException) -> int:
+    """The exit code when the reader of the output has gone, `head` for one, which is no failure.
+
+    Rich and Typer turn that into an exit of their own.
+    """
+    if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+        raise error
+    with contextlib.suppress(OSError, ValueError):  # what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _told(error: BaseException, arguments: Sequence[str]) -> int:
@@ -132,6 +166,8 @@ def _message(error: BaseException, arguments: Sequence[str]) -> tuple[str, str |
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}", "make room, and run it again" if full else None
     kind = type(error).__name__
+    if kind in ("OutOfMemoryError", "MemoryError"):  # torch's or Python's
+        return f"out of memory ({error})" if str(error) else "out of memory", SMALLER
     text = f"{kind}: {error}" if str(error) else kind
     return text, "run it again with METADIFF_DEBUG=1 to see where it failed"
 

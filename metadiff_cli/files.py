@@ -161,7 +161,7 @@ def copy_file(source: Path, path: Path, *, new: bool = False) -> None:
     """Copy a file to `path`, with its times and permissions if possible; see `atomic` for `new` and the errors."""
     with atomic(path, new=new) as temporary:
         shutil.copyfile(source, temporary)
-    with suppress(OSError):  # some file systems have no permissions to set
+    with suppress(OSError):  # last: a read-only file could not be opened again; some file systems have none
         shutil.copystat(source, path)
 
 

@@ -1,7 +1,8 @@
 """A GPU that is not there: tensors on it have shapes and a device, and no values.
 
 What would fail on a real one for tensors on two devices fails here too, and so does whatever reads a value back, as
-that waits for the GPU: `.item()`, a mask as an index, a copy to the CPU, a copy to the GPU that is waited for.
+that waits for the GPU: `.item()`, a mask as an index, a copy to the CPU, a copy to the GPU that is waited for. With
+`float64=False` it also refuses float64, as the GPUs of Apple do.
 """
 
 from collections.abc import Iterator
@@ -22,9 +23,9 @@ class Waited(Exception):
 class FakeGpu(FakeTensorMode):
     """While it is entered, tensors on `GPU` are such ones; those on the CPU are real."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, float64: bool = True) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self.strict = False
+        self.strict, self.float64 = False, float64
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -33,7 +34,12 @@ class FakeGpu(FakeTensorMode):
             return func(*args, **kwargs)
         if self.strict:
             self._refuse_to_wait(func, args, kwargs)
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        found = super().__torch_dispatch__(func, types, args, kwargs)
+        if not self.float64:
+            for leaf in tree_leaves(found):
+                if isinstance(leaf, FakeTensor) and leaf.device == GPU and leaf.dtype == torch.float64:
+                    raise TypeError(f"float64 on a GPU that does not have it, by {func}")
+        return found
 
     @staticmethod
     def _refuse_to_wait(func: Any, args: Any, kwargs: Any) -> None:

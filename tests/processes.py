@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,6 +10,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+import pytest
+
+from tests.worlds import Result
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 600  # after which a test gives up
@@ -53,6 +58,23 @@ def torchrun(command: Sequence[str | Path], count: int = 2) -> subprocess.Comple
 def settings() -> dict[str, str]:
     """The processes share the cores, and import what the tests do."""
     return {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def cli_as_plain_user(arguments: Sequence[str | Path], folder: Path, stdin: str = "") -> Result:
+    """The command line in `folder` without root's rights, with which permissions mean nothing.
+
+    Skips the test where root cannot give them up.
+    """
+    command = [sys.executable, "-m", "metadiff_cli", *map(str, arguments)]
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("as root, this test needs setpriv, to give up root's rights")
+        command = ["setpriv", "--bounding-set=-all", *command]
+    done = subprocess.run(
+        command, cwd=folder, text=True, input=stdin, capture_output=True, timeout=SECONDS,
+        env={**os.environ, **settings()},
+    )  # fmt: skip
+    return Result(done.returncode, done.stdout, done.stderr)
 
 
 def as_plain_user(work: Callable[[], Made]) -> Made:

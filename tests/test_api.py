@@ -8,10 +8,11 @@ a subclass that draws each row of numbers as an image. What fails there, and why
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,117 @@ def test_labels_may_be_numbers(photos: Path, checkpoint: Path, fitted: FewShotCl
     assert flags.predict(paths).dtype == bool
 
 
+class Table:
+    """A table of one column, as pandas has them."""
+
+    def __init__(self, values: list[Any]) -> None:
+        self.values = np.array(values, dtype=object)[:, None]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["path"])  # the names of its columns
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.values
+
+
+def test_tables_of_one_column_and_objects_are_what_they_hold(photos: Path, checkpoint: Path) -> None:
+    paths, labels = folder(photos)
+    numbers = [sorted(COLOURS).index(label) for label in labels]
+    for images, wanted in [(Table(paths), Table(labels)), (paths, np.array(numbers, dtype=object)),
+                           (np.array(paths)[:, None], [label == "red" for label in labels])]:  # fmt: skip
+        fitted = FewShotClassifier(checkpoint).fit(images, wanted)  # type: ignore[arg-type]
+        flat = np.asarray(wanted).ravel()
+        assert fitted.classes_.tolist() == sorted(set(flat.tolist())) and fitted.score(images, wanted) > 0.5  # type: ignore[arg-type]
+
+
+def test_parameters_may_be_of_numpy_and_of_torch(photos: Path, checkpoint: Path) -> None:
+    plain = FewShotClassifier(checkpoint, guidance=4.0, steps=3, samples=1).fit(*folder(photos))
+    for device in (None, torch.device("cpu")):
+        other = FewShotClassifier(checkpoint, guidance=np.float32(4), steps=np.int64(3), samples=np.int32(1),
+                                  temperature=np.float64(0), device=device)  # fmt: skip
+        assert np.array_equal(other.fit(*folder(photos)).predict_proba(queries(photos)),
+                              plain.predict_proba(queries(photos)))  # fmt: skip
+
+
+def test_draws_take_more_steps(photos: Path, checkpoint: Path) -> None:
+    draw: dict[str, Any] = {"temperature": 1.0, "samples": 2}
+    hundred = FewShotClassifier(checkpoint, steps=100, **draw).fit(*folder(photos))
+    default = FewShotClassifier(checkpoint, **draw).fit(*folder(photos))
+    assert np.array_equal(default.predict_proba(queries(photos)), hundred.predict_proba(queries(photos)))
+    with pytest.warns(UserWarning, match="20 steps draw classifiers that differ too little"):
+        FewShotClassifier(checkpoint, steps=20, **draw).fit(*folder(photos))
+
+
+def test_a_picture_given_twice_is_what_the_command_line_makes_of_it(
+    cli: Callable[..., Result], photos: Path, checkpoint: Path
+) -> None:
+    shutil.copy(photos / "support" / "blue" / "0.png", photos / "support" / "blue" / "copy.png")
+    with pytest.warns(UserWarning, match=r"copy\.png is the same picture as .*0\.png and counts once"):
+        fitted = FewShotClassifier(checkpoint).fit(*folder(photos))
+    result = cli("adapt", "-S", photos / "support", "-Q", photos / "query", "-c", checkpoint, "--json")
+    confidence = [p["confidence"] for p in json.loads(result.out)["predictions"]]
+    assert fitted.predict_proba(queries(photos)).max(axis=1) == pytest.approx(confidence, abs=1e-6)
+    shutil.copy(photos / "support" / "blue" / "0.png", photos / "support" / "red" / "other.png")
+    with pytest.raises(InputError, match="the same picture is in two classes"):
+        FewShotClassifier(checkpoint).fit(*folder(photos))
+
+
+def test_numbers_as_classes_survive_an_extension(
+    cli: Callable[..., Result], photos: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Python sorts 9 before 10, folders "10" before "9": each column is that of its class."""
+    paths, labels = folder(photos)
+    fitted = FewShotClassifier(checkpoint).fit(paths, [sorted(COLOURS).index(label) + 8 for label in labels])
+    assert fitted.classes_.tolist() == [8, 9, 10, 11]
+    fitted.save(tmp_path / "c.safetensors")
+    for i in range(2):
+        paint(tmp_path / "more" / "7" / f"{i}.png", (250, 250, 20), seed=i)
+    grown = cli("adapt", "--classifier", tmp_path / "c.safetensors", "-S", tmp_path / "more", "-Q", photos / "query",
+                "--json", "--save", tmp_path / "d.safetensors", "--top-k", "5")  # fmt: skip
+    document = json.loads(grown.out)
+    assert document["classes"] == ["10", "11", "7", "8", "9"]
+    whole = [*paths, *sorted(map(str, (tmp_path / "more").glob("*/*")))]
+    at_once = FewShotClassifier(checkpoint).fit(whole, [*(sorted(COLOURS).index(label) + 8 for label in labels), 7, 7])
+    loaded = FewShotClassifier.load(tmp_path / "d.safetensors")
+    wanted, found = at_once.predict_proba(queries(photos)), loaded.predict_proba(queries(photos))
+    assert loaded.classes_.tolist() == document["classes"] and at_once.classes_.tolist() == [7, 8, 9, 10, 11]
+    for i, prediction in enumerate(document["predictions"]):
+        for entry in prediction["top"]:
+            confidence = pytest.approx(entry["confidence"], abs=1e-5)
+            assert found[i, document["classes"].index(entry["label"])] == confidence
+            assert wanted[i, at_once.classes_.tolist().index(int(entry["label"]))] == confidence
+
+
+@pytest.mark.parametrize("side", [64, 1500])
+def test_a_photo_is_prepared_in_one_way(
+    cli: Callable[..., Result], tmp_path: Path, photos: Path, fitted: FewShotClassifier, side: int
+) -> None:
+    """As a path, as a Pillow image, as an array, and by the command line; a large JPEG, too."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize((side, side * 3 // 4))
+    file = tmp_path / "photo.jpg"
+    coarse.save(file, quality=95)
+    with Image.open(file) as image:
+        found = fitted.predict_proba([file, image, np.asarray(Image.open(file).convert("RGB"))])
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
+    fitted.save(tmp_path / "c.safetensors")
+    result = cli("adapt", "--classifier", tmp_path / "c.safetensors", "-Q", file, "--json")
+    assert json.loads(result.out)["predictions"][0]["confidence"] == pytest.approx(found[0].max(), abs=1e-6)
+
+
+def test_a_tilde_is_the_home_folder(
+    photos: Path, fitted: FewShotClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    fitted.save("~/c.safetensors")
+    assert (tmp_path / "home" / "c.safetensors").is_file() and not (tmp_path / "~").exists()
+    assert FewShotClassifier.load("~/c.safetensors").classes_.tolist() == sorted(COLOURS)
+
+
 def test_score_is_the_share_of_right_labels(photos: Path, fitted: FewShotClassifier) -> None:
     predicted = fitted.predict(queries(photos))
     wanted = np.where(np.arange(4) < 3, predicted, "none of these")
@@ -127,7 +239,7 @@ def test_save_and_load(
 
 
 def test_draws_follow_the_seed(photos: Path, checkpoint: Path) -> None:
-    draw = {"temperature": 1.0, "samples": 2}
+    draw: dict[str, Any] = {"temperature": 1.0, "samples": 2}
     first, again, other = (
         FewShotClassifier(checkpoint, random_state=seed, **draw).fit(*folder(photos)).predict_proba(queries(photos))
         for seed in (3, 3, 4)
@@ -162,10 +274,16 @@ def test_cross_validation_search_and_pipelines(tmp_path: Path, checkpoint: Path)
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"guidance": 0}, "above 0"), ({"guidance": "much"}, "above 0"), ({"steps": 0}, "at least 1"),
-    ({"temperature": "hot"}, "give a number"), ({"random_state": None}, "give a number"),
+    ({"temperature": "hot"}, "give a number"), ({"random_state": None}, "give a whole number"),
+    ({"temperature": float("nan")}, "give a number"), ({"temperature": float("inf")}, "give a number"),
+    ({"guidance": float("nan")}, "above 0"), ({"guidance": np.float32("inf")}, "above 0"),
+    ({"guidance": True}, "above 0"), ({"steps": 2.5}, "give a whole number"),
+    ({"batch_size": "all"}, "give a whole number"),
+    ({"device": "tpu"}, "unknown device"), ({"device": 3}, "device is 3"), ({"checkpoint": 3}, "3 is not a path"),
 ])  # fmt: skip
 def test_bad_parameters_are_named_by_fit(checkpoint: Path, photos: Path, change: dict[str, Any], words: str) -> None:
-    classifier = FewShotClassifier(checkpoint, **change)  # not before: scikit-learn sets parameters as it likes
+    # not before: scikit-learn sets parameters as it likes
+    classifier = FewShotClassifier(**{"checkpoint": checkpoint, **change})
     with pytest.raises(MetaDiffError, match=words) as caught:
         classifier.fit(*folder(photos))
     assert isinstance(caught.value, ValueError)
@@ -182,15 +300,21 @@ def test_bad_images_and_labels_are_named(photos: Path, fitted: FewShotClassifier
     for images, words in [
         ([paths[0], photos / "bad.png"], r"image 1, .*bad.png"), (["absent.png"], "does not exist"),
         (paths[0], "put it into a list"), (pixels, "uint8"), (pixels[0].astype(np.uint8), "height, width, 3"),
-        (pixels[..., 0].astype(np.uint8)[..., None], "height, width, 3"), ([3], "is a int"),
+        (pixels[..., 0].astype(np.uint8)[..., None], "height, width, 3"), ([3], "image 0 is of type int"),
+        ({"a.png": 1}, "no order"), (b"a.png", "put it into a list"), (np.zeros((2, 3)), r"shape \(2, 3\)"),
+        ([Image.new("RGB", (0, 0))], "0 x 0 pixels"), ([np.zeros((0, 5, 3), np.uint8)], "5 x 0 pixels"),
+        ([Image.new("1", (20_000, 9_000))], "image 0: 20000 x 9000 pixels, more than 178 million"),
     ]:  # fmt: skip
         with pytest.raises(InputError, match=words):
             fitted.predict(images)  # type: ignore[arg-type]
     with Image.open(cut) as broken, pytest.raises(InputError, match="image 0"):
         fitted.predict([broken])
-    for wrong, words in [(labels[:-1], "one label per image"), (["a"] * len(paths), "two classes"),
-                         (np.linspace(0, 1, len(paths)), "type float64"), ([labels], "shape"),
-                         ([None, *labels[1:]], "type object")]:  # fmt: skip
+    rest = labels[1:]
+    for wrong, words in [(labels[:-1], "one label per image"), (["a"] * len(paths), "one class only"),
+                         ([0.5, *range(9)], "label 0 is 0.5"), ([labels], "shape"), ([], "one label per image"),
+                         ([None, *rest], r"label 0 is missing \(None\)"), (["", *rest], "label 0 is missing"),
+                         ([*range(9), float("nan")], "label 9 is missing"), ([3, *rest], "text and whole numbers"),
+                         ([b"a", *rest], "label 0 is b'a', of type bytes")]:  # fmt: skip
         with pytest.raises(InputError, match=words):
             fitted.fit(paths, wrong)
 

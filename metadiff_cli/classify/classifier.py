@@ -1,6 +1,6 @@
 """An adapted classifier with all that it was made of: adapted, saved, loaded, and asked for predictions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,8 +10,14 @@ from metadiff_cli.classify.support_set import Pool, SupportSet, require_classes
 from metadiff_cli.core.checkpoints.classifier import StoredClassifier, StoredImages, load_classifier, save_classifier
 from metadiff_cli.core.checkpoints.model import Model
 from metadiff_cli.core.method.adapt import Sampling, TaskClassifier, adapt_tasks, seeds_of
+from metadiff_cli.core.method.guidance import PROTOTYPE
 from metadiff_cli.core.method.rejection import Rejector, rejector_of
 from metadiff_cli.data.scan import class_name
+
+STEPS = 10  # denoising steps of a prediction
+# and of draws from the posterior: in the Gaussian case their standard deviation is 0.70 to 0.80 of the true one after
+# 10 steps, and 0.96 to 0.99 after 100
+DRAWING_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,29 @@ class Classifier:
         return cls(stored.model, support, None if pool is None else Pool(pool.features, pool.digests), stored.task)
 
 
+def default_steps(temperature: float) -> int:
+    """Denoising steps where nobody asks for a number."""
+    return DRAWING_STEPS if temperature > 0 else STEPS
+
+
+def narrow_draws(sampling: Sampling) -> str:
+    """A warning about too few steps for draws, or an empty text."""
+    if sampling.temperature <= 0 or sampling.steps >= DRAWING_STEPS:
+        return ""
+    return (
+        f"at temperature {sampling.temperature:g}, {sampling.steps} steps draw classifiers that differ too little: "
+        f"the posterior needs {DRAWING_STEPS} steps or more"
+    )
+
+
 def adapt(model: Model, support: SupportSet, sampling: Sampling, *, seed: int, pool: Pool | None = None) -> Classifier:
     """Adapt a model to a support set, guided by a pool where there is one.
 
     Raises DataError when the support has fewer than two classes.
     """
     require_classes(support)
+    if sampling.guidance is not None:  # beyond this scale nothing of the prior is left
+        sampling = replace(sampling, guidance=min(sampling.guidance, PROTOTYPE))
     unlabelled = None if pool is None else pool.without(support.digests)
     task = adapt_tasks(
         model.metadiff,

@@ -44,6 +44,7 @@ def encode_images(
 ) -> Iterator[list[Encoded]]:
     """Encode images in their order, `batch` at a time, so that memory does not grow with their number.
 
+    Without a `batch` the number depends on the device, see `Encoding`.
     `workers` threads decode files. `progress` is called with the number of images read, and of all images. Raises as
     `Encoding` does. Arrays are uint8 of shape (height, width, 3).
     """
@@ -90,11 +91,14 @@ def _pixels(images: Sequence[ImageLike], size: int, workers: int | None) -> Iter
 
 def _prepared(image: Image.Image | np.ndarray, size: int) -> np.ndarray | str:
     """The same for an image in memory."""
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(np.ascontiguousarray(image))
     try:
+        width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+        if not width * height:
+            return f"it has {width} x {height} pixels"
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(np.ascontiguousarray(image))
         return to_square(upright_rgb(image), size)
     except DataError as error:
         return error.message
-    except OSError as error:  # Pillow opened a file that it cannot decode
-        return str(error)
+    except Exception as error:  # of a file that Pillow opened; decoders raise whatever they like
+        return f"cannot be decoded ({(str(error) or type(error).__name__).splitlines()[0]})"

@@ -6,7 +6,6 @@ Both are sorted by class and digest, so nothing depends on file names or on the 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from metadiff_cli.classify.images import Encoded, encode_images
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.method.support import TaskSupport
 from metadiff_cli.data.cache import Progress, no_progress
-from metadiff_cli.data.listing import open_labelled
+from metadiff_cli.data.folders import Split
 from metadiff_cli.errors import DataError
 
 FEWEST_CLASSES = 2
@@ -101,19 +100,17 @@ def _pool(features: Mapping[bytes, Tensor]) -> Pool:
 
 
 def read_support(
-    source: Path,
+    split: Split,
     encoder: ImageEncoder,
     batch: int | None,
     *,
     workers: int | None = None,
     progress: Progress = no_progress,
 ) -> SupportSet:
-    """Encode the images of a folder of class folders, or of a listing of paths and labels.
+    """Encode the images of a folder of class folders, or of a listing, as `open_labelled` finds them.
 
-    `batch`, `workers` and `progress` are as for `encode_images`. Raises DataError for a source without images, and as
-    `support_of` does.
+    `batch`, `workers` and `progress` are as for `encode_images`. Raises DataError as `support_of` does.
     """
-    split = open_labelled(source)
     labels = (split.classes[label] for label in split.labels)
     encoded = encode_images(split.paths, encoder, batch, workers=workers, progress=progress)
     return support_of(zip(labels, chain.from_iterable(encoded), strict=True))

@@ -1,5 +1,6 @@
 """Options that several commands share, declared once. Every `--help` imports this module: nothing heavy here."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -154,8 +155,11 @@ def sampler_flags(
     """The sampler's flags by configuration key. Raises ConfigError when `guidance` is neither auto nor a number."""
     try:
         scale = guidance if guidance in (None, "auto") else float(guidance)
+        if isinstance(scale, float) and not 0 < scale < math.inf:
+            raise ValueError
     except ValueError:
-        raise ConfigError(f"--guidance {guidance} is not a number", hint="give auto or a number above 0") from None
+        hint = "give auto or a number above 0"
+        raise ConfigError(f"--guidance {guidance} is not a number above 0", hint=hint) from None
     return {
         "sampler.steps": steps,
         "sampler.samples": samples,

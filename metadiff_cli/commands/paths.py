@@ -19,3 +19,8 @@ def path_option(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:  # no HOME, and a user without an entry in the list of users
         raise typer.BadParameter(f"{text} needs a home folder, and there is none") from error
+
+
+def path_text(text: str) -> str:
+    """The same for a path that stays as it was given, because the output shows it; `-` and patterns are none."""
+    return str(path_option(text)) if text == "" or text.startswith("~") else text

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,6 +15,7 @@ from metadiff_cli.core.training.distributed import SINGLE, Group
 from metadiff_cli.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+NAME = re.compile(r"(auto|cpu|cuda|mps)|cuda:([0-9]{1,4})")
 CPU = torch.device("cpu")
 
 
@@ -22,19 +24,32 @@ def pick_device(name: str, group: Group = SINGLE) -> torch.device:
 
     Of several processes on a machine each gets a GPU of its own.
     """
-    if group.world_size > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
-        return _own_gpu(group.local_rank, group.local_world_size)
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() and group.world_size == 1 else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
+    found = NAME.fullmatch(name)
+    if found is None:
+        hint = f"choose one of {', '.join(DEVICES)}, or cuda:NUMBER"
+        raise ConfigError(f"unknown device '{name}'", hint=hint)
+    kind, number = found[1], found[2]
+    if number is not None:
+        return _numbered_gpu(int(number), group)
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError("no CUDA device can be used here", hint="use --device auto or --device cpu")
-    if name == "mps" and not torch.backends.mps.is_available():
+    if kind == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("no Apple GPU (mps) can be used here", hint="use --device auto or --device cpu")
-    if name.split(":")[0] not in DEVICES:
-        raise ConfigError(f"unknown device '{name}'", hint=f"choose one of {', '.join(DEVICES)}")
-    return torch.device(name)
+    if kind in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda") if group.world_size == 1 else _own_gpu(group.local_rank, group.local_world_size)
+    if kind == "auto":
+        return torch.device("mps" if torch.backends.mps.is_available() and group.world_size == 1 else "cpu")
+    return torch.device(kind)
+
+
+def _numbered_gpu(number: int, group: Group) -> torch.device:
+    if group.world_size > 1:
+        raise ConfigError(f"several processes cannot share the GPU cuda:{number}", hint="use --device cuda: one each")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if number >= count:
+        there = "no CUDA device can be used here" if count == 0 else f"the GPUs here are cuda:0 to cuda:{count - 1}"
+        raise ConfigError(f"there is no cuda:{number}: {there}", hint="use --device auto or --device cpu")
+    return torch.device("cuda", number)
 
 
 def _own_gpu(number: int, processes: int) -> torch.device:

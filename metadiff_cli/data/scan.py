@@ -9,7 +9,7 @@ import os
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +108,7 @@ def class_name(text: str) -> str:
     return unicodedata.normalize("NFC", os.fsencode(text).decode("utf-8", "backslashreplace"))
 
 
-def left_out(skipped: Counter[str] | dict[str, int]) -> str:
+def left_out(skipped: Mapping[str, int]) -> str:
     """A line on the files that are not images, by extension; an empty text if there are none."""
     if not skipped:
         return ""

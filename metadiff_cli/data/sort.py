@@ -1,11 +1,16 @@
 """Sort images into one folder per class. No file is overwritten: an image takes a free name, a copy is not repeated."""
 
 import filecmp
+import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock
 
 from metadiff_cli.files import copy_file
 
@@ -29,21 +34,23 @@ class Sorter:
     def __init__(self, root: Path, classes: Sequence[str], *, move: bool = False) -> None:
         self.root, self.move = root, move
         self.folders = folder_names(classes)
+        # runs that sort into one folder at the same time take turns, or both would find a free name for one image
+        user = os.getuid() if hasattr(os, "getuid") else 0
+        name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:16]
+        self.lock = FileLock(Path(tempfile.gettempdir()) / f"metadiff-sort-{user}-{name}.lock")
 
     def place(self, image: Path, label: str | None) -> Placed:
         """Copy or move one image into the folder of its class. Raises OSError."""
         folder = self.root / self.folders[label]
         folder.mkdir(parents=True, exist_ok=True)
-        for target in _candidates(folder, image.name):
-            if os.path.lexists(target):
+        with self.lock.acquire(poll_interval=0.01):
+            for target in _candidates(folder, image.name):
+                if not os.path.lexists(target):
+                    with suppress(FileExistsError):  # another user's run was faster: compare with what it put there
+                        _bring(image, target, self.move)
+                        return Placed(target, True)
                 if target.is_file() and filecmp.cmp(image, target, shallow=False):
                     return Placed(target, False)
-                continue
-            try:
-                _bring(image, target, self.move)
-            except FileExistsError:  # somebody was faster
-                continue
-            return Placed(target, True)
         raise AssertionError("names never run out")
 
 
@@ -83,7 +90,11 @@ def _bring(image: Path, target: Path, move: bool) -> None:
     if not (move and _linked(image, target)):
         copy_file(image, target, new=True)
     if move:
-        image.unlink(missing_ok=True)
+        try:
+            image.unlink(missing_ok=True)
+        except OSError:
+            target.unlink()
+            raise
 
 
 def _linked(image: Path, target: Path) -> bool:

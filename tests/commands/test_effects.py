@@ -55,7 +55,7 @@ ADAPT = Walk(
     {
         "--overwrite": {"--save": "saved.safetensors"}, "--json": {"--format": "table"},
         "--move": {"--sort-into": "sorted"},
-        "--seed": {"--temperature": "1"},
+        "--seed": {"--temperature": "1"}, "--steps": {"--temperature": "1"},
     },
 )  # fmt: skip
 OTHERS = {

@@ -30,7 +30,7 @@ def takes_path(command: Any, name: str) -> bool:
 
 COMMANDS = list(commands(typer.main.get_command(app)))
 PARAMETERS = [(words, command, p) for words, command in COMMANDS for p in command.params if p.name != "help"]
-NOT_YET = {("adapt",), ("refit",)}  # their own options do not use the common parser of paths
+NOT_YET = {("refit",)}  # their own options do not use the common parser of paths
 PATHS = [
     (words, command, p) for words, command, p in PARAMETERS if takes_path(command, p.name) and words not in NOT_YET
 ]

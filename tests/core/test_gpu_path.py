@@ -26,6 +26,8 @@ from metadiff_cli.core.baselines.train import InnerTrainer
 from metadiff_cli.core.encoders.bank import FeatureBank, PixelBank
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import build_encoder
+from metadiff_cli.core.evaluation import openset
+from metadiff_cli.core.evaluation.evaluate import Scores
 from metadiff_cli.core.method.denoisers import build_denoiser
 from metadiff_cli.core.method.diffusion import Noise, Schedule, ddim, ddpm, finish
 from metadiff_cli.core.method.support import support_stats
@@ -41,7 +43,7 @@ Zeros = Callable[[torch.nn.Module], None]
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    """A GPU of 1 GB."""
+    """A GPU of 1 GB, without float64."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(16, dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
@@ -53,7 +55,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     monkeypatch.setattr(torch._C, "_InferenceMode", lambda mode: torch.no_grad())
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
-    with FakeGpu() as gpu:
+    with FakeGpu(float64=False) as gpu:
         yield gpu
     torch.__future__.set_overwrite_module_params_on_conversion(before)
 
@@ -90,7 +92,10 @@ def features() -> FeatureBank:
     (lambda here, there: there.sum().item(), DataDependentOutputException),
     (lambda here, there: there[there > 0], DynamicOutputShapeException),
     (lambda here, there: there + here, RuntimeError),
-], ids=["to the CPU", "to the GPU", "copied", "item", "mask", "two devices"])  # fmt: skip
+    (lambda here, there: there.double(), TypeError),
+    (lambda here, there: here.double().to(GPU, non_blocking=True), TypeError),
+    (lambda here, there: torch.zeros(2, dtype=torch.float64, device=GPU), TypeError),
+], ids=["to the CPU", "to the GPU", "copied", "item", "mask", "two devices", "double", "sent", "made"])  # fmt: skip
 def test_the_stand_in_notices(gpu: FakeGpu, wait: Callable[..., object], error: type[Exception]) -> None:
     here, there = torch.zeros(3), torch.zeros(3, device=GPU)
     with gpu.nobody_waits():
@@ -170,6 +175,14 @@ def test_sampling(gpu: FakeGpu, kind: str, method: str) -> None:
         else:
             found = finish(ddpm(denoiser, start, Schedule(), 10, stats, noise.draw))
     assert found.shape == (2, 5, SIZE) and found.device == GPU
+
+
+def test_scores_are_counted_without_float64(gpu: FakeGpu) -> None:
+    scores = Scores()
+    scores.add(torch.ones(2, 6, 3, device=GPU), torch.zeros(2, 6, dtype=torch.long, device=GPU))
+    assert scores.accuracy[0].dtype == torch.float64 and scores.accuracy[0].device == CPU
+    found = openset._scored(torch.ones(2, 6, device=GPU), torch.ones(2, 6, device=GPU), 3)
+    assert found.auroc.device == CPU
 
 
 def test_features(gpu: FakeGpu) -> None:

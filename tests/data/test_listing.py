@@ -21,8 +21,10 @@ def written(folder: Path, text: str, name: str = "list.csv") -> Path:
         'path,label\nx/1.jpg,cat\n"y, 2.jpg",dog\n',
         '\ufeffPath;Label\r\nx/1.jpg;cat\r\n"y, 2.jpg";dog\r\n\r\n',
         "label\tpath\ncat\tx/1.jpg\ndog\ty, 2.jpg\n",
+        "sep=;\r\npath;label\r\nx/1.jpg;cat\r\ny, 2.jpg;dog\r\n",
+        'label, path\ncat, x/1.jpg\ndog, "y, 2.jpg"\n',
     ],
-    ids=["plain", "from a spreadsheet", "tabs, other order"],
+    ids=["plain", "from a spreadsheet", "tabs, other order", "with Excel's separator", "blanks after commas"],
 )
 def test_paths_are_relative_to_the_file(tmp_path: Path, text: str) -> None:
     split = open_labelled(written(tmp_path, text))
@@ -38,17 +40,24 @@ def test_absolute_paths_stay_and_labels_may_be_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "no column 'path'"),
-        ("file,label\n1.jpg,cat\n", "no column 'path'"),
+        ("", "is empty"),
+        ("file,class\n1.jpg,cat\n", "no column 'path'; it has 'file', 'class'"),
         ("path,label\n", "lists no images"),
         ("path,label\n1.jpg,cat\n2.jpg,\n", "line 3: no label"),
         ("path,label\n,cat\n", "line 2: no path"),
+        ("sep=,\npath,label\n1.jpg,cat\n2.jpg,\n", "line 4: no label"),
     ],
 )
 def test_what_is_wrong_is_said_with_the_line(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(DataError, match=words) as caught:
         open_labelled(written(tmp_path, text))
     assert "list.csv" in caught.value.message and caught.value.hint
+
+
+def test_utf_16_has_a_mark_and_is_read(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_bytes("path,label\nä.jpg,für\n".encode("utf-16"))
+    (row,) = read_listing(tmp_path / "list.csv")
+    assert (row.path, row.label) == (str(tmp_path / "ä.jpg"), "für")
 
 
 def test_other_encodings_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,10 @@ def file(path: Path, content: str = "x") -> Path:
 
 def contents(root: Path) -> dict[str, str]:
     return {str(p.relative_to(root)): p.read_text() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def refuse_links(source: Path, target: Path) -> None:
+    raise OSError(errno.EXDEV, "Invalid cross-device link")
 
 
 def test_copies_stand_beside_what_is_there(tmp_path: Path) -> None:
@@ -50,10 +55,7 @@ def test_move_keeps_the_content_and_the_time(tmp_path: Path) -> None:
 
 
 def test_move_across_file_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(source: Path, target: Path) -> None:
-        raise OSError(errno.EXDEV, "Invalid cross-device link")
-
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse_links)
     image = file(tmp_path / "in" / "1.jpg", "content")
     placed = Sorter(tmp_path / "out", ["a"], move=True).place(image, "a")
     assert not image.exists() and placed.path.read_text() == "content"
@@ -66,6 +68,43 @@ def test_moving_a_link_brings_the_picture_and_leaves_the_original(tmp_path: Path
     placed = Sorter(tmp_path / "out", ["a"], move=True).place(link, "a")
     assert placed.path.read_text() == "content" and not placed.path.is_symlink()
     assert original.exists() and not os.path.lexists(link)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_two_runs_at_the_same_time_make_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """Also where a file system has no hard links, and a copy takes its time."""
+    if not links:
+        monkeypatch.setattr(os, "link", refuse_links)
+    images = [file(tmp_path / "in" / f"{i}.jpg", f"content {i}") for i in range(20)]
+    begin = threading.Barrier(4)
+
+    def run() -> None:
+        sorter = Sorter(tmp_path / "out", ["a"])
+        begin.wait()
+        for image in images:
+            sorter.place(image, "a")
+
+    runs = [threading.Thread(target=run) for _ in range(4)]
+    for thread in runs:
+        thread.start()
+    for thread in runs:
+        thread.join()
+    assert contents(tmp_path / "out") == {f"a/{i}.jpg": f"content {i}" for i in sorted(range(20), key=str)}
+
+
+def test_an_image_that_cannot_be_removed_is_not_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = file(tmp_path / "in" / "1.jpg")
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path == image:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(PermissionError):
+        Sorter(tmp_path / "out", ["a"], move=True).place(image, "a")
+    assert image.exists() and contents(tmp_path / "out") == {}
 
 
 def test_a_failed_copy_leaves_nothing(tmp_path: Path) -> None:

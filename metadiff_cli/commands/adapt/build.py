@@ -1,7 +1,8 @@
 """The classifier of an `adapt` run: loaded from a file, or adapted to the support, old and new, and to the pool."""
 
+import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,19 @@ import torch
 from metadiff_cli.classify.classifier import Classifier, adapt
 from metadiff_cli.classify.images import Encoded, encode_images
 from metadiff_cli.classify.support_set import Pool, SupportSet, pool_of, read_support
-from metadiff_cli.commands.adapt.inputs import Queries, find_queries
-from metadiff_cli.commands.settings import sampling_of
+from metadiff_cli.commands.adapt.inputs import Queries
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
+from metadiff_cli.core.checkpoints.file import KINDS, read_header
 from metadiff_cli.core.checkpoints.model import Model, load_model
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.evaluation.support_check import SupportCheck, check_support
+from metadiff_cli.core.method.adapt import Sampling
 from metadiff_cli.core.method.rejection import Rejector, require_rejection
-from metadiff_cli.data.scan import check_folder
-from metadiff_cli.errors import DataError
+from metadiff_cli.data.folders import Split
+from metadiff_cli.data.listing import open_labelled
+from metadiff_cli.data.scan import Scan, class_name, left_out, suggestion
+from metadiff_cli.errors import CheckpointError, DataError
 from metadiff_cli.files import checkpoint_path
 
 NAMED = 5  # cases of one kind that stderr names one by one
@@ -45,7 +49,7 @@ class Ready:
         return {
             "classes": list(classifier.classes),
             "support": classifier.support.counts(),
-            "support_check": None if self.check is None else _check_document(self.check),
+            "support_check": None if self.check is None else _check_document(self.check, classifier.support),
             "protocol": "inductive" if pool is None else "transductive",
             "unlabelled": 0 if pool is None else len(pool.digests),
             "rejection": self.rejection(),
@@ -60,54 +64,87 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Found:
+    """The images of a support that are not read yet, what of its folder cannot be read, and `notes` for the user."""
+
+    split: Split
+    locked: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def at(cls, source: Path) -> "Found":
+        """Look through a support folder or listing. Raises DataError, also for a class that cannot be read at all."""
+        scan = Scan()
+        split = open_labelled(source, scan)
+        for path, reason in scan.unreadable:
+            if path.parent == source and class_name(path.name) not in split.classes:
+                raise DataError(
+                    f"class '{path.name}' in {source} cannot be read ({reason})",
+                    hint="check the permissions of its folder, or remove it",
+                )
+        notes = [f"support: {text}" for text in (*scan.notes, left_out(scan.skipped)) if text]
+        return cls(split, tuple((str(path), reason) for path, reason in scan.unreadable), tuple(notes))
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an adaptation starts from: the model of a checkpoint, or a saved classifier with its model."""
+
+    model: Model
+    saved: Classifier | None = None
+
+
+@dataclass(frozen=True)
 class Builder:
     """Makes the classifier of one run, and tells the screen about it."""
 
     config: Config
+    sampling: Sampling
     device: torch.device
     screen: Screen
 
-    def from_support(
-        self, source: Path, checkpoint: Path | None, queries: Queries | None, unlabeled: Path | None
-    ) -> Ready:
-        """Adapt a checkpoint, None for that of the package, to a support folder or listing.
+    def start(self, classifier: Path | None, checkpoint: Path | None) -> Start:
+        """Load a saved classifier, or else a checkpoint, None for that of the package. Raises CheckpointError."""
+        if classifier is not None:
+            _check_kind(classifier, "classifier", "--classifier")
+            saved = Classifier.load(classifier, self.device)
+            return Start(saved.model, saved)
+        if checkpoint is not None:
+            _check_kind(checkpoint, "model", "--checkpoint")
+        return Start(load_model(checkpoint_path(checkpoint), self.device))
 
-        `queries` and the images of the folder `unlabeled` guide the adaptation, where they are given. Raises DataError
-        and CheckpointError.
+    def build(self, start: Start, support: Found | None, guiding: Queries | None, unlabeled: Queries | None) -> Ready:
+        """Adapt to the images of the support, those of the saved classifier included.
+
+        The query images `guiding` and the images `unlabeled` guide the adaptation, where they are given. A saved
+        classifier to which nothing is added is not adapted again. Raises DataError.
         """
-        model = load_model(checkpoint_path(checkpoint), self.device)
-        return self._adapted(model, self._support(source, model), None, queries, unlabeled)
-
-    def from_file(self, file: Path, source: Path | None, queries: Queries | None, unlabeled: Path | None) -> Ready:
-        """Load a saved classifier. It is adapted again where a support or unlabelled images are added to it."""
-        saved = Classifier.load(file, self.device)
-        if source is None and queries is None and unlabeled is None:
+        saved = start.saved
+        if saved is not None and support is None and guiding is None and unlabeled is None:
             return Ready(saved, dependence=_dependence(saved.pool, transductive=False))
-        support = saved.support if source is None else self._support(source, saved.model, saved.support)
-        return self._adapted(saved.model, support, saved.pool, queries, unlabeled)
-
-    def _adapted(
-        self, model: Model, support: SupportSet, pool: Pool | None, queries: Queries | None, unlabeled: Path | None
-    ) -> Ready:
-        encoded = None
-        if queries is not None:
-            encoded = list(self.encode(queries, model.images, "reading query images"))
+        images, pool, encoded = self._support(support, start), None if saved is None else saved.pool, None
+        if guiding is not None:
+            encoded = list(self.encode(guiding, start.model.images, "reading query images"))
             pool = _joined(pool_of(image for batch in encoded for image in batch), pool)
         if unlabeled is not None:
-            pool = _joined(self._unlabelled(unlabeled, model), pool)
-        classifier = adapt(model, support, sampling_of(self.config), seed=self.config.seed, pool=pool)
-        check = check_support(classifier.task, support.task(), support.classes, support.paths)
-        _tell(check, self.screen)
-        return Ready(classifier, check, encoded, _dependence(pool, transductive=queries is not None))
+            pool = _joined(self._unlabelled(unlabeled, start.model), pool)
+        classifier = adapt(start.model, images, self.sampling, seed=self.config.seed, pool=pool)
+        check = check_support(classifier.task, images.task(), images.classes, images.paths)
+        self._tell(classifier, check)
+        return Ready(classifier, check, encoded, _dependence(pool, transductive=guiding is not None))
 
-    def _support(self, source: Path, model: Model, saved: SupportSet | None = None) -> SupportSet:
+    def _support(self, found: Found | None, start: Start) -> SupportSet:
         """The support of a folder or listing, joined to that of a saved classifier, with warnings about its images."""
+        if found is None:
+            assert start.saved is not None
+            return start.saved.support
         runtime = self.config.runtime
         with self.screen.progress("reading support images") as advance:
             support = read_support(
-                source, model.images, runtime.batch_size, workers=runtime.num_workers, progress=advance
+                found.split, start.model.images, runtime.batch_size, workers=runtime.num_workers, progress=advance
             )
-        support = support if saved is None else saved.joined(support)
+        support = replace(support, broken=(*found.locked, *support.broken))
+        support = support if start.saved is None else start.saved.support.joined(support)
         for path, reason in support.broken:
             self.screen.warn(f"support image {path} is left out: {reason}")
         for path, twin in support.repeated[:NAMED]:
@@ -116,22 +153,49 @@ class Builder:
             self.screen.warn(f"{len(support.repeated)} support images are repeated, and each picture counts once")
         return support
 
-    def _unlabelled(self, folder: Path, model: Model) -> Pool:
+    def _unlabelled(self, queries: Queries, model: Model) -> Pool:
         """The pool of `--unlabeled`."""
-        check_folder(folder)
-        images = self.encode(find_queries([str(folder)]), model.images, "reading unlabelled images")
+        images = self.encode(queries, model.images, "reading unlabelled images")
         pool = pool_of(image for batch in images for image in batch)
         if pool is None:
-            raise DataError(f"no image in {folder} can be read", hint="give other images, or leave out --unlabeled")
+            raise DataError("no image of --unlabeled can be read", hint="give other images, or leave out --unlabeled")
         return pool
+
+    def _tell(self, classifier: Classifier, check: SupportCheck | None) -> None:
+        """Say on stderr what leave-one-out found, and with `--verbose` how the classifier was adapted."""
+        estimate, *suspects = check_sentences(check, classifier.support) or [""]
+        if estimate:
+            self.screen.note(estimate)
+        for text in suspects[:NAMED]:
+            self.screen.warn(text)
+        if len(suspects) > NAMED:
+            self.screen.warn(f"{len(suspects)} support images look mislabelled; --json names all of them")
+        self.screen.detail(
+            f"adapted on {self.device} in {self.sampling.steps} steps at guidance scale "
+            f"{classifier.task.single_guidance():g} and temperature {self.sampling.temperature:g}"
+        )
 
     def encode(
         self, queries: Queries, encoder: ImageEncoder, label: str, *, bar: bool = True
     ) -> Iterator[list[Encoded]]:
         """Features of images, a batch at a time, with a progress bar where `bar` is set."""
-        paths, runtime = [query.path for query in queries.items], self.config.runtime
+        runtime = self.config.runtime
         with self.screen.progress(label, shown=bar) as advance:
-            yield from encode_images(paths, encoder, runtime.batch_size, workers=runtime.num_workers, progress=advance)
+            yield from encode_images(
+                queries.paths(), encoder, runtime.batch_size, workers=runtime.num_workers, progress=advance
+            )
+
+
+def _check_kind(path: Path, kind: str, option: str) -> None:
+    """Raise CheckpointError, which names the option, for a file that is missing or of another kind."""
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{option} {path} does not exist", hint=f"{suggestion(path)}check the path")
+    found = str(read_header(path)["kind"])
+    if found != kind:
+        instead = {"model": "give it as --checkpoint", "classifier": "give it as --classifier"}
+        raise CheckpointError(
+            f"{option} {path} is {KINDS[found]}, not {KINDS[kind]}", hint=instead.get(found, f"give {KINDS[kind]}")
+        )
 
 
 def _joined(first: Pool | None, second: Pool | None) -> Pool | None:
@@ -146,14 +210,17 @@ def _dependence(pool: Pool | None, *, transductive: bool) -> str:
     return f"guided by {len(pool.digests)} unlabelled images: each prediction also depends on them"
 
 
-def check_sentences(check: SupportCheck | None) -> list[str]:
+def check_sentences(check: SupportCheck | None, support: SupportSet) -> list[str]:
     """What leave-one-out says of the support: first the estimate, then each image that looks mislabelled."""
     if check is None:
         return []
     estimate = f"support: estimated accuracy {check.accuracy:.0f} % (leave-one-out, {check.images} images)"
+    if left_out := single_images(support):
+        more = ", ..." if len(left_out) > NAMED else ""
+        estimate += f"; classes with one image are not in it: {', '.join(left_out[:NAMED])}{more}"
     if check.confused:
         first, second, _ = check.confused[0]
-        estimate += f", most confused: {first} / {second}; one more image each would help most"
+        estimate += f"; most confused: {first} / {second}, one more image of each would help most"
     return [estimate] + [
         f"{suspect.path} looks mislabelled: it is in '{suspect.label}' and looks like '{suspect.looks_like}' "
         f"({suspect.confidence:.0%})"
@@ -161,20 +228,15 @@ def check_sentences(check: SupportCheck | None) -> list[str]:
     ]
 
 
-def _tell(check: SupportCheck | None, screen: Screen) -> None:
-    """Say the same on stderr, and name the first suspects only."""
-    sentences = check_sentences(check)
-    for text in sentences[:1]:
-        screen.note(text)
-    for text in sentences[1 : NAMED + 1]:
-        screen.warn(text)
-    if len(sentences) > NAMED + 1:
-        screen.warn(f"{len(sentences) - 1} support images look mislabelled; --json names all of them")
+def single_images(support: SupportSet) -> list[str]:
+    """The classes with one image, which no image can be left out of."""
+    return [name for name, count in support.counts().items() if count == 1]
 
 
-def _check_document(check: SupportCheck) -> dict[str, Any]:
+def _check_document(check: SupportCheck, support: SupportSet) -> dict[str, Any]:
     return {
         "images": check.images,
+        "left_out": single_images(support),
         "accuracy": round(check.accuracy, 4),
         "confused": [{"classes": [first, second], "images": n} for first, second, n in check.confused],
         "suspects": [{**asdict(s), "confidence": round(s.confidence, 6)} for s in check.suspects],

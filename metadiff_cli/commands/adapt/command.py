@@ -6,6 +6,9 @@ from typing import Annotated
 import typer
 
 from metadiff_cli.commands import options
+from metadiff_cli.commands.adapt.options import Options
+from metadiff_cli.commands.options import PLACES, SAMPLER, option, path
+from metadiff_cli.commands.paths import path_text
 from metadiff_cli.console import Screen
 
 INPUT, OUTPUT, SORTING, TOGETHER = "Input", "Output", "Sorting", "Unlabelled images"
@@ -14,123 +17,118 @@ INPUT, OUTPUT, SORTING, TOGETHER = "Input", "Output", "Sorting", "Unlabelled ima
 def adapt(
     query: Annotated[
         list[str],
-        typer.Option(
+        option(
+            INPUT,
             "--query",
             "-Q",
-            help="A folder, a file, a glob, a CSV with a column path, or - for paths on stdin; repeatable.",
             metavar="PATH",
-            rich_help_panel=INPUT,
+            parser=path_text,
+            help="A folder, a file, a glob, a CSV with a column path, or - for paths on stdin; repeatable.",
         ),
     ],
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PATH",
+            parser=path_text,
+            help=options.shown("More query images, as a shell makes of a glob.", "none"),
+        ),
+    ] = None,
     support: Annotated[
         Path | None,
-        typer.Option(
+        path(
+            INPUT,
             "--support",
             "-S",
-            help="A folder with one folder of images per class, or a CSV of path,label.",
             metavar="DIR",
-            rich_help_panel=INPUT,
+            help="A folder with one folder of images per class, or a CSV of path,label.",
         ),
     ] = None,
     classifier: Annotated[
         Path | None,
-        typer.Option(
+        path(
+            INPUT,
             "--classifier",
-            help="A classifier that --save wrote; --support adds classes and images to it.",
             metavar="FILE",
-            rich_help_panel=INPUT,
+            help="A classifier that --save wrote; --support adds classes and images to it.",
         ),
     ] = None,
     null: Annotated[
-        bool,
-        typer.Option(
-            "--null", "-0", help="Paths on stdin end with NUL, as find -print0 writes them.", rich_help_panel=INPUT
-        ),
+        bool, option(INPUT, "--null", "-0", help="Paths on stdin end with NUL, as find -print0 writes them.")
     ] = False,
     format: Annotated[
-        str, typer.Option("--format", "-f", metavar="NAME", help="table, json, jsonl or csv.", rich_help_panel=OUTPUT)
-    ] = "table",
+        str | None,
+        option(OUTPUT, "--format", "-f", metavar="NAME", default="table", help="table, json, jsonl or csv."),
+    ] = None,
     top_k: Annotated[
-        int,
-        typer.Option(
-            "--top-k", min=1, metavar="N", help="Classes shown per image; a CSV shows one.", rich_help_panel=OUTPUT
-        ),
-    ] = 3,
+        int | None,
+        option(OUTPUT, "--top-k", metavar="N", min=1, default=3, help="Classes shown per image; a CSV shows one."),
+    ] = None,
     reject_below: Annotated[
         float | None,
-        typer.Option(
+        option(
+            OUTPUT,
             "--reject-below",
+            metavar="P",
             min=0,
             max=1,
-            metavar="P",
-            rich_help_panel=OUTPUT,
-            help=options.shown("Give no label below this confidence, 0 to 1.", "every image gets a label"),
+            default="every image gets a label",
+            help="Give no label below this confidence, 0 to 1.",
         ),
     ] = None,
     reject: Annotated[
         str | None,
-        typer.Option(
+        option(
+            OUTPUT,
             "--reject",
             metavar="auto",
-            rich_help_panel=OUTPUT,
-            help=options.shown("auto gives no label to images of no class.", "every image gets a label"),
+            default="every image gets a label",
+            help="auto gives no label to images of no class.",
         ),
     ] = None,
     labelled: Annotated[
         bool,
-        typer.Option(
-            "--labelled",
-            help="The query has class folders or labels: show accuracy and confusions.",
-            rich_help_panel=OUTPUT,
-        ),
+        option(OUTPUT, "--labelled", help="The query has class folders or labels: show accuracy and confusions."),
     ] = False,
-    strict: Annotated[
-        bool,
-        typer.Option("--strict", help="Exit with code 3 when any image has an error.", rich_help_panel=OUTPUT),
-    ] = False,
+    strict: Annotated[bool, option(OUTPUT, "--strict", help="Exit with code 3 when any image has an error.")] = False,
     sort_into: Annotated[
         Path | None,
-        typer.Option(
+        path(
+            SORTING,
             "--sort-into",
-            help="Copy each query image to DIR/<class>/, never over another file.",
             metavar="DIR",
-            rich_help_panel=SORTING,
+            help="Copy each query image to DIR/<class>/, never over another file.",
         ),
     ] = None,
     move: Annotated[
-        bool,
-        typer.Option("--move", help="Move the images of --sort-into instead of copying them.", rich_help_panel=SORTING),
+        bool, option(SORTING, "--move", help="Move the images of --sort-into instead of copying them.")
     ] = False,
     checkpoint: options.CheckpointFile = None,
     transductive: Annotated[
-        bool,
-        typer.Option(
-            "--transductive", help="Let the query images guide the classifier together.", rich_help_panel=TOGETHER
-        ),
+        bool, option(TOGETHER, "--transductive", help="Let the query images guide the classifier together.")
     ] = False,
     unlabeled: Annotated[
         Path | None,
-        typer.Option(
-            "--unlabeled",
-            help="A folder of unlabelled images that guide the classifier.",
-            metavar="DIR",
-            rich_help_panel=TOGETHER,
-        ),
+        path(TOGETHER, "--unlabeled", metavar="DIR", help="A folder of unlabelled images that guide the classifier."),
     ] = None,
     save: Annotated[
         Path | None,
-        typer.Option(
-            "--save",
-            help="Write the adapted classifier here, for --classifier.",
-            metavar="FILE",
-            rich_help_panel=options.PLACES,
-        ),
+        path(PLACES, "--save", metavar="FILE", help="Write the adapted classifier here, for --classifier."),
     ] = None,
     report: options.Report = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing file of --save.", rich_help_panel=options.PLACES)
-    ] = False,
-    steps: options.Steps = None,
+    overwrite: Annotated[bool, option(PLACES, "--overwrite", help="Replace an existing file of --save.")] = False,
+    steps: Annotated[
+        int | None,
+        option(
+            SAMPLER,
+            "--steps",
+            metavar="N",
+            min=1,
+            max=1000,
+            default=10,
+            help="Number of denoising steps; 100 at a temperature above 0.",
+        ),
+    ] = None,
     samples: options.Samples = None,
     temperature: options.Temperature = None,
     guidance: options.Guidance = None,
@@ -160,18 +158,16 @@ def adapt(
 
       metadiff adapt -S ./imgs -Q ./q --reject auto
     """
-    from metadiff_cli.commands.adapt.run import Options, run
+    from metadiff_cli.commands.adapt.run import run
 
-    run(
-        Options(
-            query=query, null=null, support=support, classifier=classifier, checkpoint=checkpoint,
-            format="json" if as_json else format, top_k=top_k, reject_below=reject_below, reject=reject,
-            labelled=labelled, strict=strict, sort_into=sort_into, move=move, transductive=transductive,
-            unlabeled=unlabeled, save=save, report=report, overwrite=overwrite, config_file=config, set=settings,
-            settings={
-                **options.runtime_flags(seed, device, threads, num_workers, batch_size),
-                **options.sampler_flags(steps, samples, temperature, guidance),
-            },
-        ),
-        Screen(quiet=quiet, verbose=verbose),
+    given = Options(
+        query=query, more=more or [], null=null, support=support, classifier=classifier, checkpoint=checkpoint,
+        format=format, as_json=as_json, top_k=top_k, reject_below=reject_below, reject=reject, labelled=labelled,
+        strict=strict, sort_into=sort_into, move=move, transductive=transductive, unlabeled=unlabeled, save=save,
+        report=report, overwrite=overwrite, config=config, set=settings or [],
+        flags={
+            **options.runtime_flags(seed, device, threads, num_workers, batch_size),
+            **options.sampler_flags(steps, samples, temperature, guidance),
+        },
     )  # fmt: skip
+    run(given, Screen(quiet=quiet, verbose=verbose))

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metadiff_cli.commands.adapt.output import Outcome
-from metadiff_cli.console import Screen
+from metadiff_cli.console import Screen, counted
 
 REJECTED = "(rejected)"
 WIDEST = 20  # classes of a matrix that is shown whole
 PAIRS = 15  # confusions that are named where it is not
+NAMED = 5  # classes that a line names
+NAME, BORDER = 12, 3  # columns of text: of a class name before it is folded, and around each cell
 
 
 class Score:
@@ -75,14 +77,17 @@ class Score:
         """
         document = self.document()
         for line in _summary(document):
-            screen.note(line)
-        if matrix and len(self.classes) <= WIDEST:
+            screen.result(line)
+        wrong = self._wrong()
+        if matrix and len(self.classes) <= WIDEST and self._width(document["confusion"]) <= screen.out.width:
             self._show_matrix(screen, document["confusion"])
-        elif matrix:
-            self._show_pairs(screen)
-        elif wrong := self._wrong():
+        elif matrix and wrong:
+            rows = [(truth, label, str(n)) for n, truth, label in wrong[:PAIRS]]
+            screen.table("most frequent confusions", ("class", "taken for", "images"), rows, left=2)
+            screen.note("a matrix of all classes would be too wide; --json holds it")
+        elif wrong:
             pairs = ", ".join(f"{truth} taken for {label} {n}" for n, truth, label in wrong[:PAIRS])
-            screen.note(f"most frequent confusions: {pairs}")
+            screen.result(f"most frequent confusions: {pairs}")
 
     def _show_matrix(self, screen: Screen, confusion: dict[str, Any]) -> None:
         number = {cls: str(i + 1) for i, cls in enumerate(self.classes)}
@@ -96,9 +101,13 @@ class Score:
         if others := [f"{number[cls]} {cls}" for cls in self.classes if cls not in confusion["rows"]]:
             screen.text(f"columns of classes without images here: {', '.join(others)}")
 
-    def _show_pairs(self, screen: Screen) -> None:
-        rows = [(truth, label, str(n)) for n, truth, label in self._wrong()[:PAIRS]]
-        screen.table("most frequent confusions", ("class", "taken for", "images"), rows, left=2)
+    def _width(self, confusion: dict[str, Any]) -> int:
+        """Columns of text that the matrix takes: no number may be cut, and a name has at least NAME columns."""
+        numbers = [max(len(str(n)) for n in column) for column in zip(*confusion["matrix"], strict=True)]
+        heads = [len(REJECTED) if name == REJECTED else len(str(len(self.classes))) for name in confusion["columns"]]
+        names = min(NAME, max((len(name) for name in confusion["rows"]), default=0))
+        first = len(str(len(self.classes)))
+        return sum(width + BORDER for width in (first, names, *map(max, numbers, heads))) + 1
 
     def _wrong(self) -> list[tuple[int, str, str]]:
         """Number, class and label of each confusion, the most frequent first."""
@@ -129,10 +138,11 @@ def _summary(document: dict[str, Any]) -> list[str]:
         )
     other = document["other_classes"]
     if other["images"]:
+        names = ", ".join([*other["classes"][:NAMED], *(["..."] if len(other["classes"]) > NAMED else [])])
         lines.append(
-            f"{other['images']} images are of classes that the support lacks ({', '.join(other['classes'][:5])}"
-            f"{', ...' if len(other['classes']) > 5 else ''}) and do not count; {other['rejected']} were rejected"
+            f"of classes that the support lacks ({names}): {counted(other['images'], 'image')}, "
+            f"{other['rejected']} rejected, not in the accuracy"
         )
     if document["unlabelled"]:
-        lines.append(f"{document['unlabelled']} query images have no class and do not count")
+        lines.append(f"without a class: {counted(document['unlabelled'], 'query image')}, not in the accuracy")
     return lines

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from metadiff_cli.commands.adapt.build import NAMED, Ready
 from metadiff_cli.commands.adapt.inputs import Queries, Query
 from metadiff_cli.commands.adapt.labelled import Score
 from metadiff_cli.commands.adapt.output import DIGITS, Errors, Outcome
+from metadiff_cli.commands.adapt.sorting import Sorting
 from metadiff_cli.console import Screen, counted
-from metadiff_cli.data.sort import Sorter
+from metadiff_cli.data.scan import left_out
 
 RANKED = 3  # classes per image that are kept even where --top-k is lower: the report shows two runners-up
 
@@ -33,18 +33,18 @@ class Predictions:
         top_k: int,
         reject_below: float | None,
         labelled: bool,
-        sorter: Sorter | None,
+        sorting: Sorting | None,
         keep: bool,
     ) -> None:
         """`keep` holds on to all outcomes, for a report; otherwise memory does not grow with the number of images."""
         self.ready, self.queries, self.screen = ready, queries, screen
-        self.ranked, self.reject_below, self.sorter = max(top_k, RANKED), reject_below, sorter
+        self.ranked, self.reject_below, self.sorting = max(top_k, RANKED), reject_below, sorting
         self.classes = ready.classifier.classes
         self.score = Score(self.classes) if labelled else None
         broken = ready.classifier.support.broken  # they were named when the support was read
         self.errors = Errors([*broken, *queries.unreadable], told=len(broken))
         self.twin_of = ready.classifier.support.path_of()
-        self.twins = self.rejected = self.sorted_new = self.sorted_before = 0
+        self.twins = self.rejected = 0
         self.kept: list[Outcome] | None = [] if keep else None
 
     def outcomes(self, encoded: Iterator[list[Encoded]]) -> Iterator[Outcome]:
@@ -52,8 +52,8 @@ class Predictions:
         images = chain.from_iterable(self._scored(batch) for batch in encoded)
         for query, (image, scores) in zip(self.queries.items, images, strict=True):
             outcome = self._decided(query, image, scores)
-            if self.sorter is not None and outcome.readable:
-                outcome = self._sorted(outcome, self.sorter)
+            if self.sorting is not None and outcome.readable:
+                outcome = self._sorted(outcome, self.sorting)
             self._count(outcome)
             yield outcome
 
@@ -84,16 +84,13 @@ class Predictions:
         twin = self.twin_of.get(image.digest)
         return Outcome(query.path, ranking, rejected=rejected, twin=twin, truth=truth, margin=margin)
 
-    def _sorted(self, outcome: Outcome, sorter: Sorter) -> Outcome:
+    def _sorted(self, outcome: Outcome, sorting: Sorting) -> Outcome:
         """The outcome of an image that was sorted into its folder; an image that cannot be sorted is an error."""
         try:
-            placed = sorter.place(Path(outcome.path), outcome.label)
+            return sorting.sort(outcome)
         except OSError as error:
-            self.errors.add(outcome.path, f"cannot be sorted into {sorter.root} ({error.strerror})")
+            self.errors.add(outcome.path, f"cannot be sorted into {sorting.sorter.root} ({error.strerror})")
             return outcome
-        self.sorted_new += placed.new
-        self.sorted_before += not placed.new
-        return replace(outcome, sorted_to=str(placed.path))
 
     def _count(self, outcome: Outcome) -> None:
         if not outcome.readable:
@@ -105,13 +102,13 @@ class Predictions:
         if outcome.twin is not None and self.twins <= NAMED:
             self.screen.warn(f"query {outcome.path} is also in the support ({outcome.twin})")
         if self.kept is not None:
-            moved = self.sorter is not None and self.sorter.move and outcome.sorted_to is not None
+            moved = self.sorting is not None and self.sorting.sorter.move and outcome.sorted_to is not None
             self.kept.append(replace(outcome, path=str(outcome.sorted_to)) if moved else outcome)
 
     def tail(self) -> dict[str, Any]:
         """What the JSON document says after the predictions."""
         scored = {} if self.score is None else {"labelled": self.score.document()}
-        return {**scored, "errors": self.errors.document()}
+        return {**scored, "skipped": dict(self.queries.skipped), "errors": self.errors.document()}
 
     def finish(self, *, matrix: bool) -> None:
         """Say on stderr what happened, and show the score; its confusion matrix on stdout where `matrix` is set."""
@@ -123,12 +120,9 @@ class Predictions:
         if self.twins > NAMED:
             screen.warn(f"{self.twins} query images are also in the support")
         if self.queries.skipped:
-            screen.note(f"left out, because they are no images: {counted(self.queries.skipped, 'query file')}")
-        if self.sorter is not None:
-            done = "moved" if self.sorter.move else "copied"
-            screen.note(f"{counted(self.sorted_new, 'image')} {done} into {self.sorter.root}")
-            if self.sorted_before:
-                screen.note(f"left in place, because a copy was there already: {counted(self.sorted_before, 'image')}")
+            screen.note(f"query: {left_out(self.queries.skipped)}")
+        if self.sorting is not None:
+            self.sorting.tell(screen)
         if self.ready.dependence:
             screen.note(self.ready.dependence)
         self.errors.show(screen)

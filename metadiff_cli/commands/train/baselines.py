@@ -28,7 +28,6 @@ from metadiff_cli.core.encoders.networks import build_encoder
 from metadiff_cli.core.evaluation.evaluate import Protocol, evaluate, mean_interval, run_through
 from metadiff_cli.core.training.transforms import Augmentation
 from metadiff_cli.data.cache import channel_statistics
-from metadiff_cli.errors import ConfigError
 
 METRICS = ("methods", "split", "way", "shot", "query", "episodes", "seed")  # of the table, in the header
 
@@ -62,10 +61,6 @@ def _on_features(t: Training, name: str) -> tuple[Baseline, Bank, Bank | None]:
 
 def _on_images(t: Training, name: str) -> tuple[Baseline, Bank, Bank | None]:
     """An untrained baseline over images, with base and validation classes; its encoder starts at random."""
-    if t.start.encoder or t.start.init:
-        raise ConfigError(
-            f"{name} trains an encoder of its own", hint="leave --encoder FILE and --init-from out, or give a name"
-        )
     config, size = t.config, t.config.data.size
     mean, std = channel_statistics(t.source.split("train").images)
     shape = (size, tuple(mean), tuple(std))

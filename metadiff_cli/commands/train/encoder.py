@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from metadiff_cli.core.device import CPU
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.library import architecture, pretrained_encoder, with_statistics
 from metadiff_cli.core.encoders.networks import Encoder, build_encoder
-from metadiff_cli.core.evaluation.evaluate import quick_accuracy
+from metadiff_cli.core.evaluation.evaluate import QUICK_WAY, quick_accuracy
 from metadiff_cli.core.training.pretrain import PretrainEpoch, Pretrainer, PretrainStep
 from metadiff_cli.data.cache import DecodedSplit, channel_statistics
 from metadiff_cli.errors import ConfigError
@@ -55,19 +56,34 @@ def check_encoder(config: Config, method: str, file: Path | None, weights: Path 
         )
 
 
-def library_encoder(config: Config, weights: Path | None, run: Run, screen: Screen) -> Path | None:
-    """Make the run's encoder file of a library's encoder; None when the configuration names one of ours.
+def image_size(config: Config, file: Path | None) -> int:
+    """The size in pixels of the images that the first stage reads, with the encoder of `file` if there is one."""
+    if file is not None:
+        return load_encoder(file, CPU, mirror=False, size=config.features.size).size
+    if is_pretrained(config.encoder):
+        return config.features.size or architecture(config.encoder).size
+    return config.data.size
 
-    A resumed run takes the file that it has.
-    """
-    if not is_pretrained(config.encoder):
-        return None
-    path = run.folder / ENCODER
-    if path.is_file():
+
+@dataclass(frozen=True)
+class LibraryEncoder:
+    """An encoder of a library, and the facts about its weights for the header."""
+
+    images: ImageEncoder
+    weights: dict[str, str | None]
+
+    def save(self, run: Run) -> Path:
+        """Write the run's encoder file."""
+        path = run.folder / ENCODER
+        save_encoder(path, self.images, {"weights": self.weights})
         return path
+
+
+def library_encoder(config: Config, weights: Path | None, screen: Screen) -> LibraryEncoder:
+    """The library's encoder that the configuration names, with `weights` from a file or else the library's own."""
     if weights is None:
         screen.note(f"weights of {config.encoder}: from the library's cache, or downloaded")
-    f, shown = config.features, screen.err.is_terminal and not screen.quiet
+    f, shown = config.features, screen.moves and not screen.quiet
     encoder = pretrained_encoder(config.encoder, f.size, weights, progress=shown)
     images, source = with_statistics(encoder, CPU, mirror=f.mirror, shift=f.shift), encoder.source
     facts = {"source": "a local file" if weights else source.source, "licence": source.licence}
@@ -75,8 +91,7 @@ def library_encoder(config: Config, weights: Path | None, run: Run, screen: Scre
     if weights:
         screen.note(f"the weights come from {weights}; architecture, image size and normalisation follow the name")
     screen.detail(f"weights: {facts['source']}, licence {facts['licence']}")
-    save_encoder(path, images, {"weights": facts})
-    return path
+    return LibraryEncoder(images, facts)
 
 
 def find_encoder(t: Training) -> ImageEncoder:
@@ -169,8 +184,13 @@ def _weights(init: Path, name: str) -> dict[str, torch.Tensor]:
     return weights
 
 
+def validation_way(t: Training) -> int:
+    """The ways of the measurement after each epoch."""
+    return min(QUICK_WAY, len(t.source.split("val").classes)) if t.source.has("val") else QUICK_WAY
+
+
 def _validation(t: Training, image: dict[str, Any]) -> Callable[[Encoder], float | None]:
-    """The measurement after each epoch: prototype, 5-way 1-shot, on part of the validation images."""
+    """The measurement after each epoch: prototype, 1-shot, on part of the validation images."""
     if not t.source.has("val"):
         return lambda encoder: None
     val, config = t.source.split("val"), t.config
@@ -196,7 +216,9 @@ def _show(
         text = f"epoch {record.epoch} loss {record.loss:.3f} train {record.accuracy:.1f} %"
         update(done, trainer.steps, text)
         return False
-    measured = "" if record.validation is None else f"  5-way 1-shot on validation classes {record.validation:.1f} %"
+    measured = ""
+    if record.validation is not None:
+        measured = f"  {validation_way(t)}-way 1-shot on validation classes {record.validation:.1f} %"
     t.screen.note(
         f"epoch {record.epoch}/{record.epochs} ({record.size} px)  loss {record.loss:.3f}"
         f"  train {record.accuracy:.1f} %{measured}{'  best' if record.best and measured else ''}"

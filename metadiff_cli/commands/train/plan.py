@@ -4,10 +4,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from metadiff_cli.commands.settings import start
 from metadiff_cli.commands.train.encoder import encoder_key, kept_encoder
+from metadiff_cli.commands.train.episodes import fitted, too_small
 from metadiff_cli.commands.train.stages import CONFIRMING
 from metadiff_cli.config.schema import Config, is_pretrained
 from metadiff_cli.console import Screen
@@ -55,7 +57,7 @@ def show_plan(
     command: str, config: Config, data: Path | None, screen: Screen, *, as_json: bool, encoder: Path | None = None
 ) -> None:
     """Find the data and print the plan of `command` (pretrain or metatrain); `encoder` is the file of --encoder."""
-    document = make_plan(command, config, data, encoder)
+    document = make_plan(command, config, data, encoder, screen)
     if as_json:
         screen.json(document)
         return
@@ -74,11 +76,12 @@ def show_plan(
     screen.text("nothing was written; times are rough estimates for two CPU cores, and a GPU is far faster")
 
 
-def make_plan(command: str, config: Config, data: Path | None, encoder: Path | None) -> dict[str, Any]:
-    """The document of `--dry-run --json`."""
+def make_plan(command: str, config: Config, data: Path | None, encoder: Path | None, screen: Screen) -> dict[str, Any]:
+    """The document of `--dry-run --json`. Raises DataError where the run itself would."""
     device = start(config)
     source = open_source(config, data, Screen(quiet=True))
     require_split(source.dataset, "train")
+    config = _fitted(config, source, encoder, command, screen)
     planned = _planned(config, encoder)
     kept = encoder or _kept_encoder(source)
     size = planned.network.feature_size(planned.size)
@@ -104,6 +107,20 @@ def make_plan(command: str, config: Config, data: Path | None, encoder: Path | N
     document["stages"] = [{**asdict(stage), "seconds": round(stage.seconds, 1)} for stage in stages]
     document["seconds"] = round(sum(stage.seconds for stage in stages), 1)
     return document
+
+
+def _fitted(config: Config, source: Source, encoder: Path | None, command: str, screen: Screen) -> Config:
+    """The configuration as the run would fit it to the data, by the files that were found."""
+    splits = {
+        name: dict(zip(split.classes, np.bincount(split.labels, minlength=len(split.classes)).tolist(), strict=True))
+        for name, split in source.dataset.splits.items()
+    }
+    left_out = too_small(splits, screen.warn)
+    trains = command == "pretrain" or (encoder is None and not is_pretrained(config.encoder))
+    stages = [*(["pretrain"] if trains else []), *(["metadiff"] if command == "metatrain" else [])]
+    return fitted(
+        config, {name: counts for name, counts in splits.items() if name not in left_out}, stages, screen.warn
+    )
 
 
 def _planned(config: Config, file: Path | None) -> PlannedEncoder:

@@ -11,16 +11,25 @@ from metadiff_cli.commands.evaluate.report import write_evaluation_report
 from metadiff_cli.commands.evaluate.table import show_result
 from metadiff_cli.commands.pages.page import check_page
 from metadiff_cli.commands.train.baselines import train_baseline
-from metadiff_cli.commands.train.encoder import check_encoder, library_encoder, require_trainable, train_encoder
+from metadiff_cli.commands.train.encoder import (
+    check_encoder,
+    image_size,
+    library_encoder,
+    require_trainable,
+    train_encoder,
+    validation_way,
+)
 from metadiff_cli.commands.train.plan import show_plan
 from metadiff_cli.commands.train.request import Request
-from metadiff_cli.commands.train.run_folder import CHECKPOINT, ENCODER, Run, open_run
+from metadiff_cli.commands.train.run_folder import CHECKPOINT, ENCODER, RESULT, Run, open_run
 from metadiff_cli.commands.train.stages import train_metadiff, verdict
 from metadiff_cli.commands.train.training import Start, Training, begin
 from metadiff_cli.config.load import encoder_file, resolve
-from metadiff_cli.config.schema import Config
+from metadiff_cli.config.schema import Config, is_pretrained
 from metadiff_cli.console import Screen
-from metadiff_cli.core.checkpoints.file import read_header
+from metadiff_cli.core.baselines.learners import ON_IMAGES
+from metadiff_cli.core.checkpoints.model import load_encoder
+from metadiff_cli.core.device import CPU
 from metadiff_cli.core.training.distributed import Group, joined
 from metadiff_cli.data.open import find_data
 from metadiff_cli.errors import ConfigError
@@ -35,14 +44,18 @@ def run_pretrain(request: Request) -> None:
         if request.dry_run:
             show_plan("pretrain", config, request.data, screen, as_json=request.as_json)
             return
-        find_data(config, request.data)  # before anything is written
+        data = find_data(config, request.data)
         if request.init_from is not None:
-            read_header(request.init_from)
-        with _open_run("pretrain", config, request, group) as run:
+            load_encoder(request.init_from, CPU, mirror=False)
+        stages = ("data", "pretrain")
+        with _open_run(stages, "pretrain", config, request, data, group) as run:
             t = begin(config, request.data, run, screen, Start(init=request.init_from))
+            t = t.fitted_to_data(stages, config.data.size)  # so all inputs can be opened
+            _note(group.on_rank_zero(lambda: run.begin(config)), run, screen)
             trainer, _ = train_encoder(t)
+            way = validation_way(t)
             run.save_manifest(data=t.source.dataset.root, classes=len(t.source.split("train").classes))
-        _show_encoder(run.folder / ENCODER, trainer.epoch, trainer.best_value, screen, as_json=request.as_json)
+        _show_encoder(run.folder / ENCODER, trainer.epoch, trainer.best_value, way, screen, as_json=request.as_json)
 
 
 def run_metatrain(request: Request) -> None:
@@ -62,31 +75,72 @@ def run_metatrain(request: Request) -> None:
             return
         if request.report is not None:
             check_page(request.report)
-        find_data(config, request.data)  # before anything is written
-        start = Start.of(file, request.init_from, request.method)
-        with _open_run("metatrain", config, request, group) as run:
+        data = find_data(config, request.data)
+        start = Start.of(file, request.init_from, request.method, config.denoiser.kind)
+        stages = _stages(config, request.method, start)
+        with _open_run(stages, "metatrain", config, request, data, group) as run:
             t = begin(config, request.data, run, screen, start)
-            library = group.on_rank_zero(lambda: library_encoder(config, request.encoder_weights, run, screen))
+            t = t.fitted_to_data(stages, image_size(config, start.encoder))  # so all inputs can be opened
+            left, library = group.on_rank_zero(lambda: _begin_run(config, request, run, start, screen))
+            _note(left, run, screen)
             result = train_and_measure(t.with_encoder(start.encoder or library), request)
-            run.save_json("result.json", result)
+            run.save_json(RESULT, result)
             weights = str(request.encoder_weights or file or "") or None
             run.save_manifest(data=t.source.dataset.root, encoder=weights)
         _show(result, request, run, screen)
 
 
-def _open_run(command: str, config: Config, request: Request, group: Group) -> AbstractContextManager[Run]:
+def _open_run(
+    stages: tuple[str, ...], command: str, config: Config, request: Request, data: Path, group: Group
+) -> AbstractContextManager[Run]:
     name = f"{config.name}-encoder" if command == "pretrain" else config.name
     place = request.out or Path("runs") / name
-    return open_run(place, command, config, overwrite=request.overwrite, resume=request.resume, group=group)
+    inputs = [data, request.config, encoder_file(request.encoder), request.encoder_weights, request.init_from]
+    return open_run(
+        place, command, config, overwrite=request.overwrite, resume=request.resume,
+        inputs=[path for path in inputs if path is not None], stages=stages, group=group,
+    )  # fmt: skip
 
 
-def _show_encoder(path: Path, epochs: int, validation: float | None, screen: Screen, *, as_json: bool) -> None:
+def _stages(config: Config, method: str, start: Start) -> tuple[str, ...]:
+    """The stages of a `metatrain`, by the names of DEPENDS."""
+    if method in ON_IMAGES:
+        return ("data", method)
+    if start.encoder is not None:
+        return ("data", "features", method)
+    return ("data", "library" if is_pretrained(config.encoder) else "pretrain", "features", method)
+
+
+def _begin_run(
+    config: Config, request: Request, run: Run, start: Start, screen: Screen
+) -> tuple[list[str], Path | None]:
+    """Begin the run, with a library's encoder in it if one is asked for; what stays of other files, and its path.
+
+    A resumed run takes the encoder file that it has.
+    """
+    path = run.folder / ENCODER
+    if start.encoder is not None or not is_pretrained(config.encoder):
+        return run.begin(config), None
+    if path.is_file() and not run.overwrite:
+        return run.begin(config), path
+    library = library_encoder(config, request.encoder_weights, screen)
+    return run.begin(config), library.save(run)
+
+
+def _note(left: list[str], run: Run, screen: Screen) -> None:
+    if left:
+        screen.note(f"other files stay in {run.folder}: {', '.join(left)}")
+
+
+def _show_encoder(
+    path: Path, epochs: int, validation: float | None, way: int, screen: Screen, *, as_json: bool
+) -> None:
     if as_json:
         document = {"schema": "metadiff.pretrain/1", "encoder": str(path), "epochs": epochs, "validation": validation}
         screen.json(document)
     else:
         shown = "not measured" if validation is None else f"{validation:.1f} %"
-        screen.text(f"encoder: {path}  (prototype, 5-way 1-shot, validation classes: {shown})")
+        screen.text(f"encoder: {path}  (prototype, {way}-way 1-shot, validation classes: {shown})")
 
 
 def _show(result: dict[str, Any], request: Request, run: Run, screen: Screen) -> None:

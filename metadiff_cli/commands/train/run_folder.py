@@ -4,12 +4,12 @@ import csv
 import io
 import json
 import platform
-import shutil
+import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from metadiff_cli import __version__
 from metadiff_cli.config.load import check, flat, read_yaml, to_yaml
 from metadiff_cli.config.schema import Config
+from metadiff_cli.core.baselines.learners import ON_FEATURES, ON_IMAGES
 from metadiff_cli.core.training.distributed import SINGLE, Group, is_lost, process_lost
 from metadiff_cli.errors import ConfigError, MetaDiffError, Stopped
 from metadiff_cli.files import LEFTOVER, sweep, write_text
@@ -26,7 +27,23 @@ from metadiff_cli.files import LEFTOVER, sweep, write_text
 CONFIG, LOCK = "config.yaml", ".lock"
 ENCODER, CHECKPOINT = "encoder.safetensors", "checkpoint.safetensors"
 ENCODER_STATE, STATE = "encoder-state.safetensors", "state.safetensors"  # of unfinished trainings
+MANIFEST, RESULT = "manifest.json", "result.json"
+METRICS, EARLIER_METRICS = "metrics.csv", "pretrain-metrics.csv"
+OURS = (CONFIG, MANIFEST, RESULT, METRICS, EARLIER_METRICS, ENCODER, CHECKPOINT, ENCODER_STATE, STATE)
+HEAD = "# settings of a metadiff run; --config reads them back\n"  # of config.yaml
+UNNAMED = re.compile(r"\.tmp\w{6}")  # files that safetensors had begun
 NONE = "none"
+
+EPISODES = ("evaluation.way", "evaluation.shot", "evaluation.query")  # of the validations that select
+DEPENDS = {  # stage -> settings, or sections of them, that its result depends on
+    "data": ("data.layout", "data.size", "data.glyphs", "seed"),
+    "pretrain": ("encoder", "seed", "data.size", "pretrain"),
+    "library": ("encoder",),
+    "features": ("features",),
+    "metadiff": ("seed", "denoiser", "metatrain", *EPISODES),
+    **dict.fromkeys(ON_FEATURES, ("seed", "baselines.frozen", *EPISODES)),
+    **dict.fromkeys(ON_IMAGES, ("encoder", "seed", "data.size", "baselines.images", "pretrain.augment", *EPISODES)),
+}
 
 
 @dataclass
@@ -40,14 +57,28 @@ class Run:
     folder: Path
     command: str
     started: float
+    overwrite: bool = False
     group: Group = SINGLE
 
-    def save_config(self, config: Config) -> None:
-        """Write config.yaml, which `--config` reads back: everything that the results depend on."""
-        self._write(CONFIG, to_yaml(config))
+    def begin(self, config: Config) -> list[str]:
+        """Write config.yaml, which --config reads back; with `overwrite`, remove the files of the earlier run first.
+
+        For rank 0, once all inputs could be opened. Returns the names of other files, which stay.
+        """
+        ours = is_run(self.folder)
+        for name in OURS:
+            sweep(self.folder, name)
+            if self.overwrite and ours:
+                (self.folder / name).unlink(missing_ok=True)
+        left = sorted(path.name for path in self.folder.iterdir())
+        for name in left if ours else ():
+            if UNNAMED.fullmatch(name):
+                (self.folder / name).unlink(missing_ok=True)
+        self._write(CONFIG, _config_text(config))
+        return [name for name in left if name not in (*OURS, LOCK) and not UNNAMED.fullmatch(name)]
 
     def save_metrics(self, rows: list[dict[str, Any]], stage: str) -> None:
-        """Write all rows so far to metrics.csv, or to <stage>-metrics.csv for another stage than the run's own."""
+        """Write all rows so far to metrics.csv, or to pretrain-metrics.csv when `stage` is not the run's own."""
         names = list(dict.fromkeys(name for row in rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
@@ -64,7 +95,7 @@ class Run:
             return list(csv.DictReader(file))
 
     def _metrics(self, stage: str) -> Path:
-        return self.folder / ("metrics.csv" if stage == self.command else f"{stage}-metrics.csv")
+        return self.folder / (METRICS if stage == self.command else EARLIER_METRICS)
 
     def save_manifest(self, **facts: Any) -> None:
         """Write manifest.json: `facts`, times, paths, host and versions."""
@@ -80,7 +111,7 @@ class Run:
             "processes": self.group.world_size,
             **facts,
         }
-        self.save_json("manifest.json", manifest)
+        self.save_json(MANIFEST, manifest)
 
     def save_json(self, name: str, document: dict[str, Any]) -> None:
         """Write a JSON document into the run directory."""
@@ -93,23 +124,40 @@ class Run:
 
 @contextmanager
 def open_run(
-    out: Path, command: str, config: Config, *, overwrite: bool, resume: bool, group: Group = SINGLE
+    out: Path,
+    command: str,
+    config: Config,
+    *,
+    overwrite: bool,
+    resume: bool,
+    inputs: Sequence[Path] = (),
+    stages: Sequence[str] = (),
+    group: Group = SINGLE,
 ) -> Iterator[Run]:
-    """Make or take the run directory `out`, lock it against other runs, and write the configuration into it.
+    """Make or take the run directory `out` and lock it against other runs; `Run.begin` writes the first file.
 
-    Raises ConfigError when it has contents and neither flag is given, or when it was begun with other settings. Inside,
-    an interruption or an error of the system is raised again with the way to go on.
+    Raises ConfigError when it has contents and neither flag is given, when --overwrite would touch one of `inputs`, and
+    when --resume finds that it was begun with other settings of its `stages` (see DEPENDS). Inside, an interruption or
+    an error of the system is raised again with the way to go on.
     """
     if overwrite and resume:
         raise ConfigError("--overwrite and --resume exclude each other", hint="give one of them")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file, not a folder", hint="give another --out")
     with ExitStack() as held:
-        group.on_rank_zero(lambda: _take(held, out, config, overwrite=overwrite, resume=resume))
-        run = Run(out, command, time.time(), group)
+
+        def take() -> None:
+            _check_contents(out, config, overwrite=overwrite, resume=resume)
+            if overwrite:
+                _check_overwriting(out, inputs)
+            held.enter_context(_locked(out))
+            if not overwrite and is_run(out):
+                before = check(read_yaml(out / CONFIG))
+                refuse_changes(depends(before, *stages), depends(config, *stages), out)
+
+        group.on_rank_zero(take)
         try:
-            run.save_config(config)
-            yield run
+            yield Run(out, command, time.time(), overwrite, group)
         except KeyboardInterrupt:
             raise Stopped(signal.SIGINT, resumable=True) from None
         except Stopped as stopped:
@@ -124,18 +172,6 @@ def open_run(
             if group.world_size > 1 and is_lost(error):
                 raise process_lost(group, error, resumable=True) from error
             raise
-
-
-def _take(held: ExitStack, out: Path, config: Config, *, overwrite: bool, resume: bool) -> None:
-    """Check and lock the run directory, and empty it or compare its settings."""
-    _check_contents(out, config, overwrite=overwrite, resume=resume)
-    held.enter_context(_locked(out))
-    sweep(out)
-    if overwrite:
-        _clear(out)
-    elif (out / CONFIG).is_file():
-        before = depends(check(read_yaml(out / CONFIG)))
-        refuse_changes(before, depends(config), out)
 
 
 @contextmanager
@@ -157,29 +193,56 @@ def _locked(out: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_run(folder: Path) -> bool:
+    """Whether the folder has a config.yaml that a run wrote: anybody may have a file of that name."""
+    try:
+        with (folder / CONFIG).open("rb") as file:
+            return file.read(len(HEAD)) == HEAD.encode()
+    except OSError:
+        return False
+
+
 def _check_contents(out: Path, config: Config, *, overwrite: bool, resume: bool) -> None:
-    """Raise ConfigError for a folder with contents, unless a flag is given and it looks like a run directory.
+    """Raise ConfigError for a folder with contents, unless a flag is given and it is a run directory.
 
     A run that failed before it made anything leaves its configuration alone: the same run may be tried again.
     """
     inside = [path for path in out.iterdir() if not LEFTOVER.fullmatch(path.name)] if out.is_dir() else []
     contents = {path.name for path in inside} - {LOCK}
-    if not contents or (contents == {CONFIG} and (out / CONFIG).read_bytes() == to_yaml(config).encode()):
+    if not contents or (contents == {CONFIG} and (out / CONFIG).read_bytes() == _config_text(config).encode()):
         return
     if not (overwrite or resume):
         raise ConfigError(
             f"run directory {out} is not empty", hint="add --resume or --overwrite, or give another --out"
         )
-    if not (out / CONFIG).is_file():
-        raise ConfigError(f"{out} does not look like a run directory", hint="empty it yourself or give another --out")
+    if not is_run(out):
+        raise ConfigError(
+            f"{out} is no run directory: it has no {CONFIG} that metadiff wrote", hint="give another --out"
+        )
 
 
-def depends(config: Config, **further: str | None) -> dict[str, Any]:
-    """All that the result of a training depends on: settings, and `further` identities of data and files."""
-    return {
-        **flat(config.model_dump(mode="json", exclude={"runtime"})),
-        **{key: value or NONE for key, value in further.items()},
-    }
+def _check_overwriting(out: Path, inputs: Sequence[Path]) -> None:
+    """Raise ConfigError when `out` is or holds an input, the working folder, the home folder or a repository.
+
+    Only files of a run are removed, see `OURS`; a slip of the keyboard should not get that far.
+    """
+    places = [(str(path), path) for path in inputs]
+    places += [("the working folder", Path.cwd()), ("a repository", out / ".git")]
+    with suppress(RuntimeError):  # no home
+        places.append(("your home folder", Path.home()))
+    whole = out.resolve()
+    for name, place in places:
+        found = place.resolve()
+        if place.exists() and (found == whole or whole in found.parents):
+            raise ConfigError(f"--overwrite would reach {name}, which {out} is or holds", hint="give another --out")
+
+
+def depends(config: Config, *stages: str, **further: str | None) -> dict[str, Any]:
+    """What the results of training `stages` depend on: their settings, and `further` identities of data and files."""
+    settings = flat(config.model_dump(mode="json"))
+    prefixes = tuple(dict.fromkeys(prefix for stage in stages for prefix in DEPENDS[stage]))
+    own = {key: value for key, value in settings.items() if any(f"{key}.".startswith(f"{p}.") for p in prefixes)}
+    return {**own, **{key: value or NONE for key, value in further.items()}}
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
@@ -194,10 +257,8 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], where: Pat
         )
 
 
-def _clear(folder: Path) -> None:
-    for child in folder.iterdir():
-        if child.name != LOCK:
-            shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+def _config_text(config: Config) -> str:
+    return HEAD + to_yaml(config)
 
 
 def _versions() -> dict[str, str]:

@@ -95,7 +95,7 @@ def train_denoiser(
     trainer = MetaTrainer(
         base, metadiff.space, t.config.denoiser, m, seed=t.config.seed, device=t.device, means=means, group=t.group
     )
-    t.start.begin(trainer, kind)
+    t.start.begin(trainer)
     selection = Protocol(e.way, e.shot, e.query, m.validation_episodes, t.config.seed + 1)
 
     def gain_of(denoiser: nn.Module, protocol: Protocol) -> tuple[float, float] | None:

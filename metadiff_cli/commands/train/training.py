@@ -1,18 +1,21 @@
 """What the stages of one run share: settings, data, run directory, screen, device, and the files to start from."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from metadiff_cli.commands.evaluate.methods import feature_bank
 from metadiff_cli.commands.settings import start as start_device
+from metadiff_cli.commands.train.episodes import fitted, too_small
 from metadiff_cli.commands.train.run_folder import Run, depends
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
+from metadiff_cli.core.baselines.learners import ON_IMAGES
 from metadiff_cli.core.checkpoints.file import read_header
 from metadiff_cli.core.checkpoints.model import load_model
 from metadiff_cli.core.device import CPU
@@ -38,9 +41,18 @@ class Start:
     checkpoint: bool = False
 
     @classmethod
-    def of(cls, encoder: Path | None, init: Path | None, method: str) -> "Start":
-        """From --encoder FILE and --init-from. Raises ConfigError when nothing would start from `init`."""
-        checkpoint = init is not None and read_header(init)["kind"] == "model"
+    def of(cls, encoder: Path | None, init: Path | None, method: str, denoiser: str) -> "Start":
+        """From --encoder FILE and --init-from, for a `method` and the kind of `denoiser` that is configured.
+
+        Raises ConfigError when the training could not start from these files, CheckpointError when they are damaged.
+        """
+        if method in ON_IMAGES and (encoder or init):
+            raise ConfigError(
+                f"{method} trains an encoder of its own",
+                hint="leave out --encoder FILE and --init-from, or give a name",
+            )
+        header = None if init is None else read_header(init)
+        checkpoint = header is not None and header["kind"] == "model"
         if checkpoint and method != "metadiff":
             raise ConfigError(f"--method {method} cannot start from {init}", hint="leave out --init-from")
         if init is not None and not checkpoint and encoder is not None:
@@ -48,29 +60,29 @@ class Start:
                 f"--init-from {init} has no effect here: --encoder already supplies a trained encoder",
                 hint="leave out --encoder or --init-from",
             )
+        if header is not None and checkpoint:
+            _check_denoiser(header["denoiser"]["kind"], denoiser, init)
         return cls(encoder or (init if checkpoint else None), init, checkpoint)
 
-    def begin(self, trainer: MetaTrainer, kind: str) -> None:
-        """Let the training of a denoiser of `kind` begin with that of the checkpoint `init`, if it is one.
+    def begin(self, trainer: MetaTrainer) -> None:
+        """Let the training of a denoiser begin with that of the checkpoint `init`, if it is one.
 
-        Raises ConfigError when the checkpoint holds none that this training could go on with.
+        Raises ConfigError when that denoiser is of another size.
         """
         if self.init is None or not self.checkpoint:
             return
-        model = load_model(self.init, CPU)
-        found = model.header["denoiser"]["kind"]
-        if found == "analytic":
-            raise ConfigError(
-                f"{self.init} holds no trained denoiser", hint=f"give --encoder {self.init} to start from its encoder"
-            )
         try:
-            if found != kind:
-                raise ValueError(f"a denoiser of kind {found}")
-            trainer.start_from(model.metadiff.denoiser)
+            trainer.start_from(load_model(self.init, CPU).metadiff.denoiser)
         except ValueError as error:
-            raise ConfigError(
-                f"{self.init} holds {error}", hint="give its --set denoiser.kind and denoiser.width"
-            ) from error
+            raise ConfigError(f"{self.init} holds {error}", hint="give its --set denoiser.width") from error
+
+
+def _check_denoiser(found: str, wanted: str, path: Path | None) -> None:
+    """Raise ConfigError when a checkpoint's denoiser of kind `found` is none that a `wanted` one could start from."""
+    if found == "analytic":
+        raise ConfigError(f"{path} holds no trained denoiser", hint=f"give --encoder {path} to start from its encoder")
+    if found != wanted:
+        raise ConfigError(f"{path} holds a denoiser of kind {found}", hint=f"add --set denoiser.kind={found}")
 
 
 @dataclass(frozen=True)
@@ -93,17 +105,36 @@ class Training:
         """The same with `file` as the encoder that the run starts from."""
         return replace(self, start=replace(self.start, encoder=file))
 
+    def fitted_to_data(self, stages: Sequence[str], size: int) -> "Training":
+        """The same with episodes that the images can fill. They are read here; the first stage needs them at `size`.
+
+        Raises DataError when they cannot fill any; see `episodes.fitted`.
+        """
+        method, sizes = stages[-1], {"train": size, "val": size}
+        if method != "pretrain":
+            sizes["test"] = size if method in ON_IMAGES else self.config.features.size or size
+        there = [name for name in sizes if name == "train" or self.source.has(name)]
+        splits = {name: _counts(self.source.split(name, sizes[name])) for name in there}
+        left_out = too_small(splits, self.screen.warn)
+        kept = {name: split for name, split in self.source.dataset.splits.items() if name not in left_out}
+        source = replace(self.source, dataset=replace(self.source.dataset, splits=kept))
+        used = {name: counts for name, counts in splits.items() if name in kept}
+        config = fitted(self.config, used, stages, self.screen.warn)
+        return replace(self, source=source, config=config)
+
     def features(self, images: ImageEncoder, split: str) -> FeatureBank:
         """The features of a split, from the cache when they are there."""
         return feature_bank(images, self.source, split, self.config, self.screen, self.group)
 
     def identity(self, method: str, frozen: ImageEncoder | None = None) -> dict[str, Any]:
         """All that the result of a training depends on; `frozen` is its encoder where it does not train that."""
+        size = frozen.size if frozen else None
         return depends(
             self.config,
+            method,
             method=method,
-            train=self.source.split("train").key,
-            val=self.source.split("val").key if self.source.has("val") else None,
+            train=self.source.split("train", size).key,
+            val=self.source.split("val", size).key if self.source.has("val") else None,
             frozen=frozen.key[:12] if frozen else None,
             init=file_digest(self.start.init),
         )
@@ -119,6 +150,11 @@ def begin(config: Config, data: Path | None, run: Run, screen: Screen, start: St
         return decoded
 
     return Training(config, open_source(config, data, screen, in_turn), run, screen, start, device)
+
+
+def _counts(split: DecodedSplit) -> dict[str, int]:
+    counts = np.bincount(split.labels, minlength=len(split.classes))
+    return dict(zip(split.classes, counts.tolist(), strict=True))
 
 
 def file_digest(path: Path | None) -> str | None:

@@ -230,16 +230,17 @@ def ridge_regression(z: Tensor, penalty: float = 1.0) -> tuple[Tensor, Tensor]:
 def _support(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Centred images (B, M, D), their mean (B, 1, D) and one-hot labels (B, M, N), in float64, M = N K."""
     tasks, ways, shots, size = z.shape
-    x = z.reshape(tasks, ways * shots, size).double()
+    home = z.cpu() if z.device.type == "mps" else z  # Apple's GPUs have no float64
+    x = home.reshape(tasks, ways * shots, size).double()
     mean = x.mean(dim=1, keepdim=True)
-    labels = torch.arange(ways, device=z.device).repeat_interleave(shots)
+    labels = torch.arange(ways, device=home.device).repeat_interleave(shots)
     return x - mean, mean, F.one_hot(labels, ways).to(x).expand(tasks, -1, -1)
 
 
 def _moved(weights: Tensor, intercepts: Tensor, mean: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """The classifier of centred images as one of the images themselves, in their type."""
     intercepts = intercepts.reshape(weights.shape[:2]) - (weights @ mean.mT).squeeze(-1)
-    return weights.to(like), intercepts.to(like)
+    return weights.to(like.dtype).to(like.device), intercepts.to(like.dtype).to(like.device)
 
 
 def soft_kmeans(support: Tensor, query: Tensor, scale: float, steps: int = 1) -> Tensor:

@@ -27,6 +27,8 @@ PART = 4096  # images that are expanded at once
 IN_MEMORY = 2 << 30  # bytes of expanded features that may be kept
 BATCHES = 16  # or more, where there are as many episodes: progress is reported after each
 
+QUICK_WAY = 5  # of the measurement of an encoder between epochs
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -56,7 +58,7 @@ class Scores:
         """Take in probabilities (B, M, N) and labels (B, M)."""
         confidence, predicted = probabilities.max(dim=-1)
         correct = predicted == labels
-        self.accuracy.append(correct.double().mean(dim=1).cpu())
+        self.accuracy.append(correct.cpu().double().mean(dim=1))  # not every device has float64
         self.confidence.append(confidence.flatten().cpu())
         self.correct.append(correct.flatten().cpu())
 
@@ -168,20 +170,22 @@ def quick_accuracy(
     per_class: int = 100,
     episodes: int = 600,
 ) -> float | None:
-    """5-way 1-shot accuracy in percent of the cosine class mean, on at most `per_class` images of each class.
+    """1-shot accuracy in percent of the cosine class mean, on at most `per_class` images per class.
 
-    For the progress of pretraining. None when there are too few classes or images.
+    For the progress of pretraining: QUICK_WAY ways, or all classes if there are fewer. None when there are too few
+    classes or images.
     """
-    classes = np.unique(labels)
+    classes, counts = np.unique(labels, return_counts=True)
+    classes = classes[counts > 1]  # one image is no support and query
+    if len(classes) < 2:
+        return None
     rows = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in classes])
     bank = FeatureBank(np.empty(0), np.searchsorted(classes, labels[rows]), tuple(str(c) for c in classes))
     indices = bank.class_indices()
     query = min(15, min(len(i) for i in indices) - 1)
-    if len(classes) < 5 or query < 1:
-        return None
     z = torch.cat([part.float() for part in extract(Encoding(encoder, batch), images[rows])])
     hits = []
-    for part in episode_batches(indices, 5, 1, query, count=episodes, batch=100, seed=seed):
+    for part in episode_batches(indices, min(QUICK_WAY, len(classes)), 1, query, count=episodes, batch=100, seed=seed):
         support, queries = z[part.support].squeeze(2), z[part.query]
         predicted = cosine_logits(queries, F.normalize(support, dim=-1)).argmax(dim=-1)
         hits.append((predicted == torch.from_numpy(part.labels).to(predicted.device)).float().mean(dim=1))

@@ -93,6 +93,7 @@ def _parts(
 
 def _scored(margins: Tensor, confidence: Tensor, known: int) -> OpenSet:
     """Of margins and confidences (B, M), the first `known` queries of each episode being of the task's classes."""
+    margins, confidence = margins.cpu(), confidence.cpu()  # not every device has float64
     rejected = 100 * (margins < 0).double()
     return OpenSet(
         auroc=100 * auroc(margins[:, :known], margins[:, known:]).cpu(),

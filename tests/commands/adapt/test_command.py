@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from metadiff_cli.__main__ import main
 from metadiff_cli.app import run
 from metadiff_cli.core.checkpoints.file import load_checkpoint, save_checkpoint
 from metadiff_cli.data import images
+from tests.processes import settings
 from tests.worlds import COLOURS, Result, paint
 
 CLI = Callable[..., Result]
@@ -432,3 +434,35 @@ def test_the_report_finds_pictures_that_were_moved(photos: Path, checkpoint: Pat
                  "--sort-into", out, "--move")  # fmt: skip
     assert result.code == 0 and len(list(out.rglob("*.png"))) == 4
     assert page.read_text(encoding="utf-8").count("data:image/") == 10 + 4
+
+
+@pytest.mark.parametrize(
+    ("streams", "query", "code", "out", "err"),
+    [
+        ("<&-", "-", 3, "", "standard input is closed"),
+        (">&-", "query", 1, "", "standard output is closed"),
+        ("2>&-", "query", 0, "path,label", ""),
+        (">/dev/full", "query", 1, "", "No space left on device"),
+    ],
+)
+def test_streams_that_are_closed_or_full(
+    photos: Path, checkpoint: Path, streams: str, query: str, code: int, out: str, err: str
+) -> None:
+    line = f'"$0" -m metadiff_cli adapt -S support -c "$1" -f csv -Q {query} {streams}'
+    done = subprocess.run(
+        ["bash", "-c", line, sys.executable, str(checkpoint)], cwd=photos, text=True, capture_output=True,
+        env={**os.environ, **settings()},
+    )  # fmt: skip
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout.startswith(out) and bool(done.stdout) == bool(out) and err in done.stderr
+
+
+def test_the_signature_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, metadiff_cli.commands.adapt.command\n"
+        "found = {'torch', 'numpy', 'PIL', 'pydantic', 'yaml', 'jinja2', 'platformdirs'} & set(sys.modules)\n"
+        "assert not found, found"
+    )
+    environ = {**os.environ, **settings()}
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, env=environ)
+    assert done.returncode == 0, done.stderr

@@ -40,6 +40,40 @@ def test_every_column_of_the_matrix_has_a_name(capsys: pytest.CaptureFixture[str
     assert shown.out == "" and "most frequent confusions: hen taken for goose 1\n" in shown.err
 
 
+@pytest.mark.parametrize("matrix", [True, False])
+def test_what_a_person_asked_for_is_shown_to_the_quiet_as_well(
+    capsys: pytest.CaptureFixture[str], matrix: bool
+) -> None:
+    score = Score(["hen", "owl"])
+    for pair in (("hen", "owl"), ("owl", "owl"), ("cat", "owl"), (None, "owl")):
+        score.add(outcome(*pair))
+    score.show(Screen(quiet=True), matrix=matrix)
+    shown = capsys.readouterr()
+    assert (
+        "accuracy 50.0 %" in shown.err and "of classes that the support lacks (cat): 1 image, 0 rejected" in shown.err
+    )
+    assert ("confusion matrix" in shown.out) == matrix and ("hen taken for owl 1" in shown.err) != matrix
+
+
+@pytest.mark.parametrize(
+    ("classes", "width", "whole"), [(11, 80, True), (14, 80, False), (20, 160, True), (21, 999, False)]
+)
+def test_a_matrix_that_does_not_fit_is_a_list_of_confusions(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, classes: int, width: int, whole: bool
+) -> None:
+    monkeypatch.setattr("metadiff_cli.console.WIDE", width)
+    names = [f"a long name of class {i}" for i in range(classes)]
+    score = Score(names)
+    for i, name in enumerate(names):
+        for _ in range(12):
+            score.add(outcome(name, names[i - 1]))
+    score.show(Screen(), matrix=True)
+    shown = capsys.readouterr()
+    assert ("confusion matrix" in shown.out) == whole and ("most frequent confusions" in shown.out) != whole
+    assert shown.out.count("12") >= (classes if whole else 15)  # no number is cut
+    assert ("--json holds it" in shown.err) != whole
+
+
 def test_only_classes_that_the_support_lacks() -> None:
     score = Score(["a", "b"])
     score.add(outcome("c", "a"))

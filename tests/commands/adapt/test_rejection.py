@@ -64,6 +64,7 @@ def test_python_decides_the_same(cli: CLI, photos: Path, checkpoint: Path) -> No
 def test_a_checkpoint_without_a_threshold_names_the_next_step(cli: CLI, photos: Path, old: Path) -> None:
     result = cli("adapt", "-S", photos / "support", "-Q", photos / "query", "-c", old, "--reject", "auto", "--json")
     assert result.code == 4 and "no threshold" in result.err and "--reject-below" in result.err
+    assert "support:" not in result.err  # it is said before the images are read
 
 
 def test_only_auto_is_a_word(cli: CLI, photos: Path, checkpoint: Path) -> None:

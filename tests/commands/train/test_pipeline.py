@@ -11,10 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from metadiff_cli.app import app
-from metadiff_cli.commands.train.run_folder import open_run
-from metadiff_cli.config.load import resolve
 from metadiff_cli.core.checkpoints.file import read_header
-from metadiff_cli.errors import ConfigError, DataError
 from tests.worlds import SMALL, Result, invoke, paint
 
 CLI = Callable[..., Result]
@@ -162,23 +159,6 @@ def test_inspect(checkpoint: Path, cli: CLI) -> None:
     assert "1-shot metadiff: " in shown.out and "licence: " in shown.out and "glyphs: 12 base classes" in shown.out
     document: dict[str, Any] = json.loads(cli("inspect", checkpoint, "--json").out)
     assert document["schema"] == "metadiff.inspect/1" and document["kind"] == "model"
-
-
-def test_a_run_that_failed_at_once_is_tried_again_without_a_flag(tmp_path: Path) -> None:
-    out, config = tmp_path / "run", resolve("glyphs-5w1s", environ={})
-
-    def fail() -> None:
-        with open_run(out, "metatrain", config, overwrite=False, resume=False):
-            raise DataError("no weights")
-
-    for _ in range(2):
-        with pytest.raises(DataError, match="no weights"):
-            fail()
-    own = (out / "config.yaml").read_text() + "# of a person\n"
-    (out / "config.yaml").write_text(own)
-    with pytest.raises(ConfigError, match="is not empty"):
-        fail()
-    assert (out / "config.yaml").read_text() == own
 
 
 def test_a_full_run_directory_is_refused(small_run: Path, cli: CLI) -> None:

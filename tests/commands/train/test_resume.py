@@ -37,7 +37,9 @@ STATES = ("state.safetensors", "encoder-state.safetensors")  # with what a check
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of a `metatrain` that never stopped."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    result = invoke(*METATRAIN, "--out", out)
+    with pytest.MonkeyPatch.context() as patch:  # in another test's cache it would find the encoder
+        patch.setenv("METADIFF_CACHE_DIR", str(out.parent / "cache"))
+        result = invoke(*METATRAIN, "--out", out)
     assert result.code == 0, result.err
     return out
 
@@ -253,7 +255,46 @@ def test_changed_settings_are_refused_with_the_difference(whole: Path, cli: CLI)
     assert {path: path.read_bytes() for path in whole.iterdir() if path.is_file()} == before
 
 
-def test_the_machine_may_change(whole: Path, tmp_path: Path, cli: CLI) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["evaluation.episodes=30", "evaluation.card_shots=[2]"],
+        ["card.licence=mine", "card.limits=none", "summary=another", "name=other", "expect=much"],
+        ["sampler.steps=4", "sampler.guidance=2"],
+        ["baselines.frozen.rate=3", "baselines.images.steps=7"],
+    ],
+    ids=["table", "card", "sampler", "baselines"],
+)
+def test_settings_that_change_no_training_may_change(
+    settings: list[str], whole: Path, tmp_path: Path, cli: CLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, steps = tmp_path / "run", []
+    shutil.copytree(whole, run)
+    each_step(monkeypatch, lambda: steps.append(1))
+    given = [part for setting in settings for part in ("--set", setting)]
+    result = cli(*METATRAIN, "--encoder", whole / "encoder.safetensors", *given, "--out", run, "--resume")
+    assert result.code == 0, result.err
+    assert not steps and "going on after step 6 of 6" in result.err
+    header = read_header(run / "checkpoint.safetensors")
+    if "evaluation.episodes=30" in settings:
+        assert header["metrics"]["episodes"] == 30 and any("2-shot" in line for line in header["card"]["accuracy"])
+    if "card.licence=mine" in settings:
+        assert header["card"]["licence"] == "mine"
+    before, after = (load_checkpoint(path / "checkpoint.safetensors").tensors for path in (whole, run))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_settings_of_a_pretraining_count_for_that_alone(whole: Path, tmp_path: Path, cli: CLI) -> None:
+    assert cli(*PRETRAIN, "--out", tmp_path / "run").code == 0
+    other = ["--set", "metatrain.steps=9", "--set", "denoiser.width=8", "--set", "features.mirror=true"]
+    again = cli(*PRETRAIN, *other, "--out", tmp_path / "run", "--resume")
+    assert again.code == 0 and "going on after epoch 2 of 2" in again.err
+    refused = cli(*PRETRAIN, "--set", "pretrain.batch=8", "--out", tmp_path / "run", "--resume")
+    assert refused.code == 2 and "pretrain.batch: 16 -> 8" in refused.err
+
+
+def test_the_machine_may_change(whole: Path, tmp_path: Path, cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METADIFF_CACHE_DIR", str(whole.parent / "cache"))
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     threads = torch.get_num_threads()

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from metadiff_cli.core.method.adapt import MetaDiff, Sampling, TaskClassifier, Tuning, adapt_tasks, seeds_of
+from metadiff_cli.core.method.adapt import (
+    MetaDiff,
+    Sampling,
+    TaskClassifier,
+    Tuning,
+    adapt_tasks,
+    seeds_of,
+)
 from metadiff_cli.core.method.denoisers import AnalyticDenoiser, UNetDenoiser, randomise
 from metadiff_cli.core.method.guidance import PoolGuidance
 from metadiff_cli.core.method.metric import cosine_logits

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from metadiff_cli.config.load import resolve
 from metadiff_cli.config.schema import AugmentConfig, PretrainConfig
 from metadiff_cli.core.encoders.networks import Conv4, Encoder
-from metadiff_cli.core.training.pretrain import PretrainEpoch, Pretrainer, learning_rate, strength
+from metadiff_cli.core.training.pretrain import PretrainEpoch, Pretrainer, learning_rate, scaled, strength
 from metadiff_cli.core.training.transforms import Augmentation
 from metadiff_cli.errors import MetaDiffError
 from tests.worlds import CPU, restored
@@ -69,6 +70,23 @@ def test_pretraining_learns_and_keeps_the_best(settings: dict[str, object]) -> N
 def test_stages_are_shares_of_the_image_size() -> None:
     trainer = trainer_of(epochs=4, stages=[[0.25, 0.1], [0.25, 0.75], [0.5, 1]])
     assert [trainer.size_of(epoch) for epoch in range(4)] == [16, 24, 32, 32]  # no encoder sees less than 16 pixels
+
+
+SIZES = {  # of images in the stages of a preset's training, in pixels
+    "folder": [64, 84], "photos": [42, 60, 84], "mini-5w1s": [48, 64, 84], "tiered-5w5s": [48, 64, 84],
+    "mini-5w5s-resnet12": [56, 70, 84], "glyphs-5w1s": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", SIZES)
+def test_the_stages_of_presets_follow_the_image_size(preset: str) -> None:
+    config = resolve(preset, environ={})
+    scales = [scale for _, scale in config.pretrain.stages]
+    assert [scaled(config.data.size, scale) for scale in scales] == SIZES[preset]
+    half = resolve(preset, settings=["data.size=42"], environ={})
+    assert [scaled(half.data.size, scale) for scale, _ in zip(scales, SIZES[preset], strict=True)] == [
+        pytest.approx(size / 2, abs=1) for size in SIZES[preset]
+    ]
 
 
 def test_a_trainer_leaves_global_randomness_alone() -> None:

@@ -1,0 +1,163 @@
+"""Checks of `metadiff adapt` before it reads anything: of its options, and of the places that it writes to.
+
+An option that has no effect is an error, because whoever gives it expects one.
+"""
+
+import os
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from metadiff_cli.classify.classifier import default_steps, narrow_draws
+from metadiff_cli.commands.adapt.inputs import Queries
+from metadiff_cli.commands.adapt.options import Options
+from metadiff_cli.commands.adapt.output import WRITERS
+from metadiff_cli.commands.pages.page import check_page
+from metadiff_cli.commands.settings import check_new
+from metadiff_cli.config.load import flat, layers
+from metadiff_cli.config.schema import Config
+from metadiff_cli.console import Screen
+from metadiff_cli.core.checkpoints.file import read_header
+from metadiff_cli.core.method.adapt import Sampling
+from metadiff_cli.data.sort import Sorter
+from metadiff_cli.errors import CheckpointError, ConfigError, DataError, suggest
+
+NAMES = {
+    "seed": "--seed", "sampler.steps": "--steps", "sampler.samples": "--samples",
+    "sampler.temperature": "--temperature", "sampler.guidance": "--guidance",
+}  # fmt: skip
+
+
+def check_options(given: Options) -> None:
+    """Raise ConfigError for options that do not fit together, or that have no effect."""
+    if given.support is None and given.classifier is None:
+        raise ConfigError("give --support or --classifier", hint="--support DIR has one folder per class")
+    if given.reject not in (None, "auto"):
+        raise ConfigError(
+            f"--reject takes the word auto, not '{given.reject}'",
+            hint="give --reject auto, or a confidence: --reject-below 0.5",
+        )
+    if given.output not in WRITERS:
+        hint = f"{suggest(given.output, WRITERS)}choose one of {', '.join(WRITERS)}"
+        raise ConfigError(f"unknown --format '{given.output}'", hint=hint)
+    if given.null and "-" not in given.query:
+        raise ConfigError(
+            "-0 is about paths on stdin", hint="add --query -, as in: find . -print0 | metadiff adapt -Q - -0"
+        )
+    if given.move and given.sort_into is None:
+        raise ConfigError("--move needs --sort-into", hint="add --sort-into DIR")
+    if given.overwrite and given.save is None:
+        raise ConfigError("--overwrite is about the file of --save", hint="leave it out, or add --save FILE")
+    if given.as_json and given.format not in (None, "json"):
+        raise ConfigError(f"--json contradicts --format {given.format}", hint="give one of them")
+    if given.top_k is not None and given.output == "csv":
+        raise ConfigError("--top-k has no effect: a CSV shows one class per image", hint="give --format jsonl")
+    if given.classifier is not None and given.checkpoint is not None:
+        raise ConfigError(
+            "--checkpoint has no effect: a saved classifier holds the model that it was adapted from",
+            hint="leave out --checkpoint, or --classifier",
+        )
+    _check_settings(given)
+
+
+def _check_settings(given: Options) -> None:
+    """Raise ConfigError for a setting of the command line that has no effect."""
+    for key in _keys(given):
+        if not given.adapts and key.partition(".")[0] in ("seed", "sampler"):
+            name = NAMES[key] if given.flags.get(key) is not None else f"--set {key}"
+            raise ConfigError(
+                f"{name} has no effect: the classifier of --classifier is used as it was saved",
+                hint="leave it out, or adapt again with --support",
+            )
+
+
+def _keys(given: Options) -> list[str]:
+    """The keys of the configuration that the command line sets."""
+    flags = [key for key, value in given.flags.items() if value is not None]
+    return [*flags, *(text.partition("=")[0].strip() for text in given.set)]
+
+
+def sampling_of(given: Options, config: Config, screen: Screen) -> Sampling:
+    """The settings of the sampler; where the number of steps is not given, draws take more of them, and it is said."""
+    s = config.sampler
+    steps = s.steps
+    if not _steps_given(given):
+        steps = default_steps(s.temperature)
+        if given.adapts and steps != s.steps:
+            screen.note(f"the sampler takes {steps} steps at temperature {s.temperature:g}; --steps sets the number")
+    sampling = Sampling(steps, s.samples, s.temperature, None if s.guidance == "auto" else s.guidance, s.method)
+    if given.adapts and (warning := narrow_draws(sampling)):
+        screen.warn(warning)
+    return sampling
+
+
+def _steps_given(given: Options) -> bool:
+    found = layers(None, given.config, given.set)  # the variables of the environment included
+    return given.flags.get("sampler.steps") is not None or any("sampler.steps" in flat(values) for _, values in found)
+
+
+def check_outputs(given: Options) -> None:
+    """Raise ConfigError for a file or folder that cannot be written, or that must not be replaced."""
+    if given.save is not None:
+        check_new(given.save, overwrite=given.overwrite)
+        if given.save.exists() and _kind_of(given.save) != "classifier":
+            raise ConfigError(f"--save {given.save} would replace a file of another kind", hint="give another name")
+    if given.report is not None:
+        check_page(given.report)
+        if given.save is not None and given.save.resolve() == given.report.resolve():
+            raise ConfigError(f"--save and --report are the same file, {given.save}", hint="give two names")
+    if given.sort_into is not None:
+        _check_sorting(given.sort_into, given.support)
+
+
+def _kind_of(file: Path) -> str:
+    """The kind of a checkpoint file; empty for any other file."""
+    try:
+        return str(read_header(file)["kind"])
+    except CheckpointError:
+        return ""
+
+
+def _check_sorting(root: Path, support: Path | None) -> None:
+    _check_folder(root, root)
+    if support is not None and support.resolve() in (root.resolve(), *root.resolve().parents):
+        raise ConfigError(
+            f"--sort-into {root} is inside the support folder",
+            hint="give another folder: predictions would become labels of the next run",
+        )
+
+
+def check_folders(sorter: Sorter) -> None:
+    """Raise ConfigError for the folder of a class that cannot be written to."""
+    for folder in sorter.folders.values():
+        _check_folder(sorter.root / folder, sorter.root)
+
+
+def _check_folder(folder: Path, root: Path) -> None:
+    """Raise ConfigError when no image can be written to a folder, which may not exist yet."""
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"--sort-into {root}: {place} is not a folder that you may write to", hint="give another folder"
+        )
+
+
+def check_labels(given: Options, queries: Queries, classes: Sequence[str], screen: Screen) -> None:
+    """Raise DataError where `--labelled` finds no label, and warn of names that differ by case only."""
+    labels = {query.label for query in queries.items if query.label} if given.labelled else set()
+    for _, group in groupby(sorted({*classes, *labels}, key=str.casefold), key=str.casefold):
+        first, *others = sorted(group)
+        for other in others:
+            screen.warn(f"'{first}' and '{other}' are different classes: their names differ by case only")
+    if given.labelled and not labels:
+        raise _no_labels(given, classes)
+
+
+def _no_labels(given: Options, classes: Sequence[str]) -> DataError:
+    for folder in map(Path, given.query):
+        if folder.resolve().name in classes:
+            return DataError(
+                f"--labelled: {folder} is the folder of one class, and its images have no label",
+                hint=f"give the folder above it: --query {folder.parent}",
+            )
+    return DataError("--labelled: no query image has a label", hint="give a folder of class folders: DIR/cat/1.jpg")
