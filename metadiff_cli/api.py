@@ -152,7 +152,7 @@ class FewShotClassifier:
         z = self._features(X, classifier)
         if not len(z):
             return np.empty(0)
-        margins: np.ndarray = rejector.margins(z.unsqueeze(0))[0].cpu().numpy().astype(np.float64)
+        margins: np.ndarray = rejector.margins(classifier.expanded(z))[0].cpu().numpy().astype(np.float64)
         return margins
 
     def is_known(self, X: Images) -> np.ndarray:

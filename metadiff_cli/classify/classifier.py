@@ -13,6 +13,7 @@ from metadiff_cli.core.method.adapt import Sampling, TaskClassifier, adapt_tasks
 from metadiff_cli.core.method.guidance import PROTOTYPE
 from metadiff_cli.core.method.rejection import Rejector, rejector_of
 from metadiff_cli.data.scan import class_name
+from metadiff_cli.errors import ConfigError
 
 STEPS = 10  # denoising steps of a prediction
 # and of draws from the posterior: in the Gaussian case their standard deviation is 0.70 to 0.80 of the true one after
@@ -36,11 +37,15 @@ class Classifier:
 
     def probabilities(self, features: Tensor) -> Tensor:
         """Probabilities (n, N) of features (n, D)."""
-        return self.task.probabilities(features.unsqueeze(0))[0]
+        return self.task.probabilities(self.expanded(features))[0]
+
+    def expanded(self, features: Tensor) -> Tensor:
+        """Features (n, D) as queries (1, n, J) of the task."""
+        return self.task.metric.expand(features).unsqueeze(0)
 
     def rejector(self) -> Rejector:
         """The rejector of images that show none of the classes. Raises CheckpointError when no threshold was fitted."""
-        return rejector_of(self.model.metadiff, self.task, self.support.task())
+        return rejector_of(self.model.metadiff, self.task, self.support.task(self.task.metric))
 
     def save(self, path: Path) -> None:
         """Write the classifier to a file. Of the paths of the support only the file names are kept. Raises OSError."""
@@ -82,18 +87,23 @@ def narrow_draws(sampling: Sampling) -> str:
 def adapt(model: Model, support: SupportSet, sampling: Sampling, *, seed: int, pool: Pool | None = None) -> Classifier:
     """Adapt a model to a support set, guided by a pool where there is one.
 
-    Raises DataError when the support has fewer than two classes.
+    Raises DataError when the support has fewer than two classes, and ConfigError for draws without class statistics.
     """
     require_classes(support)
+    if sampling.temperature > 0 and model.metadiff.metric.space is None:
+        raise ConfigError(
+            "a temperature above 0 draws from a posterior, for which this model has no statistics of classes",
+            hint="leave the temperature at 0",
+        )
     if sampling.guidance is not None:  # beyond this scale nothing of the prior is left
         sampling = replace(sampling, guidance=min(sampling.guidance, PROTOTYPE))
-    unlabelled = None if pool is None else pool.without(support.digests)
+    metric, unlabelled = model.metadiff.metric, None if pool is None else pool.without(support.digests)
     task = adapt_tasks(
         model.metadiff,
-        support.task(),
+        support.task(metric),
         sampling,
         ranks=torch.arange(len(support.classes)).unsqueeze(0),  # the classes are sorted by name already
         seeds=seeds_of(seed, 0, 1),
-        pool=None if unlabelled is None else unlabelled.features.unsqueeze(0),
+        pool=None if unlabelled is None else metric.expand(unlabelled.features).unsqueeze(0),
     )
     return Classifier(model, support, pool, task)

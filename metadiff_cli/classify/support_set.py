@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metadiff_cli.classify.images import Encoded, encode_images
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
+from metadiff_cli.core.method.metric import Metric
 from metadiff_cli.core.method.support import TaskSupport
 from metadiff_cli.data.cache import Progress, no_progress
 from metadiff_cli.data.folders import Split
@@ -47,10 +48,10 @@ class SupportSet:
         """The path of each picture, by its digest."""
         return dict(zip(self.digests, self.paths, strict=True))
 
-    def task(self) -> TaskSupport:
-        """The support of one task (B = 1)."""
+    def task(self, metric: Metric) -> TaskSupport:
+        """The support of one task (B = 1), with features expanded for a metric."""
         labels = torch.from_numpy(self.labels).to(self.features.device)
-        return TaskSupport.of(self.features.unsqueeze(0), labels)
+        return TaskSupport(metric.expand(self.features).unsqueeze(0), labels)
 
     def labelled(self) -> list[tuple[str, Encoded]]:
         """Class and image, one by one."""

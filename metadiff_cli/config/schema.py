@@ -120,7 +120,8 @@ class PretrainConfig(Section):
 class FeaturesConfig(Section):
     """How an image becomes a feature vector."""
 
-    mirror: bool = True  # average over the image and its mirror image
+    # averaged: 1 the whole image, 2 with its mirror image, 5 with its four corners, 6 with both
+    views: Literal[1, 2, 5, 6] = 2
     shift: Annotated[int, Field(ge=0, le=64)] = 0  # pixels; also average over eight moved images: nine times the work
     size: Side | None = None  # pixels; larger than in training may show more (Touvron et al. 2019)
     half: bool = False  # round the encoder's matrices to fp16: a checkpoint of half the size

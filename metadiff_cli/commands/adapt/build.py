@@ -14,6 +14,7 @@ from metadiff_cli.classify.support_set import Pool, SupportSet, pool_of, read_su
 from metadiff_cli.commands.adapt.inputs import Queries
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
+from metadiff_cli.core.checkpoints.classifier import settings_header
 from metadiff_cli.core.checkpoints.file import KINDS, read_header
 from metadiff_cli.core.checkpoints.model import Model, load_model
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
@@ -129,7 +130,7 @@ class Builder:
         if unlabeled is not None:
             pool = _joined(self._unlabelled(unlabeled, start.model), pool)
         classifier = adapt(start.model, images, self.sampling, seed=self.config.seed, pool=pool)
-        check = check_support(classifier.task, images.task(), images.classes, images.paths)
+        check = check_support(classifier.task, images.task(classifier.task.metric), images.classes, images.paths)
         self._tell(classifier, check)
         return Ready(classifier, check, encoded, _dependence(pool, transductive=guiding is not None))
 
@@ -171,8 +172,8 @@ class Builder:
         if len(suspects) > NAMED:
             self.screen.warn(f"{len(suspects)} support images look mislabelled; --json names all of them")
         self.screen.detail(
-            f"adapted on {self.device} in {self.sampling.steps} steps at guidance scale "
-            f"{classifier.task.single_guidance():g} and temperature {self.sampling.temperature:g}"
+            f"adapted on {self.device} in {self.sampling.steps} steps at noise temperature {self.sampling.temperature:g}; "
+            + ", ".join(f"{name} {value:.3g}" for name, value in settings_header(classifier.task.settings).items())
         )
 
     def encode(

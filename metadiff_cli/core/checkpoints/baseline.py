@@ -17,19 +17,19 @@ from metadiff_cli.core.baselines.learners import (
 )
 from metadiff_cli.core.checkpoints.file import Checkpoint, load_checkpoint, save_checkpoint
 from metadiff_cli.core.checkpoints.model import (
+    MetricHeader,
+    TuningHeader,
     checkpoint_errors,
     described_encoder,
     image_encoder,
     image_header,
+    metric_of,
     model_header,
     model_tensors,
-    space_of,
-    tuning_from,
 )
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import build_encoder
-from metadiff_cli.core.method.adapt import MetaDiff, Tuning
-from metadiff_cli.core.method.denoisers import AnalyticDenoiser
+from metadiff_cli.core.method.adapt import MetaDiff
 
 HEAD_BIAS = {"maml": "net.1.bias", "fomaml": "net.1.bias"}  # of the others: head.bias
 
@@ -76,10 +76,11 @@ def _on_features(
 ) -> tuple[ImageEncoder, InnerLearner, MetaDiff | None]:
     header = checkpoint.header
     images = image_encoder(checkpoint, device)
-    space = space_of(checkpoint, images)
-    base = MetaDiff(space, AnalyticDenoiser(), False, Tuning()).tuned(tuning_from(header["tuning"]))
+    metric = metric_of(checkpoint, MetricHeader.of(header["metric"]), images)
+    base = MetaDiff(metric, tuning=TuningHeader.of(header["tuning"]).tuning())
+    centre = torch.zeros(images.feature_size) if metric.space is None else metric.space.mean
     settings = FrozenBaseline.model_validate(header["baseline"]["settings"])
-    return images, FrozenLearner(name, _way(name, checkpoint), space.mean, settings), base
+    return images, FrozenLearner(name, _way(name, checkpoint), centre, settings), base
 
 
 def _on_images(

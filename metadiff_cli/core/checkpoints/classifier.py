@@ -1,15 +1,16 @@
 """Adapted classifiers on disk: all that prediction needs, and all that it takes to adapt again with further images.
 
-Beside the classifier's weights a file holds the whole model (encoder, task space, denoiser, tuning), and the features
+Beside the classifier's weights a file holds the whole model (encoder, metric, denoiser, tuning), and the features
 and digests of the support images and of the unlabelled pool. It holds no pixels and no folders of the images.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from metadiff_cli.core.checkpoints.file import Checkpoint, Part, load_checkpoint, save_checkpoint
@@ -17,15 +18,35 @@ from metadiff_cli.core.checkpoints.model import (
     Model,
     Positive,
     SavedClassifier,
+    check_tensor,
     checkpoint_errors,
     model_header,
     model_of,
     model_tensors,
 )
 from metadiff_cli.core.method.adapt import TaskClassifier
-from metadiff_cli.core.method.task_space import TaskSpace
+from metadiff_cli.core.method.metric import TaskSettings
 
 DIGEST = 32  # bytes
+
+
+class SettingsHeader(Part):
+    """`settings`: the hyper-parameters of the task, as `TaskSettings` has them."""
+
+    guidance: Positive
+    level: Annotated[float, Field(ge=0, le=1)]
+    domain: Annotated[float, Field(ge=0, le=1)]
+    temperature: Positive
+    scale: Positive
+    prior: Positive
+
+    def settings(self, device: torch.device) -> TaskSettings:
+        """Those of one task."""
+        tensors = {
+            name: torch.tensor([getattr(self, name)], device=device)
+            for name in ("guidance", "level", "domain", "temperature")
+        }
+        return TaskSettings(**tensors, scale=self.scale, prior=self.prior)
 
 
 class ClassifierHeader(Part):
@@ -33,8 +54,7 @@ class ClassifierHeader(Part):
 
     model_config = ConfigDict(extra="ignore")
 
-    scale: Positive
-    guidance: Positive
+    settings: SettingsHeader
     support: list[str]
 
 
@@ -73,7 +93,7 @@ def save_classifier(path: Path, stored: StoredClassifier) -> None:
     model, task = stored.model, stored.task
     tensors = model_tensors(model.images, model.metadiff) | {
         "weights": task.weights,
-        "mean": task.space.mean.reshape(1, 1, -1),
+        "domain": task.domain,
         "support.labels": torch.from_numpy(stored.labels),
         **_image_tensors("support", stored.support),
     }
@@ -81,9 +101,9 @@ def save_classifier(path: Path, stored: StoredClassifier) -> None:
         tensors |= _image_tensors("pool", stored.pool)
     header = {
         "classes": list(stored.classes),
-        "scale": task.scale,
-        "guidance": task.single_guidance(),
+        "settings": settings_header(task.settings),
         "denoiser": model.header["denoiser"],
+        "controls": model.header.get("controls", {}),
         "support": list(stored.names),
         **model_header(model.images, model.metadiff),
     }
@@ -95,9 +115,9 @@ def load_classifier(path: Path, device: torch.device) -> StoredClassifier:
     checkpoint = load_checkpoint(path, "classifier")
     model = model_of(checkpoint, device)
     with checkpoint_errors(path):
-        ClassifierHeader.of(checkpoint.header)
+        header = ClassifierHeader.of(checkpoint.header)
         classes, names = tuple(checkpoint.header["classes"]), tuple(checkpoint.header["support"])
-        task = _task(checkpoint, model, len(classes))
+        task = _task(checkpoint, model, header, len(classes))
         size = model.images.feature_size
         support, labels = _images(checkpoint, "support", size, device), checkpoint.tensors["support.labels"].numpy()
         if not len(labels) == len(names) == len(support.features):
@@ -108,19 +128,18 @@ def load_classifier(path: Path, device: torch.device) -> StoredClassifier:
         return StoredClassifier(model, task, classes, support, labels, names, pool)
 
 
-def _task(checkpoint: Checkpoint, model: Model, ways: int) -> TaskClassifier:
-    weights, header = checkpoint.tensors["weights"].to(model.images.device), checkpoint.header
-    if weights.shape[1:] != (1, ways, model.images.feature_size):
-        raise ValueError(f"weights of shape {tuple(weights.shape)}")
-    return TaskClassifier(_space(checkpoint, model), weights, float(header["guidance"]), float(header["scale"]))
+def settings_header(settings: TaskSettings) -> dict[str, float]:
+    """The hyper-parameters of one task as numbers, by name."""
+    return {name: float(value) for name, value in vars(settings).items()}
 
 
-def _space(checkpoint: Checkpoint, model: Model) -> TaskSpace:
-    """The task space of the base classes, around the mean of this task."""
-    mean = checkpoint.tensors["mean"]
-    if mean.shape != (1, 1, model.images.feature_size):
-        raise ValueError(f"a mean of shape {tuple(mean.shape)}")
-    return model.metadiff.space.around(mean.to(model.images.device))
+def _task(checkpoint: Checkpoint, model: Model, header: ClassifierHeader, ways: int) -> TaskClassifier:
+    metric, device = model.metadiff.metric, model.images.device
+    weights, domain = checkpoint.tensors["weights"], checkpoint.tensors["domain"]
+    size = sum(metric.parts)
+    check_tensor("weights", weights, (len(weights), 1, ways, size))
+    check_tensor("domain", domain, (1, 1, size))
+    return TaskClassifier(metric, header.settings.settings(device), domain.to(device), weights.to(device))
 
 
 def _image_tensors(prefix: str, images: StoredImages) -> dict[str, Tensor]:

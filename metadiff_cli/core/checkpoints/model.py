@@ -1,9 +1,9 @@
 """From encoders and full models to checkpoint files, and back.
 
 What a header holds is decided in two places. `model_header` (for an encoder alone: `image_header`) gives what reading
-the file needs: `encoder`, `image` and, of a full model, `tuning`. All else is the `header` that the caller of
-`save_model` or `save_encoder` gives: `denoiser` (the settings that its network is built by), `classes`, `config`,
-`metrics`, `card`. `EncoderHeader` and `ModelHeader` check what is read.
+the file needs: `encoder`, `image` and, of a full model, `metric` and `tuning`. All else is the `header` that the caller
+of `save_model` or `save_encoder` gives: `denoiser` (the settings that its network is built by), `classes`, `config`,
+`controls` (what was fitted for each control), `metrics`, `card`. `EncoderHeader` and `ModelHeader` check what is read.
 """
 
 from collections.abc import Mapping
@@ -28,15 +28,22 @@ from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.library import build_pretrained
 from metadiff_cli.core.encoders.networks import Encoder, build_encoder
 from metadiff_cli.core.method.adapt import MetaDiff, TaskClassifier, Tuning
-from metadiff_cli.core.method.calibration import Calibration, Rejection
+from metadiff_cli.core.method.calibration import Rejection, TaskTable
 from metadiff_cli.core.method.denoisers import build_denoiser
 from metadiff_cli.core.method.guidance import PoolGuidance, Usual
+from metadiff_cli.core.method.metric import Metric
 from metadiff_cli.core.method.task_space import TaskSpace
 from metadiff_cli.errors import CheckpointError, ConfigError, MetaDiffError
 
 LARGEST = 1.001e6  # of a fitted number: the guidance scale of a prototype, rounded to fp32
 # in the messages of errors that are not the file's fault: of missing drivers and of memory that does not suffice
 MACHINE = ("CUDA", "NVIDIA", "HIP", "MPS", "allocate memory", "out of memory")
+
+# of the tables of the tuning: the lowest and the highest value
+BOUNDS = {
+    "guidance": (1e-3, LARGEST), "level": (0.0, 1.0), "domain": (0.0, 1.0), "scale": (1e-2, 1e3), "prior": (1e-6, LARGEST),
+    "temperature": (1e-5, 1e4),
+}  # fmt: skip
 
 Number = Annotated[float, Field(ge=0, le=LARGEST)]
 Positive = Annotated[float, Field(gt=0, le=LARGEST)]
@@ -48,7 +55,7 @@ class ImageHeader(Part):
     size: Annotated[int, Field(ge=16, le=1024)]
     mean: tuple[Number, Number, Number]
     std: tuple[Positive, Positive, Positive]
-    mirror: bool = False
+    views: Literal[1, 2, 5, 6] = 1
     shift: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -58,17 +65,33 @@ class ImageHeader(Part):
         return self
 
 
+class MetricHeader(Part):
+    """`metric`: the sizes of the groups of features, and whether there are parts that are plain, and whitened ones."""
+
+    groups: tuple[Annotated[int, Field(ge=1)], ...]
+    plain: bool
+    whitened: bool
+
+
 class TuningHeader(Part):
     """`tuning`: the fields of a `Tuning`."""
 
-    calibration: Calibration
-    prototype_calibration: Calibration
-    centred_prototype: bool
-    guidance: Positive
-    shared: Number
+    guidance: TaskTable
+    level: TaskTable
+    domain: TaskTable
+    scale: TaskTable
+    prior: TaskTable
+    temperature: TaskTable
     usual: Usual | None
     pool: dict[Literal["sharpness", "smoothing", "weight"], Number]
     rejection: Rejection | None
+
+    @model_validator(mode="after")
+    def _numbers_are_of_their_kind(self) -> Self:
+        for name, (low, high) in BOUNDS.items():
+            if not all(low <= value <= high for row in getattr(self, name).values for value in row):
+                raise ValueError(f"the table of `{name}` has a value outside {low:g} to {high:g}")
+        return self
 
     def tuning(self) -> Tuning:
         """The tuning itself."""
@@ -89,7 +112,9 @@ class ModelHeader(EncoderHeader):
 
     classes: list[str]
     denoiser: DenoiserConfig
+    metric: MetricHeader
     tuning: TuningHeader
+    most_shots: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +136,7 @@ class SavedClassifier:
 
     def probabilities(self, features: Tensor) -> Tensor:
         """Probabilities (Q, N) of features (Q, D)."""
-        return self.task.probabilities(features.unsqueeze(0))[0]
+        return self.task.probabilities(self.task.metric.expand(features).unsqueeze(0))[0]
 
 
 def save_encoder(path: Path, images: ImageEncoder, header: dict[str, Any]) -> None:
@@ -120,7 +145,7 @@ def save_encoder(path: Path, images: ImageEncoder, header: dict[str, Any]) -> No
 
 
 def load_encoder(
-    path: Path, device: torch.device, *, mirror: bool, shift: int = 0, half: bool = False, size: int | None = None
+    path: Path, device: torch.device, *, views: int, shift: int = 0, half: bool = False, size: int | None = None
 ) -> ImageEncoder:
     """The encoder of an encoder file or of a full model, with the given views.
 
@@ -135,7 +160,7 @@ def load_encoder(
         )
     if not checkpoint.part("encoder"):
         raise CheckpointError(f"{path} holds no encoder of its own", hint=f"give {KINDS['encoder']}")
-    images = replace(image_encoder(checkpoint, device), mirror=mirror, shift=shift)
+    images = replace(image_encoder(checkpoint, device), views=views, shift=shift)
     if half:
         with torch.no_grad():
             for weights in images.encoder.parameters():
@@ -145,7 +170,7 @@ def load_encoder(
 
 def resized(images: ImageEncoder, size: int) -> ImageEncoder:
     """The same encoder for images of `size` pixels. Raises ConfigError if the size of its features depends on that."""
-    if images.encoder.feature_size(size) != images.feature_size:
+    if images.encoder.groups(size) != images.groups:
         raise ConfigError(
             f"{images.name} has other features at {size} pixels than at {images.size}",
             hint="leave features.size out, or use an encoder that averages its last maps, as resnet10",
@@ -171,29 +196,37 @@ def model_of(checkpoint: Checkpoint, device: torch.device) -> Model:
     with checkpoint_errors(checkpoint.path):
         header = ModelHeader.of(checkpoint.header)
         images = image_encoder(checkpoint, device)
-        space = space_of(checkpoint, images)
+        metric = metric_of(checkpoint, header.metric, images)
         denoiser = _denoiser(header.denoiser, checkpoint.part("denoiser"), images.feature_size).to(device)
         learned = header.denoiser.kind != "analytic"
         targets = checkpoint.tensors.get("targets")
         if targets is not None:
             check_tensor("targets", targets, (len(targets), images.feature_size))
-            targets = targets.to(device)
-        metadiff = MetaDiff(space, denoiser, learned, Tuning(), targets).tuned(header.tuning.tuning())
+            targets = targets.float().to(device)
+        metadiff = MetaDiff(
+            metric, denoiser, learned, header.tuning.tuning(), targets, most_shots=header.most_shots
+        )
         return Model(images, metadiff, checkpoint.header)
 
 
 def model_tensors(images: ImageEncoder, metadiff: MetaDiff) -> dict[str, Tensor]:
     """The tensors of a model that adaptation, prediction and rejection need, by name."""
-    tensors = encoder_tensors(images)
+    tensors, space = encoder_tensors(images), metadiff.metric.space
     if metadiff.targets is not None:
         tensors["targets"] = metadiff.targets
-    tensors |= {f"space.{n}": t for n, t in metadiff.space.tensors().items()}
+    if space is not None:
+        tensors |= {f"space.{n}": t for n, t in space.tensors().items()}
     return tensors | {f"denoiser.{n}": t for n, t in metadiff.denoiser.state_dict().items()}
 
 
 def model_header(images: ImageEncoder, metadiff: MetaDiff) -> dict[str, Any]:
-    """The part of a model's header that this module decides: encoder, images and tuning."""
-    return {**image_header(images), "tuning": asdict(metadiff.tuning)}
+    """The part of a model's header that this module decides: encoder, images, metric and tuning."""
+    metric = metadiff.metric
+    described = {"groups": list(metric.groups), "plain": metric.plain, "whitened": metric.space is not None}
+    return {
+        **image_header(images), "metric": described, "tuning": asdict(metadiff.tuning),
+        "most_shots": metadiff.most_shots,
+    }  # fmt: skip
 
 
 def encoder_tensors(images: ImageEncoder) -> dict[str, Tensor]:
@@ -205,7 +238,7 @@ def encoder_tensors(images: ImageEncoder) -> dict[str, Tensor]:
 def image_header(images: ImageEncoder) -> dict[str, Any]:
     """The part of a header that this module decides for any file with an encoder: its name, and how it sees images."""
     image = {"size": images.size, "mean": list(images.mean), "std": list(images.std)}
-    return {"encoder": images.name, "image": {**image, "mirror": images.mirror, "shift": images.shift}}
+    return {"encoder": images.name, "image": {**image, "views": images.views, "shift": images.shift}}
 
 
 def image_encoder(checkpoint: Checkpoint, device: torch.device) -> ImageEncoder:
@@ -222,21 +255,24 @@ def described_encoder(header: Mapping[str, Any], encoder: Encoder, device: torch
     """An encoder with what a header says about its images. Raises ValueError."""
     image = ImageHeader.of(header["image"])
     return ImageEncoder(
-        encoder, header["encoder"], image.size, image.mean, image.std, image.mirror, device, image.shift
+        encoder, header["encoder"], image.size, image.mean, image.std, image.views, device, image.shift
     )
 
 
-def tuning_from(values: Any) -> Tuning:
-    """The tuning in a header. Raises ValueError."""
-    return TuningHeader.of(values).tuning()
-
-
-def space_of(checkpoint: Checkpoint, images: ImageEncoder) -> TaskSpace:
-    """The task space in a checkpoint that was read. Raises ValueError if it is not one of the encoder `images`."""
-    parts, size = checkpoint.part("space"), images.feature_size
-    for name in ("mean", "basis", "inverse", "precision"):
-        check_tensor(f"space.{name}", parts[name], (size, size) if name in ("basis", "inverse") else (size,))
-    return TaskSpace.from_tensors(parts).to(images.device)
+def metric_of(checkpoint: Checkpoint, header: MetricHeader, images: ImageEncoder) -> Metric:
+    """The metric in a checkpoint that was read. Raises ValueError if it is not one for the features of `images`."""
+    if header.groups != images.groups:
+        raise ValueError(f"groups of features of sizes {header.groups}, where the encoder has {images.groups}")
+    if not header.plain and not header.whitened:
+        raise ValueError("a metric without parts")
+    if not header.whitened:
+        return Metric(header.groups)
+    parts = checkpoint.part("space")
+    for name in ("mean", "precision"):
+        check_tensor(f"space.{name}", parts[name], (images.feature_size,))
+    for number, size in enumerate(header.groups):
+        check_tensor(f"space.basis.{number}", parts[f"basis.{number}"], (size, size))
+    return Metric(header.groups, TaskSpace.from_tensors(parts).to(images.device), header.plain)
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

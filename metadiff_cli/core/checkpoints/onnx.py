@@ -3,7 +3,8 @@
 The input `pixels` (n, S, S, 3) uint8 are images as PREPARATION says. All that follows (normalisation, views, encoder,
 classifier, calibrated softmax) is in the graph. The output `probabilities` (n, N)
 float32 has columns in the order of the classes. The metadata of the file has two entries: `classes`, a JSON list, and
-`metadiff`, JSON with the preparation of images, their size S, logit scale, guidance and the version of the package.
+`metadiff`, JSON with the preparation of images, their size S, the hyper-parameters of the classifier and the version
+of the package.
 """
 
 import json
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from metadiff_cli._version import __version__
+from metadiff_cli.core.checkpoints.classifier import settings_header
 from metadiff_cli.core.checkpoints.model import SavedClassifier, image_header
 from metadiff_cli.errors import ConfigError, MetaDiffError
 from metadiff_cli.files import atomic
@@ -44,7 +46,8 @@ class PixelClassifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         z = self.classifier.images.traceable(pixels)  # (n, D)
-        return self.classifier.task.traceable(z.unsqueeze(0))[0]
+        task = self.classifier.task
+        return task.traceable(task.metric.expand(z).unsqueeze(0))[0]
 
 
 def require_exporter() -> None:
@@ -78,14 +81,13 @@ def export_onnx(classifier: SavedClassifier, path: Path) -> float | None:
 
 def metadata(classifier: SavedClassifier) -> dict[str, str]:
     """The metadata of the file, by key: its classes, and facts on how to use it."""
-    task = classifier.task
     facts = {
         "package": __version__,
         "input": "pixels (n, S, S, 3) uint8 RGB, S = image.size",
         "preparation": PREPARATION,
         "output": "probabilities (n, N), columns in the order of classes",
         **image_header(classifier.images),
-        "calibration": {"scale": task.scale, "guidance": task.single_guidance()},
+        "settings": settings_header(classifier.task.settings),
     }
     classes = list(classifier.classes)
     return {"classes": json.dumps(classes, ensure_ascii=False), "metadiff": json.dumps(facts, sort_keys=True)}

@@ -1,7 +1,8 @@
-"""ImageEncoder: from pixels to unit-length features, with a frozen encoder.
+"""ImageEncoder: from pixels to features of unit length, with a frozen encoder.
 
-The features z (D,) of an image are L2-normalised, averaged over the views of the image (its mirror image, and images
-moved by some pixels), and normalised again.
+The features z (D,) of an image consist of groups, as the encoder has them. Each group is normalised, averaged over the
+views of the image, and normalised again. Views are the whole image, its mirror image, and its four corners: what is
+seen from closer by tells of details. They are the same for every image, so an image always has the same features.
 """
 
 import hashlib
@@ -17,7 +18,9 @@ from metadiff_cli.core.device import sent
 from metadiff_cli.core.encoders.networks import Encoder
 from metadiff_cli.errors import ConfigError
 
-VERSION = 1  # of the computation below, as part of the key: a change of it makes files of features anew
+VERSION = 2  # of the computation below, as part of the key: a change of it makes files of features anew
+MIRRORED, CORNERED = (2, 6), (5, 6)  # numbers of views that include the mirror image, and the four corners
+CORNER = 5 / 7  # side of a corner in sides of the image
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -32,9 +35,10 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 class ImageEncoder:
     """A frozen encoder with all that turns pixels into features: image size, normalisation, views.
 
-    `size` is the side of the images in pixels; `mean` and `std` are those of pixels in 0..1, per channel. With
-    `mirror`, the mirror image is a view as well. With a `shift` above 0, so are eight images that are moved by so many
-    pixels to the sides and corners. Raises ConfigError if the shift is not below the size.
+    `size` is the side of the images in pixels; `mean` and `std` are those of pixels in 0..1, per channel. `views` is
+    1 for the whole image, 2 with its mirror image, 5 with its four corners, 6 with both. With a `shift` above 0, eight
+    images that are moved by so many pixels to the sides and corners are views as well. Raises ConfigError if the shift
+    is not below the size.
     """
 
     encoder: Encoder
@@ -42,7 +46,7 @@ class ImageEncoder:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    mirror: bool
+    views: int
     device: torch.device
     shift: int = 0
 
@@ -53,16 +57,20 @@ class ImageEncoder:
             )
 
     @property
+    def groups(self) -> tuple[int, ...]:
+        """The sizes of the groups of features."""
+        return self.encoder.groups(self.size)
+
+    @property
     def feature_size(self) -> int:
-        """D."""
-        return self.encoder.feature_size(self.size)
+        """D, the sum of the groups."""
+        return sum(self.groups)
 
     @property
     def key(self) -> str:
         """A hash (32 hexadecimal digits) of the weights and of everything else that features depend on."""
-        digest = hashlib.sha256(repr((VERSION, self.name, self.size, self.mean, self.std, self.mirror)).encode())
-        if self.shift:
-            digest.update(f"shift {self.shift}".encode())
+        described = (VERSION, self.name, self.size, self.mean, self.std, self.views, self.shift)
+        digest = hashlib.sha256(repr(described).encode())
         for name, tensor in sorted(self.encoder.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -70,7 +78,7 @@ class ImageEncoder:
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Features (B, D) of unit length, of pixels (B, S, S, 3) uint8."""
+        """Features (B, D), groups of unit length, of pixels (B, S, S, 3) uint8."""
         self.encoder.eval()
         return self.traceable(pixels)
 
@@ -78,16 +86,34 @@ class ImageEncoder:
         """The computation of `encode`, in a form that the ONNX exporter can trace."""
         mean, std = (sent(torch.tensor(v), self.device) for v in (self.mean, self.std))
         images = normalise(sent(pixels, self.device), mean, std)
-        z = [F.normalize(self.encoder(view), dim=1) for view in self._views(images)]
-        return z[0] if len(z) == 1 else F.normalize(torch.stack(z).sum(dim=0), dim=1)
+        z = [self._normalised(self.encoder.describe(view)) for view in self._views(images)]
+        return z[0] if len(z) == 1 else self._normalised(torch.stack(z).sum(dim=0))
+
+    def _normalised(self, z: Tensor) -> Tensor:
+        """Features (B, D) with each group at unit length."""
+        return torch.cat([F.normalize(group, dim=1) for group in torch.split(z, list(self.groups), dim=1)], dim=1)
 
     def _views(self, images: Tensor) -> Iterator[Tensor]:
-        """Views (B, 3, S, S) of images (B, 3, S, S); where a moved image leaves a margin, its edge is repeated."""
+        """The views of images (B, 3, S, S); where a moved image leaves a margin, its edge is repeated."""
         step, side = self.shift, images.shape[-1]
-        corners = list(product((0, step, 2 * step), repeat=2)) if step else [(0, 0)]
         padded = F.pad(images, (step,) * 4, mode="replicate") if step else images
-        for y, x in corners:
+        for y, x in product((step, 0, 2 * step) if step else (0,), repeat=2):
             view = padded[:, :, y : y + side, x : x + side]
             yield view
-            if self.mirror:
+            if self.views in MIRRORED:
                 yield view.flip(3)
+        if self.views in CORNERED:
+            part = self.corner
+            for y, x in product((0, side - part), repeat=2):
+                yield self._sized(images[:, :, y : y + part, x : x + part])
+
+    @property
+    def corner(self) -> int:
+        """The side of a corner in pixels."""
+        return round(self.size * CORNER)
+
+    def _sized(self, part: Tensor) -> Tensor:
+        """A part of an image as it is, or enlarged where its features would be others than those of the image."""
+        if self.encoder.any_size and self.encoder.groups(self.corner) == self.groups:
+            return part
+        return F.interpolate(part, size=(self.size, self.size), mode="bilinear", align_corners=False)

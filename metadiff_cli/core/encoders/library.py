@@ -119,6 +119,7 @@ class PretrainedEncoder(Encoder):
         super().__init__()
         self.source, self.size = source, size
         self.channels = probe(source.name, size)[0]
+        self.any_size = not source.fixed
         self.net = net
 
     def forward(self, images: Tensor) -> Tensor:
@@ -182,11 +183,11 @@ def build_pretrained(name: str, size: int, tensors: Mapping[str, Tensor]) -> Pre
     return PretrainedEncoder(source, source.network(size), size)
 
 
-def with_statistics(encoder: PretrainedEncoder, device: torch.device, *, mirror: bool, shift: int = 0) -> ImageEncoder:
+def with_statistics(encoder: PretrainedEncoder, device: torch.device, *, views: int, shift: int = 0) -> ImageEncoder:
     """The encoder with the image size and the statistics of pixels that it was trained with."""
     source = encoder.source
     encoder.to(device).eval()
-    return ImageEncoder(encoder, source.name, encoder.size, source.mean, source.std, mirror, device, shift)
+    return ImageEncoder(encoder, source.name, encoder.size, source.mean, source.std, views, device, shift)
 
 
 class Weightless(TorchFunctionMode):

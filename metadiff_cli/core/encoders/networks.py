@@ -8,6 +8,9 @@ resnet12      four residual blocks of 64, 160, 320, 640 channels with DropBlock 
 
 `maps` gives the last feature maps (B, C, H, W); `pooled` says whether they are averaged or flattened to a vector. The
 head of pretraining needs that: flattened features depend on the image size, and its linear head is resized with them.
+
+`describe` gives what classifiers are made of. It is the vector of `forward`, and for some encoders further groups of
+features, which the layers below or the spread over the maps give.
 """
 
 from collections.abc import Callable
@@ -26,6 +29,7 @@ class Encoder(nn.Module):
     pooled: bool
     channels: int
     stride: int
+    any_size = True  # whether images of another size give features as well
 
     def maps(self, images: Tensor) -> Tensor:
         """Feature maps (B, C, H, W) of images (B, 3, S, S)."""
@@ -36,13 +40,44 @@ class Encoder(nn.Module):
         maps = self.maps(images)
         return maps.mean(dim=(2, 3)) if self.pooled else maps.flatten(1)
 
+    def describe(self, images: Tensor) -> Tensor:
+        """All groups of features (B, D) of normalised images (B, 3, S, S), one after the other."""
+        features: Tensor = self(images)
+        return features
+
+    def groups(self, size: int) -> tuple[int, ...]:
+        """The sizes of the groups of features for images of `size` pixels; their sum is D."""
+        return (self.feature_size(size),)
+
     def side(self, size: int) -> int:
         """Height and width of the feature maps of images of `size` pixels."""
         return size // self.stride
 
     def feature_size(self, size: int) -> int:
-        """D for images of `size` pixels."""
+        """The size of what `forward` gives for images of `size` pixels."""
         return self.channels if self.pooled else self.channels * self.side(size) ** 2
+
+
+class SpreadEncoder(Encoder):
+    """Base of encoders that average their maps: a second group is the standard deviation of each channel over them.
+
+    It tells of parts and patterns, which the average hides, and is worth most with one image per class.
+    """
+
+    pooled = True
+
+    def describe(self, images: Tensor) -> Tensor:
+        """Mean and standard deviation (B, 2 C) of each channel; the mean alone where the maps are a single point."""
+        maps = self.maps(images)
+        mean = maps.mean(dim=(2, 3))
+        if maps.shape[-1] == 1:
+            return mean
+        rest = maps - mean[..., None, None]
+        return torch.cat([mean, rest.square().mean(dim=(2, 3)).sqrt()], dim=1)
+
+    def groups(self, size: int) -> tuple[int, ...]:
+        """The sizes of the groups of features for images of `size` pixels."""
+        return (self.channels,) if self.side(size) == 1 else (self.channels, self.channels)
 
 
 class ConvBlock(nn.Module):
@@ -135,10 +170,9 @@ class ResidualBlock(nn.Module):
         return dropped
 
 
-class ResNet12(Encoder):
+class ResNet12(SpreadEncoder):
     """D = 640, averaged over the last maps; DropBlock of size 5 in the last two blocks, dropout in the first two."""
 
-    pooled = True
     stride = 16
     channels = 640
 
@@ -174,14 +208,13 @@ class BasicBlock(nn.Module):
         return F.relu(self.body(x) + self.shortcut(x))
 
 
-class ResNet10(Encoder):
+class ResNet10(SpreadEncoder):
     """D = 512, averaged over the last maps (6 x 6 at 84 x 84).
 
     The stem halves the resolution, and the widths grow where the maps are small: most of the work is in wide
     convolutions, which a CPU does best.
     """
 
-    pooled = True
     stride = 16
     channels = 512
 
@@ -193,6 +226,10 @@ class ResNet10(Encoder):
         )
         self.blocks = nn.Sequential(*(BasicBlock(i, o, s) for (i, o), s in zip(pairwise(widths), strides, strict=True)))
         _initialise(self)
+
+    def side(self, size: int) -> int:
+        """Height and width of the feature maps of images of `size` pixels."""
+        return -(-size // self.stride)
 
     def maps(self, images: Tensor) -> Tensor:
         maps: Tensor = self.blocks(self.stem(images))  # (B, 512, S/16, S/16), rounded up

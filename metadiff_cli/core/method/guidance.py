@@ -86,7 +86,10 @@ def chosen_by(held: HeldOut, fitted: TaskSettings, *, keep_guidance: bool = Fals
 
 def _best(held: HeldOut, settings: TaskSettings, name: str, tried: list[Tensor], charges: list[Tensor]) -> Tensor:
     """The values (B,) among those `tried` with the lowest held-out cross-entropy plus charge."""
-    losses = [held.loss(replace(settings, **{name: value})) + charge for value, charge in zip(tried, charges, strict=True)]
+    losses = [
+        held.loss(replace(settings, **{name: value})) + charge  # type: ignore[arg-type]
+        for value, charge in zip(tried, charges, strict=True)
+    ]
     return torch.stack(tried).gather(0, torch.stack(losses).argmin(dim=0, keepdim=True))[0]
 
 

@@ -136,7 +136,7 @@ class HeldOut:
             return plain, plain, plain[:, self.rows]
         known, products = self._shrunk.get(part, (None, None))
         if known is not guidance or products is None:
-            precision = torch.split(self.metric.space.precision, self.metric.groups)[part - first]
+            precision = torch.split(self.metric.space.precision, list(self.metric.groups))[part - first]
             kept = self.keep.sum(dim=1).mean() / self.target.shape[1]  # images per class
             evidence = kept * guidance.view(-1, 1, 1) * precision  # (B, 1, D_g)
             shrunk = self._parts[part][:, self.rows] * (evidence / (1 + evidence))

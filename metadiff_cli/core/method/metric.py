@@ -48,8 +48,11 @@ class TaskSettings:
 
     def of(self, task: int) -> "TaskSettings":
         """Return those of one of the tasks."""
-        tensors = {name: value[task : task + 1] for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors)
+        row = slice(task, task + 1)
+        return replace(
+            self, guidance=self.guidance[row], level=self.level[row], domain=self.domain[row],
+            temperature=self.temperature[row],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class Metric:
 
     def split(self, x: Tensor) -> Sequence[Tensor]:
         """Return the parts of x (..., J)."""
-        return torch.split(x, self.parts, dim=-1)
+        return torch.split(x, list(self.parts), dim=-1)
 
     def _lengths(self, moved: Tensor) -> Tensor:
         """Lengths (B, n, P) of the parts."""

@@ -40,7 +40,7 @@ class TaskSpace:
 
     def to_task(self, z: Tensor) -> Tensor:
         """Return v (..., D) of features z (..., D)."""
-        parts = torch.split(z - self.mean, self.groups, dim=-1)
+        parts = torch.split(z - self.mean, list(self.groups), dim=-1)
         products = [part @ basis for part, basis in zip(parts, self.bases, strict=True)]
         return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
