@@ -203,9 +203,7 @@ def model_of(checkpoint: Checkpoint, device: torch.device) -> Model:
         if targets is not None:
             check_tensor("targets", targets, (len(targets), images.feature_size))
             targets = targets.float().to(device)
-        metadiff = MetaDiff(
-            metric, denoiser, learned, header.tuning.tuning(), targets, most_shots=header.most_shots
-        )
+        metadiff = MetaDiff(metric, denoiser, learned, header.tuning.tuning(), targets, most_shots=header.most_shots)
         return Model(images, metadiff, checkpoint.header)
 
 
@@ -254,9 +252,7 @@ def image_encoder(checkpoint: Checkpoint, device: torch.device) -> ImageEncoder:
 def described_encoder(header: Mapping[str, Any], encoder: Encoder, device: torch.device) -> ImageEncoder:
     """An encoder with what a header says about its images. Raises ValueError."""
     image = ImageHeader.of(header["image"])
-    return ImageEncoder(
-        encoder, header["encoder"], image.size, image.mean, image.std, image.views, device, image.shift
-    )
+    return ImageEncoder(encoder, header["encoder"], image.size, image.mean, image.std, image.views, device, image.shift)
 
 
 def metric_of(checkpoint: Checkpoint, header: MetricHeader, images: ImageEncoder) -> Metric:

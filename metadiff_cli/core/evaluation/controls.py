@@ -103,7 +103,7 @@ def placed(metric: Metric, support: Tensor, query: Tensor, settings: ControlSett
 
 def _weighed(metric: Metric, z: Tensor, settings: ControlSettings) -> Tensor:
     """Groups at unit length times the roots of their shares."""
-    parts = [F.normalize(part, dim=-1) for part in torch.split(z, metric.groups, dim=-1)]
+    parts = [F.normalize(part, dim=-1) for part in torch.split(z, list(metric.groups), dim=-1)]
     return torch.cat([root * part for root, part in zip(_roots(metric, settings), parts, strict=True)], dim=-1)
 
 
@@ -124,7 +124,8 @@ def prototype(metric: Metric, support: Tensor, query: Tensor, settings: ControlS
 def nearest(metric: Metric, support: Tensor, query: Tensor, settings: ControlSettings) -> Tensor:
     """Cosines (B, M, N) to the nearest image of each class."""
     z, q = placed(metric, support, query, settings)
-    return (q @ z.flatten(1, 2).mT).unflatten(2, z.shape[1:3]).amax(dim=-1)
+    cosines = q @ z.flatten(1, 2).mT  # (B, M, N K)
+    return cosines.view(*q.shape[:2], *z.shape[1:3]).amax(dim=-1)
 
 
 def logreg(metric: Metric, support: Tensor, query: Tensor, settings: ControlSettings) -> Tensor:
@@ -157,7 +158,7 @@ def lda(metric: Metric, support: Tensor, query: Tensor, settings: ControlSetting
     gram = rest @ rest.mT
     gram.diagonal(dim1=1, dim2=2).add_(weight)
     # Woodbury: (I + R'R / w)^-1 = I - R'(w I + R R')^-1 R
-    directions = means - torch.linalg.solve(gram, rest @ means.mT).mT @ rest  # (B, N, D): Sigma^-1 mu
+    directions: Tensor = means - torch.linalg.solve(gram, rest @ means.mT).mT @ rest  # (B, N, D): Sigma^-1 mu
     return q @ directions.mT - 0.5 * (directions * means).sum(dim=-1).unsqueeze(1)
 
 

@@ -131,8 +131,9 @@ def summarise(
     summary: dict[str, dict[str, Any]] = {}
     for name, values in per_episode.items():
         mean, half = mean_interval(values)
-        ece = calibration_error(torch.cat(scores[name].confidence), torch.cat(scores[name].correct))
-        ece = ece if name in calibrated else None
+        ece = None
+        if name in calibrated:
+            ece = calibration_error(torch.cat(scores[name].confidence), torch.cat(scores[name].correct))
         summary[name] = {"accuracy": mean, "ci95": half, "ece": ece}
         for other in against:
             if other in per_episode and other != name:

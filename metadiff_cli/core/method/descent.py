@@ -133,9 +133,7 @@ class InnerProblem:
         return dual
 
     def _solver(self, abar: float) -> Solver:
-        return self.gram.solver(
-            self.prior / max(1 - abar, NEAREST), 0.5 * self.scale**2, self._importance.sqrt()
-        )
+        return self.gram.solver(self.prior / max(1 - abar, NEAREST), 0.5 * self.scale**2, self._importance.sqrt())
 
     @cached_property
     def _importance(self) -> Tensor:

@@ -28,7 +28,10 @@ from metadiff_cli.core.method.support import SupportStats
 PROTOTYPE = 1e6  # a guidance scale at which nothing is left of the prior
 GUIDANCE_GRID = (1.0, 4.0, 16.0, PROTOTYPE)
 LEVEL_GRID = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7)
-GUIDANCE_PENALTY, MOST_CHARGED = 0.25, 4.0  # nats of held-out cross-entropy per factor of four away from the fitted scale, up to four
+GUIDANCE_PENALTY, MOST_CHARGED = (
+    0.25,
+    4.0,
+)  # nats of held-out cross-entropy per factor of four away from the fitted scale, up to four
 LEVEL_PENALTY = 1.0  # the same per unit of the level share
 
 FOREIGN = 16.0  # the guidance scale of a task from elsewhere: most of the prior is given up

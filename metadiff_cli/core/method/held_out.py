@@ -43,7 +43,9 @@ class Folds:
         order = torch.argsort(labels, stable=True)
         first = torch.cumsum(counts, 0) - counts
         place = torch.empty_like(labels)
-        place[order] = torch.arange(len(labels), device=labels.device) - first[labels[order]]  # of an image in its class
+        place[order] = (
+            torch.arange(len(labels), device=labels.device) - first[labels[order]]
+        )  # of an image in its class
         number = min(int(counts.max()), FOLDS if len(labels) <= MANY else FEW_FOLDS)
         fold = torch.where(counts[labels] > 1, place % max(number, 1), -1)
         return cls((fold.unsqueeze(0) != torch.arange(number, device=labels.device).unsqueeze(1)).float(), fold)

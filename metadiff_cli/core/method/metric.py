@@ -118,7 +118,9 @@ class Metric:
             part @ w.mT for part, w in zip(self.split(moved), self.split(classifier), strict=True)
         ]  # P of (B, n, N)
         factors = weights.sqrt().unsqueeze(1) / lengths
-        return sum((p * f.unsqueeze(-1) for p, f in zip(products, factors.unbind(-1), strict=True)), start=x.new_zeros(()))
+        return sum(
+            (p * f.unsqueeze(-1) for p, f in zip(products, factors.unbind(-1), strict=True)), start=x.new_zeros(())
+        )
 
     def split(self, x: Tensor) -> Sequence[Tensor]:
         """Return the parts of x (..., J)."""

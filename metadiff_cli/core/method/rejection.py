@@ -53,9 +53,7 @@ def rejector_of(metadiff: MetaDiff, classifier: TaskClassifier, support: TaskSup
     scores, alone = support_scores(classifier, support, base)
     counts = support.counts
     per_class = scores @ (support.one_hot() / counts)  # (B, N): each class counts the same
-    offsets = torch.where(
-        alone, table.at(support.ways, 1), table.at(support.ways, max(support.shots, TWO))
-    )  # (N,)
+    offsets = torch.where(alone, table.at(support.ways, 1), table.at(support.ways, max(support.shots, TWO)))  # (N,)
     return Rejector(classifier, base, per_class.mean(dim=1) + offsets.to(scores).mean())
 
 
@@ -83,9 +81,7 @@ def known_scores(classifier: TaskClassifier, base: Tensor | None, x: Tensor) -> 
     return _log_mean_exp(torch.stack(own, dim=-1)) - _base_scores(classifier, base, x)
 
 
-def support_scores(
-    classifier: TaskClassifier, support: TaskSupport, base: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def support_scores(classifier: TaskClassifier, support: TaskSupport, base: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the known scores (B, n) of the support as if each image were not in it, and which classes (N,) are alone.
 
     An image of a class of one is scored against the other classes alone.

@@ -134,7 +134,9 @@ def _moments(classes: Iterable[Tensor], groups: tuple[int, ...]) -> tuple[Tensor
         mean = _mean(features)
         groups = groups or (len(mean),)
         scatter = scatter or [torch.zeros(size, size, dtype=torch.float64) for size in groups]
-        for s, part, m in zip(scatter, torch.split(features, groups, dim=1), torch.split(mean, groups), strict=True):
+        for s, part, m in zip(
+            scatter, torch.split(features, list(groups), dim=1), torch.split(mean, list(groups)), strict=True
+        ):
             _add_scatter(s, part, m)
         means.add(mean)
         total += len(features)
