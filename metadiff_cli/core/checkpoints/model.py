@@ -197,7 +197,7 @@ def model_of(checkpoint: Checkpoint, device: torch.device) -> Model:
         header = ModelHeader.of(checkpoint.header)
         images = image_encoder(checkpoint, device)
         metric = metric_of(checkpoint, header.metric, images)
-        denoiser = _denoiser(header.denoiser, checkpoint.part("denoiser"), images.feature_size).to(device)
+        denoiser = _denoiser(header.denoiser, checkpoint.part("denoiser"), images.feature_size, metric).to(device)
         learned = header.denoiser.kind != "analytic"
         targets = checkpoint.tensors.get("targets")
         if targets is not None:
@@ -286,22 +286,20 @@ def _network(header: EncoderHeader, tensors: Mapping[str, Tensor]) -> Encoder:
     return build_pretrained(header.encoder, header.image.size, tensors)
 
 
-def _denoiser(settings: DenoiserConfig, tensors: dict[str, Tensor], size: int) -> nn.Module:
-    """The denoiser in a file, for feature size D.
+def _denoiser(settings: DenoiserConfig, tensors: dict[str, Tensor], size: int, metric: Metric) -> nn.Module:
+    """The denoiser in a file, for feature size D and the task space of the metric.
 
     Its shapes are compared on the meta device first: settings may ask for terabytes. Raises ValueError.
     """
 
-    def build() -> nn.Module:
-        return build_denoiser(settings.kind, size, settings.width)
-
     with torch.device("meta"):
-        wanted = {name: tensor.shape for name, tensor in build().state_dict().items()}
+        shaped = build_denoiser(settings.kind, size, settings.width)
+    wanted = {name: tensor.shape for name, tensor in shaped.state_dict().items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     odd = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
     if odd:
         raise ValueError(f"its denoiser is another one, see {odd[0]}")
-    denoiser = build()
+    denoiser = build_denoiser(settings.kind, size, settings.width, metric.space)
     denoiser.load_state_dict(tensors)
     return denoiser.eval()
 

@@ -6,9 +6,13 @@ paper     the published form: epsilon from the gradient alone (arXiv 2307.16424)
 
 All work on w (B, N, D) in task space, are told the number of shots K (per class, it may differ), and treat the classes
 of a task alike: permuting them permutes the result.
+
+A U-Net is trained in several task spaces, each made of the statistics of other classes, and used in another one. Their
+bases differ, so its network reads and writes what they share: displacements in the space of features (`Frame`).
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 
 from metadiff_cli.core.device import CPU, default_noise, seeded_noise
 from metadiff_cli.core.method.support import SupportStats
+from metadiff_cli.core.method.task_space import TaskSpace
 
 DEPTH, DROPOUT = 2, 0.1  # of the U-Nets: levels below the first, and share of inputs that training leaves out
 
@@ -51,23 +56,66 @@ class AnalyticDenoiser(nn.Module):
         return x0
 
 
+class Frame(nn.Module):
+    """The map between task space and displacements of features, z - mu = A^-T v, in units of a reference.
+
+    It follows from the task space, so no checkpoint holds it.
+    """
+
+    def __init__(self, space: TaskSpace, references: Sequence[float] | None = None) -> None:
+        """`references` are the units, one per group; None: those of the space itself, see `references`."""
+        super().__init__()
+        self.groups = list(space.groups)
+        inverses = [_inverse(basis) for basis in space.bases]
+        # of a feature of a class mean relative to mu, the root mean square under N(0, I)
+        own = [float(inverse.square().sum(dim=0).mean().sqrt()) for inverse in inverses]
+        self.references = own if references is None else list(references)
+        for g, (basis, inverse, unit) in enumerate(zip(space.bases, inverses, self.references, strict=True)):
+            self.register_buffer(f"reading{g}", inverse / unit, persistent=False)
+            self.register_buffer(f"writing{g}", basis * unit, persistent=False)
+
+    def read(self, v: Tensor) -> Tensor:
+        """Return displacements (..., D) of v (..., D)."""
+        return self._mapped(v, "reading")
+
+    def write(self, x: Tensor) -> Tensor:
+        """Return v (..., D) of displacements (..., D)."""
+        return self._mapped(x, "writing")
+
+    def _mapped(self, x: Tensor, name: str) -> Tensor:
+        parts = torch.split(x, self.groups, dim=-1)
+        return torch.cat([part @ self.get_buffer(f"{name}{g}") for g, part in enumerate(parts)], dim=-1)
+
+
+def _inverse(basis: Tensor) -> Tensor:
+    """A^-1, taken on the CPU, as not every device has float64."""
+    inverse: Tensor = torch.linalg.inv(basis.cpu().double())
+    return inverse.to(basis)
+
+
 class UNetDenoiser(nn.Module):
     """x0 = x0_gauss + pi_t^(-1/2) * net(x0_gauss, g / pi_t, t, K), with net zero at the start.
 
-    pi_t^(-1/2) is the posterior's standard deviation: the correction is measured in units of what is not known.
+    pi_t^(-1/2) is the posterior's standard deviation, by which the correction is scaled. The network sees both inputs,
+    and gives the correction, in a frame; without one it stays in task space.
     """
 
-    def __init__(self, size: int, width: int = 256) -> None:
+    def __init__(self, size: int, width: int = 256, frame: Frame | None = None) -> None:
         super().__init__()
         self.net = TaskUNet(2 * size, size, width)
+        self.frame = frame
         nn.init.zeros_(self.net.out.weight)
         nn.init.zeros_(self.net.out.bias)
 
-    def forward(self, w: Tensor, abar: Tensor, stats: SupportStats) -> Tensor:
+    def forward(self, w: Tensor, abar: Tensor, stats: SupportStats, frame: Frame | None = None) -> Tensor:
+        """Return x0 (B, N, D); `frame` takes the place of the denoiser's own."""
         x0, pi = gaussian_posterior(w, abar, stats)
         gradient = stats.count * stats.precision / pi * (w - stats.mean)
-        correction: Tensor = self.net(torch.cat([x0, gradient], dim=-1), abar, stats.count)
-        return torch.addcmul(x0, pi.rsqrt(), correction)
+        frame = self.frame if frame is None else frame
+        if frame is None:
+            return torch.addcmul(x0, pi.rsqrt(), self.net(torch.cat([x0, gradient], dim=-1), abar, stats.count))
+        seen = torch.cat([frame.read(x0), frame.read(gradient)], dim=-1)
+        return torch.addcmul(x0, pi.rsqrt(), frame.write(self.net(seen, abar, stats.count)))
 
 
 class PaperDenoiser(nn.Module):
@@ -186,14 +234,16 @@ def _waves(x: Tensor, count: int = 16) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-DENOISERS: dict[str, type[UNetDenoiser] | type[PaperDenoiser]] = {"unet": UNetDenoiser, "paper": PaperDenoiser}
+def build_denoiser(kind: str, size: int, width: int, space: TaskSpace | None = None) -> nn.Module:
+    """Return the denoiser `kind` ("analytic", "unet", "paper") for feature size D and the task space it works in.
 
-
-def build_denoiser(kind: str, size: int, width: int) -> nn.Module:
-    """The denoiser `kind` ("analytic", "unet", "paper") for feature size D."""
+    The numbers of parameters and their shapes do not depend on the `space`, but what a U-Net gives does.
+    """
     if kind == "analytic":
         return AnalyticDenoiser()
-    return DENOISERS[kind](size, width)
+    if kind == "paper":
+        return PaperDenoiser(size, width)
+    return UNetDenoiser(size, width, None if space is None else Frame(space))
 
 
 def randomise(denoiser: nn.Module, seed: int) -> nn.Module:

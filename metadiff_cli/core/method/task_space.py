@@ -103,12 +103,21 @@ def class_statistics(classes: Iterable[Tensor], groups: Sequence[int] = ()) -> C
     `groups` are the sizes of the groups of features; empty: one group. Raises DataError for features that are not
     finite, a class without images, and fewer than two classes.
     """
-    means, scatter, total, inverse_counts = _moments(classes, tuple(groups))
-    count = len(means)
-    within = [s / max(total - count, 1) for s in scatter]
-    centred = torch.split(means - means.mean(dim=0), [len(s) for s in scatter], dim=1)
-    between = [c.T @ c / (count - 1) - w * inverse_counts for c, w in zip(centred, within, strict=True)]
-    return ClassStatistics(means, tuple(within), tuple(between))
+    moments = _Moments.of(classes, tuple(groups))
+    return moments.statistics(moments.parts)
+
+
+def cross_fitted(
+    classes: Iterable[Tensor], groups: Sequence[int], parts: Sequence[int]
+) -> tuple[ClassStatistics, dict[int, ClassStatistics]]:
+    """Return the statistics of all base classes, and for each part those of the classes outside of it.
+
+    `parts` has the number of the part of each class, or -1 for a class that is in none, so in all statistics. Classes
+    are read once, and errors are those of `class_statistics`.
+    """
+    moments = _Moments.of(classes, tuple(groups), parts)
+    rest = {part: moments.statistics(moments.parts - {part}) for part in sorted(moments.parts) if part >= 0}
+    return moments.statistics(moments.parts), rest
 
 
 def class_means(classes: Iterable[Tensor]) -> Tensor:
@@ -126,23 +135,47 @@ def identity_space(means: Tensor) -> TaskSpace:
     return TaskSpace(torch.zeros(size), ((torch.eye(size) * scale).float(),), torch.ones(size))
 
 
-def _moments(classes: Iterable[Tensor], groups: tuple[int, ...]) -> tuple[Tensor, list[Tensor], int, float]:
-    """Class means (C, D), within-class scatter per group, number of images, mean of 1 / n_c; in float64."""
-    means, total, inverse = _Means(), 0, 0.0
-    scatter: list[Tensor] = []
-    for features in classes:
-        mean = _mean(features)
-        groups = groups or (len(mean),)
-        scatter = scatter or [torch.zeros(size, size, dtype=torch.float64) for size in groups]
-        for s, part, m in zip(
-            scatter, torch.split(features, list(groups), dim=1), torch.split(mean, list(groups)), strict=True
-        ):
-            _add_scatter(s, part, m)
-        means.add(mean)
-        total += len(features)
-        inverse += 1.0 / len(features)
-    stacked = means.stacked()
-    return stacked, [s.triu() + s.triu(1).T for s in scatter], total, inverse / len(stacked)
+@dataclass(frozen=True)
+class _Moments:
+    """Of C base classes, in float64: means (C, D), images, parts, and the scatter within classes of each part."""
+
+    means: Tensor
+    counts: tuple[int, ...]
+    part: tuple[int, ...]
+    scatter: dict[int, list[Tensor]]
+
+    @classmethod
+    def of(cls, classes: Iterable[Tensor], groups: tuple[int, ...], parts: Sequence[int] | None = None) -> "_Moments":
+        """Return those of classes (n_c, D), which are all of part 0 where no `parts` are given."""
+        means, counts, part = _Means(), list[int](), list[int]()
+        scatter: dict[int, list[Tensor]] = {}
+        for number, features in enumerate(classes):
+            mean = _mean(features)
+            sizes = list(groups or (len(mean),))
+            part.append(0 if parts is None else parts[number])
+            sums = scatter.setdefault(part[-1], [])
+            sums += [torch.zeros(size, size, dtype=torch.float64) for size in sizes[len(sums) :]]
+            for s, z, m in zip(sums, torch.split(features, sizes, dim=1), torch.split(mean, sizes), strict=True):
+                _add_scatter(s, z, m)
+            means.add(mean)
+            counts.append(len(features))
+        return cls(means.stacked(), tuple(counts), tuple(part), scatter)
+
+    @property
+    def parts(self) -> set[int]:
+        """The numbers of the parts."""
+        return set(self.part)
+
+    def statistics(self, parts: set[int]) -> ClassStatistics:
+        """Return the statistics of the classes in some parts."""
+        chosen = [c for c, part in enumerate(self.part) if part in parts]
+        means, count, images = self.means[chosen], len(chosen), sum(self.counts[c] for c in chosen)
+        upper = [torch.stack(sums).sum(dim=0) for sums in zip(*(self.scatter[part] for part in parts), strict=True)]
+        within = [(s.triu() + s.triu(1).T) / max(images - count, 1) for s in upper]
+        inverse = sum(1.0 / self.counts[c] for c in chosen) / count
+        centred = torch.split(means - means.mean(dim=0), [len(w) for w in within], dim=1)
+        between = [c.T @ c / (count - 1) - w * inverse for c, w in zip(centred, within, strict=True)]
+        return ClassStatistics(means, tuple(within), tuple(between))
 
 
 class _Means:

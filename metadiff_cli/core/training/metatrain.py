@@ -2,11 +2,15 @@
 
 Nothing is unrolled: each task gets one random time step, so a step costs the same for any number of sampling steps. All
 randomness of a step follows from (seed, step).
+
+A task space that was made of the classes of a task knows them, as no space knows new classes. So the base classes are
+dealt into FOLDS parts, and a task takes classes of one part, in the space of the statistics of all classes outside of
+it (cross-fitting; design, section 2b).
 """
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,19 +22,78 @@ from torch import Tensor, nn
 from metadiff_cli.config.schema import DenoiserConfig, MetatrainConfig
 from metadiff_cli.core.device import CPU, default_noise, seeded_noise, sent
 from metadiff_cli.core.encoders.bank import FeatureBank
-from metadiff_cli.core.evaluation.episodes import Episodes, check_episodes, training_batch
-from metadiff_cli.core.method.denoisers import PaperDenoiser, TaskDropout, build_denoiser, posterior_precision
+from metadiff_cli.core.evaluation.episodes import Episodes, training_batch
+from metadiff_cli.core.method.adapt import Tuning
+from metadiff_cli.core.method.denoisers import (
+    Frame,
+    PaperDenoiser,
+    TaskDropout,
+    UNetDenoiser,
+    build_denoiser,
+    posterior_precision,
+)
 from metadiff_cli.core.method.diffusion import Schedule, add_noise
-from metadiff_cli.core.method.guidance import domain_of, shared_of
-from metadiff_cli.core.method.support import SupportStats, support_stats
-from metadiff_cli.core.method.task_space import TaskSpace, class_means
+from metadiff_cli.core.method.support import support_stats
+from metadiff_cli.core.method.task_space import TaskSpace
 from metadiff_cli.core.training.distributed import SINGLE, Group
 from metadiff_cli.core.training.loop import Ema, Part, Trainer
+from metadiff_cli.errors import DataError
 
+FOLDS = 4  # parts of the base classes, as far as each gets a pair of classes
+PAIR = 2  # classes of the smallest task
 IN_MEMORY = 1 << 30  # bytes of base images in task space; a larger bank is projected task by task
 LOGIT_SCALE = 10.0  # of the cross-entropy of held-out images in training
 KAPPA = 1.0  # weight of that cross-entropy in the loss
 EMA, WEIGHT_DECAY = 0.99, 0.01
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Base classes that make tasks with each other: their numbers (C,), and the part of the classes they belong to."""
+
+    classes: np.ndarray
+    part: int
+
+
+def images_needed(config: MetatrainConfig) -> int:
+    """Return the images that a class of training has at least: those of an episode, and one for the target."""
+    return config.shots[1] + config.query + 1
+
+
+def deal(sets: Sequence[Sequence[int]], needed: int, seed: int, folds: int = FOLDS) -> list[int]:
+    """Return the number of the part that each base class is dealt into, -1 for a class in none.
+
+    `sets` has the images of each class of each data set. A class with fewer than `needed` images is in no part. A data
+    set gives two classes or more to a part, or none. With `folds` 1, all are in one part. Raises DataError when there
+    are fewer classes than two per part, for at least two parts where `folds` asks for several.
+    """
+    able = sum(images >= needed for images in _joined(sets))
+    least = PAIR * min(folds, 2)
+    if able < least:
+        raise DataError(
+            f"the training of a denoiser needs {least} base classes of {needed} images or more; there are {able}",
+            hint="add images, lower metatrain.shots or metatrain.query with --set, or --set denoiser.kind=analytic",
+        )
+    rng, folds, parts = np.random.default_rng(seed), min(folds, able // PAIR), list[int]()
+    for first, images in enumerate(sets):
+        chosen = rng.permutation([c for c, count in enumerate(images) if count >= needed])
+        turns = min(folds, len(chosen) // PAIR)
+        part = np.full(len(images), -1)
+        if turns:
+            part[chosen] = (first + np.arange(len(chosen)) % turns) % folds
+        parts += part.tolist()
+    return parts
+
+
+def pools_of(sets: Sequence[Sequence[int]], parts: Sequence[int]) -> list[Pool]:
+    """Return the pools of tasks: the classes of each data set in each part; arguments are those of `deal`."""
+    origin = np.repeat(np.arange(len(sets)), [len(images) for images in sets])
+    places = sorted({(part, int(of)) for part, of in zip(parts, origin, strict=True) if part >= 0})
+    return [Pool(np.flatnonzero((origin == of) & (np.array(parts) == part)), part) for part, of in places]
+
+
+def _joined(sets: Sequence[Sequence[int]]) -> list[int]:
+    return [images for each in sets for images in each]
 
 
 @dataclass(frozen=True)
@@ -88,32 +151,40 @@ class MetaTrainer(Trainer[MetaStep, MetaValidation]):
     def __init__(
         self,
         bank: FeatureBank,
+        pools: Sequence[Pool],
+        spaces: Mapping[int, TaskSpace],
         space: TaskSpace,
         denoiser: DenoiserConfig,
         config: MetatrainConfig,
         *,
+        means: Tensor,
+        tuning: Tuning,
         seed: int,
         device: torch.device,
-        means: Tensor | None = None,
         group: Group = SINGLE,
     ) -> None:
-        """`means` (C, D) of the classes spare a pass through the bank where they are known.
+        """Tasks are drawn from `pools`, in the `spaces` of their parts, and adapt as `tuning` says.
 
-        Raises DataError when the base classes have too few images for the episodes.
+        What is trained serves tasks in `space`. `means` (C, D) are those of the classes of the bank. Each class of a
+        pool has `images_needed`.
         """
         super().__init__(1, seed=seed, device=device, group=group)
-        self.bank, self.config = bank, config
-        self.shared = shared_of(denoiser.kind)
-        self.space = space.to(device)
+        self.bank, self.config, self.tuning = bank, config, tuning
+        self.pools, self.spaces = pools, {part: space.to(device) for part, space in spaces.items()}
         self.schedule = Schedule()
-        self.abar = self.schedule.abar.float().to(device)
+        self.abar = torch.tensor(self.schedule.abar, device=device)
         self.indices = bank.class_indices()
-        check_episodes(self.indices, bank.classes, min(config.ways[0], 2), config.shots[1], config.query)
-        means = class_means(bank.by_class()) if means is None else means
+        assert all(len(self.indices[c]) >= images_needed(config) for pool in pools for c in pool.classes)
         self.counts = torch.tensor([len(rows) for rows in self.indices], device=device, dtype=torch.float32)
-        self.class_sums = self.space.to_task(means.float().to(device)) * self.counts.unsqueeze(1)  # (C, D)
-        self.points = self._project(np.arange(len(bank.labels))) if _is_small(bank) else None
-        self.squares = None if self.points is None else self._squares(self.points)
+        self.class_sums = self._class_sums(means)
+        found = self._all_points() if _is_small(bank) else (None, None)
+        self.points: Tensor | None = found[0]
+        self.squares: Tensor | None = found[1]
+        self.frame: Frame | None = None
+        self.frames: dict[int, Frame] = {}
+        if denoiser.kind == "unet":
+            self.frame = Frame(space.to(device))
+            self.frames = {part: Frame(of, self.frame.references) for part, of in self.spaces.items()}
         with default_noise(seeded_noise(seed, CPU), CPU):
             self.module = build_denoiser(denoiser.kind, bank.features.shape[1], denoiser.width).to(device)
         self.part = group.slice_of(config.batch, "metatrain.batch")  # this process's tasks of a step
@@ -154,6 +225,8 @@ class MetaTrainer(Trainer[MetaStep, MetaValidation]):
     def _with(self, parameters: dict[str, Tensor]) -> nn.Module:
         module = copy.deepcopy(self.module)
         module.load_state_dict(parameters, strict=False)
+        if isinstance(module, UNetDenoiser):
+            module.frame = self.frame
         return module.eval()
 
     def _advance(self) -> None:
@@ -177,13 +250,10 @@ class MetaTrainer(Trainer[MetaStep, MetaValidation]):
 
     def _train_step(self, lr: float) -> Tensor:
         """Take one step at the learning rate `lr`; returns the loss (1,), the mean over all tasks."""
-        episodes = training_batch(
-            self.indices, self.config.ways, self.config.shots, self.config.query,
-            batch=self.config.batch, seed=self.seed, step=self.step,
-        )  # fmt: skip
+        number, episodes = self.draw(self.step)
         seed = int(np.random.SeedSequence([self.seed, self.step]).generate_state(1)[0])
         with default_noise(seeded_noise(seed, self.device), self.device):  # for dropout
-            loss = self.parallel_loss(episodes, torch.Generator().manual_seed(seed))
+            loss = self.parallel_loss(number, episodes, torch.Generator().manual_seed(seed))
         loss = self.group.weight_of(self.part, self.config.batch) * loss
         value = self.group.mean_(loss.detach().clone())
         for parameters in self.optimiser.param_groups:
@@ -195,16 +265,32 @@ class MetaTrainer(Trainer[MetaStep, MetaValidation]):
         self.ema.update(self.module)
         return value.view(1)
 
-    def loss(self, episodes: Episodes, generator: torch.Generator) -> Tensor:
-        """The training loss of a batch of tasks (design, "Training loss"), over this process's slice of them."""
+    def draw(self, step: int) -> tuple[int, Episodes]:
+        """Return the number of the pool of a step, drawn by its number of classes, and the tasks of the step."""
+        rng = np.random.default_rng([self.seed, step, len(self.pools)])
+        sizes = np.array([len(pool.classes) for pool in self.pools])
+        number = int(rng.choice(len(sizes), p=sizes / sizes.sum()))
+        classes = self.pools[number].classes
+        tasks = training_batch(
+            [self.indices[c] for c in classes], self.config.ways, self.config.shots, self.config.query,
+            batch=self.config.batch, seed=self.seed, step=step,
+        )  # fmt: skip
+        return number, replace(tasks, classes=classes[tasks.classes])
+
+    def loss(self, number: int, episodes: Episodes, generator: torch.Generator) -> Tensor:
+        """The training loss of tasks of a pool (design, "Training loss"), over this process's slice of them.
+
+        The tasks have the guidance scale and the domain that adaptation would give them.
+        """
         self.module.train()
-        whole = len(episodes.classes)
-        part = self.group.slice_of(whole, "metatrain.batch")
+        whole, place = len(episodes.classes), self.pools[number].part
+        part, precision = self.group.slice_of(whole, "metatrain.batch"), self.spaces[place].precision
         episodes = episodes.part(part)
-        support, query = self._points(episodes.support), self._points(episodes.query)  # (B, N, K, D), (B, M, D)
-        stats = support_stats(support, self.space.precision)
-        domain = domain_of(stats, self.shared)
-        stats = replace(stats, mean=stats.mean - domain)
+        support, query = (self._points(rows, place) for rows in (episodes.support, episodes.query))  # (B, N, K, D), ..
+        stats = support_stats(support, precision)
+        ways, shots = support.shape[1:3]
+        domain = self.tuning.domain.at(ways, shots) * stats.mean.mean(dim=1, keepdim=True)  # (B, 1, D)
+        stats = replace(stats, mean=stats.mean - domain).scaled(self.tuning.guidance.at(ways, shots))
         w0 = self.targets(episodes, support, query) - domain
         t = torch.randint(1, self.schedule.steps + 1, (whole,), generator=generator)[part]
         abar = self.abar[sent(t, self.device)]
@@ -213,23 +299,11 @@ class MetaTrainer(Trainer[MetaStep, MetaValidation]):
         if isinstance(self.module, PaperDenoiser):
             error: Tensor = F.mse_loss(self.module.epsilon(w, abar, stats), noise)
             return error
+        x0: Tensor = self.module(w, abar, stats, self.frames[place])
         labels, rows = (sent(torch.from_numpy(values), self.device) for values in (episodes.labels, episodes.query))
-        squares = self._squares(query) if self.squares is None else self.squares[rows]
-        return self._weighted_loss(w, w0, abar, stats, Queries(query, squares, domain), labels)
-
-    def _weighted_loss(
-        self, w: Tensor, w0: Tensor, abar: Tensor, stats: SupportStats, queries: Queries, labels: Tensor
-    ) -> Tensor:
-        """Precision-weighted ||x0 - w0||^2 per dimension, plus KAPPA times the cross-entropy of held-out images.
-
-        The cross-entropy is that of the whitened cosines alone, which need no product with the basis: nothing here
-        leaves the task space.
-        """
-        x0: Tensor = self.module(w, abar, stats)
+        squares = query.square() @ precision if self.squares is None else self.squares[rows]
         pi = posterior_precision(abar, stats)
-        loss: Tensor = (pi * (x0 - w0).square()).mean()
-        logits = LOGIT_SCALE * queries.cosines(x0, self.space.precision)  # (B, M, N)
-        return loss + KAPPA * F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return _weighted_loss(x0, w0, pi, Queries(query, squares, domain), precision, labels)
 
     def targets(self, episodes: Episodes, support: Tensor, query: Tensor) -> Tensor:
         """w_0 (B, N, D): class means without the images of the episode at hand, `support` (B, N, K, D) and `query`."""
@@ -237,24 +311,36 @@ class MetaTrainer(Trainer[MetaStep, MetaValidation]):
         classes = sent(torch.from_numpy(episodes.classes), self.device)
         held_out = query.view(tasks, ways, -1, size)  # balanced: the queries of a class stand together
         used = support.sum(dim=2) + held_out.sum(dim=2)
-        counts = self.counts[classes].unsqueeze(-1)  # (B, N, 1)
-        left = counts - shots - held_out.shape[2]
-        some = left > 0
-        sums = torch.addcmul(self.class_sums[classes], used, some.to(used), value=-1)
-        return sums / torch.where(some, left, counts)
+        left = self.counts[classes].unsqueeze(-1) - shots - held_out.shape[2]  # (B, N, 1), at least 1
+        return (self.class_sums[classes] - used) / left
 
-    def _points(self, rows: np.ndarray) -> Tensor:
-        """Images (..., D) in task space of rows (...) of the bank."""
+    def _points(self, rows: np.ndarray, part: int) -> Tensor:
+        """Images (..., D) in the task space of a part, of rows (...) of the bank."""
         if self.points is not None:
             return F.embedding(sent(torch.from_numpy(rows), self.device), self.points)  # faster than an index
-        return self._project(rows)
+        return self.spaces[part].to_task(sent(self.bank.take(rows), self.device))
 
-    def _squares(self, points: Tensor) -> Tensor:
-        """Squared lengths (...) of points (..., D) in the metric of the noise."""
-        return points.square() @ self.space.precision
+    def _all_points(self) -> tuple[Tensor, Tensor]:
+        """All images (n, D), each in the task space of its part, and their squared lengths (n,) as in `Queries`.
 
-    def _project(self, rows: np.ndarray) -> Tensor:
-        return self.space.to_task(sent(self.bank.take(rows), self.device))
+        Both are 0 for an image that no task takes.
+        """
+        points = torch.zeros(self.bank.features.shape, device=self.device)
+        squares = torch.zeros(len(points), device=self.device)
+        for pool in self.pools:
+            space = self.spaces[pool.part]
+            for rows in (self.indices[c] for c in pool.classes):
+                found = space.to_task(sent(self.bank.take(rows), self.device))
+                points[rows], squares[rows] = found, found.square() @ space.precision
+        return points, squares
+
+    def _class_sums(self, means: Tensor) -> Tensor:
+        """Sums (C, D) of the images of each class, in the task space of its part, from the means (C, D)."""
+        sums = torch.zeros(means.shape, device=self.device)
+        for pool in self.pools:
+            found = self.spaces[pool.part].to_task(means[pool.classes].float().to(self.device))
+            sums[pool.classes] = found * self.counts[pool.classes].unsqueeze(1)
+        return sums
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, plain = super().state()
@@ -265,6 +351,17 @@ class MetaTrainer(Trainer[MetaStep, MetaValidation]):
         super().restore(part, plain)
         self.ema.average = {name: t.to(self.device) for name, t in part("ema").items()}
         self.ema.updates = int(plain["updates"])
+
+
+def _weighted_loss(x0: Tensor, w0: Tensor, pi: Tensor, queries: Queries, precision: Tensor, labels: Tensor) -> Tensor:
+    """Precision-weighted ||x0 - w0||^2 per dimension, plus KAPPA times the cross-entropy of held-out images.
+
+    The cross-entropy is that of the whitened cosines alone, which need no product with the basis: nothing here leaves
+    the task space.
+    """
+    loss: Tensor = (pi * (x0 - w0).square()).mean()
+    logits = LOGIT_SCALE * queries.cosines(x0, precision)  # (B, M, N)
+    return loss + KAPPA * F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def _is_small(bank: FeatureBank) -> bool:
