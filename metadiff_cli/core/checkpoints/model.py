@@ -15,7 +15,7 @@ import torch
 from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from metadiff_cli.config.schema import ENCODERS, DenoiserConfig, is_pretrained
+from metadiff_cli.config.schema import ENCODERS, LITE, DenoiserConfig, is_pretrained
 from metadiff_cli.core.checkpoints.file import (
     KINDS,
     Checkpoint,
@@ -25,7 +25,7 @@ from metadiff_cli.core.checkpoints.file import (
     save_checkpoint,
 )
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
-from metadiff_cli.core.encoders.library import build_pretrained
+from metadiff_cli.core.encoders.library import build_pretrained, pretrained_encoder
 from metadiff_cli.core.encoders.networks import Encoder, build_encoder
 from metadiff_cli.core.method.adapt import MetaDiff, TaskClassifier, Tuning
 from metadiff_cli.core.method.calibration import Rejection, TaskTable
@@ -105,6 +105,7 @@ class EncoderHeader(Part):
 
     encoder: str
     image: ImageHeader
+    encoder_sha256: str | None = None  # of the installed file with its weights, where the checkpoint holds none
 
 
 class ModelHeader(EncoderHeader):
@@ -141,7 +142,8 @@ class SavedClassifier:
 
 def save_encoder(path: Path, images: ImageEncoder, header: dict[str, Any]) -> None:
     """Write an encoder that metadiff did not train; `header` says where its weights come from. Raises OSError."""
-    save_checkpoint(path, "encoder", encoder_tensors(images), {**header, **image_header(images)})
+    tensors = {} if named_weights(images) else encoder_tensors(images)
+    save_checkpoint(path, "encoder", tensors, {**header, **image_header(images, named_weights(images))})
 
 
 def load_encoder(
@@ -158,10 +160,10 @@ def load_encoder(
         raise CheckpointError(
             f"{path} is the state of an unfinished training", hint="give encoder.safetensors beside it"
         )
-    if not checkpoint.part("encoder"):
+    if not checkpoint.part("encoder") and not checkpoint.header.get("encoder_sha256"):
         raise CheckpointError(f"{path} holds no encoder of its own", hint=f"give {KINDS['encoder']}")
     images = replace(image_encoder(checkpoint, device), views=views, shift=shift)
-    if half:
+    if half and checkpoint.part("encoder"):
         with torch.no_grad():
             for weights in images.encoder.parameters():
                 weights.copy_(weights.half() if weights.dim() > 1 else weights)
@@ -183,7 +185,10 @@ def save_model(path: Path, images: ImageEncoder, metadiff: MetaDiff, header: dic
 
     Raises OSError.
     """
-    save_checkpoint(path, "model", model_tensors(images, metadiff), {**header, **model_header(images, metadiff)})
+    named = named_weights(images)
+    tensors = {} if named else encoder_tensors(images)
+    tensors |= metadiff_tensors(metadiff)
+    save_checkpoint(path, "model", tensors, {**header, **model_header(images, metadiff), **image_header(images, named)})
 
 
 def load_model(path: Path, device: torch.device) -> Model:
@@ -208,13 +213,19 @@ def model_of(checkpoint: Checkpoint, device: torch.device) -> Model:
 
 
 def model_tensors(images: ImageEncoder, metadiff: MetaDiff) -> dict[str, Tensor]:
-    """The tensors of a model that adaptation, prediction and rejection need, by name."""
-    tensors, space = encoder_tensors(images), metadiff.metric.space
+    """The tensors of a model that adaptation, prediction and rejection need, by name, with those of its encoder."""
+    return encoder_tensors(images) | metadiff_tensors(metadiff)
+
+
+def metadiff_tensors(metadiff: MetaDiff) -> dict[str, Tensor]:
+    """The tensors of a MetaDiff by name."""
+    tensors: dict[str, Tensor] = {}
+    space = metadiff.metric.space
     if metadiff.targets is not None:
         tensors["targets"] = metadiff.targets
     if space is not None:
         tensors |= {f"space.{n}": t for n, t in space.tensors().items()}
-    return tensors | {f"denoiser.{n}": t for n, t in metadiff.denoiser.state_dict().items()}
+    return _compact(tensors) | {f"denoiser.{n}": t for n, t in metadiff.denoiser.state_dict().items()}
 
 
 def model_header(images: ImageEncoder, metadiff: MetaDiff) -> dict[str, Any]:
@@ -229,24 +240,50 @@ def model_header(images: ImageEncoder, metadiff: MetaDiff) -> dict[str, Any]:
 
 def encoder_tensors(images: ImageEncoder) -> dict[str, Tensor]:
     """The encoder's tensors by name; a matrix that fp16 holds exactly is stored so, in half the space."""
-    tensors = {f"encoder.{n}": t for n, t in images.encoder.state_dict().items()}
+    return _compact({f"encoder.{n}": t for n, t in images.encoder.state_dict().items()})
+
+
+def _compact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: t.half() if t.dim() > 1 and torch.equal(t.half().float(), t) else t for n, t in tensors.items()}
 
 
-def image_header(images: ImageEncoder) -> dict[str, Any]:
-    """The part of a header that this module decides for any file with an encoder: its name, and how it sees images."""
+def named_weights(images: ImageEncoder) -> str | None:
+    """The sha256 of the installed file that an encoder's weights come from; None if a checkpoint has to hold them."""
+    found: str | None = getattr(images.encoder, "sha256", None)
+    return found
+
+
+def image_header(images: ImageEncoder, sha256: str | None = None) -> dict[str, Any]:
+    """The part of a header that this module decides for any file with an encoder: its name, and how it sees images.
+
+    `sha256` is that of the file that the weights are read from, where the checkpoint does not hold them.
+    """
     image = {"size": images.size, "mean": list(images.mean), "std": list(images.std)}
-    return {"encoder": images.name, "image": {**image, "views": images.views, "shift": images.shift}}
+    image |= {"views": images.views, "shift": images.shift}
+    return {"encoder": images.name, "image": image, "encoder_sha256": sha256}
 
 
 def image_encoder(checkpoint: Checkpoint, device: torch.device) -> ImageEncoder:
     """The encoder in a checkpoint that was read, with the views of its header. Raises CheckpointError."""
     with checkpoint_errors(checkpoint.path):
         header = EncoderHeader.of(checkpoint.header)
-        encoder = _network(header, checkpoint.part("encoder"))
-        encoder.load_state_dict(checkpoint.part("encoder"))
+        if header.encoder_sha256 is not None:
+            encoder = _installed(header)
+        else:
+            encoder = _network(header, checkpoint.part("encoder"))
+            encoder.load_state_dict(checkpoint.part("encoder"))
         encoder.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         return described_encoder(checkpoint.header, encoder, device)
+
+
+def _installed(header: EncoderHeader) -> Encoder:
+    """The encoder whose weights are installed. Raises ValueError if the file is another one than the checkpoint names."""
+    if header.encoder not in LITE:
+        raise ValueError(f"{header.encoder!r:.80} has no installed weights")
+    encoder = pretrained_encoder(header.encoder, header.image.size)
+    if encoder.sha256 != header.encoder_sha256:
+        raise ValueError(f"it needs weights of {header.encoder} whose sha256 begins with {header.encoder_sha256:.8}")
+    return encoder
 
 
 def described_encoder(header: Mapping[str, Any], encoder: Encoder, device: torch.device) -> ImageEncoder:

