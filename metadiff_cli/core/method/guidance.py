@@ -75,7 +75,7 @@ def chosen_by(held: HeldOut, fitted: TaskSettings, *, keep_guidance: bool = Fals
     Values away from the fitted ones are charged the penalties above.
     """
     settings = fitted
-    if len(held.metric.groups) > 1:
+    if len(held.metric.groups) > 1 and held.metric.plain:
         tried = [fitted.level, *(torch.full_like(fitted.level, w) for w in LEVEL_GRID)]
         charges = [LEVEL_PENALTY * (w - fitted.level).abs() for w in tried]
         settings = replace(settings, level=_best(held, settings, "level", tried, charges))

@@ -6,8 +6,9 @@ costs arithmetic on small matrices. The score is the mean gain over the class me
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,14 @@ from metadiff_cli.core.method.adapt import (
     seeds_of,
 )
 from metadiff_cli.core.method.calibration import Rejection, TaskTable, best_temperature
+from metadiff_cli.core.method.descent import NO_DESCENT
 from metadiff_cli.core.method.guidance import GUIDANCE_GRID, LEVEL_GRID, Usual, shift_of
 from metadiff_cli.core.method.held_out import Folds, HeldOut
 from metadiff_cli.core.method.metric import Metric, TaskSettings, cosine_logits
 from metadiff_cli.core.method.rejection import RATE, rejector_of
 from metadiff_cli.core.method.support import TaskSupport, count_of
 from metadiff_cli.core.method.task_space import ClassStatistics
+from metadiff_cli.errors import DataError
 
 WAYS, SHOTS = (5, 10, 20), (1, 2, 5, 10)
 QUERIES = 75  # of a task, at most
@@ -46,6 +49,8 @@ DOMAIN_GRID = (0.0, 0.5, 1.0)
 DESCENT_GRID = ((3.0, 0.1), (3.0, 0.3), (5.0, 0.3), (5.0, 1.0), (8.0, 1.0), (8.0, 3.0), (10.0, 10.0))  # s and rho
 TENSORS = ("guidance", "level", "domain", "temperature")  # of the hyper-parameters; the others are numbers
 START = {"guidance": 4.0, "level": 0.2, "domain": 0.5, "temperature": 2.0, "scale": 5.0, "prior": 1.0}
+# of the published form, whose metric has no plain parts: features as they are, and no descent
+PAPER = {**START, "guidance": 1.0, "level": 0.0, "domain": 0.0, "scale": 1.0, "prior": NO_DESCENT}
 BETTER = 0.1  # points that a candidate has to be ahead by: a standard error over the episodes
 LOSS, BURDEN = 0.2, 3.0  # points below the class mean that a domain may lose, and what further ones count more
 
@@ -53,8 +58,25 @@ Note = Callable[[str], None]
 Expanded = Callable[[np.ndarray], Tensor]
 
 
-def paired_gain(metadiff: MetaDiff, bank: FeatureBank, protocol: Protocol, device: torch.device) -> tuple[float, float]:
-    """Return the accuracy of a metadiff minus that without its learned part: points and half-width of 95 %."""
+def _unheard(text: str) -> None:
+    """Take a note that nobody asked for."""
+
+
+def paired_gain(
+    metadiff: MetaDiff, banks: Sequence[FeatureBank], protocol: Protocol, device: torch.device
+) -> tuple[float, float]:
+    """Return the accuracy of a metadiff minus that without its learned part: points and half-width of 95 %.
+
+    It is the mean over the banks, each with the episodes of the protocol, as far as its classes and images go.
+    """
+    gains = [_paired_gain(metadiff, *_fitting(bank, protocol), device) for bank in banks]
+    return sum(gain for gain, _ in gains) / len(gains), math.hypot(*(half for _, half in gains)) / len(gains)
+
+
+def _paired_gain(
+    metadiff: MetaDiff, bank: FeatureBank, protocol: Protocol, device: torch.device
+) -> tuple[float, float]:
+    """The gain on one bank."""
     pair = {"learned": metadiff, "analytic": metadiff.analytic()}
     methods = {name: method_of(m, bank, Sampling(), protocol, device) for name, m in pair.items()}
     scores = run_through(evaluate(bank, methods, protocol, device))
@@ -62,48 +84,75 @@ def paired_gain(metadiff: MetaDiff, bank: FeatureBank, protocol: Protocol, devic
     return mean_interval(first - second)
 
 
+def _fitting(bank: FeatureBank, protocol: Protocol) -> tuple[FeatureBank, Protocol]:
+    """The classes with images enough for the protocol; where they are too few, all classes and smaller episodes."""
+    kept, _ = bank.with_images(protocol.shot + protocol.query)
+    if len(kept.classes) >= protocol.way:
+        return kept, protocol
+    smallest = min(len(rows) for rows in bank.class_indices())
+    shot = min(protocol.shot, smallest - 1)
+    query = min(protocol.query, smallest - shot)
+    return bank, replace(protocol, way=min(protocol.way, len(bank.classes)), shot=shot, query=query)
+
+
 def choose_shrinkage(
-    statistics: ClassStatistics, banks: Sequence[FeatureBank], device: torch.device, *, seed: int
+    statistics: ClassStatistics, banks: Sequence[FeatureBank], device: torch.device, *, seed: int, note: Note = _unheard
 ) -> tuple[float, float]:
     """Return the pair of SHRINKAGE with the best 1-shot and 5-shot score on `banks`, all else at the start.
 
     An encoder that fits its base classes closely pulls their images together as it does not those of new classes, and
-    their covariance says less about new ones.
+    their covariance says less about new ones. `note` is told the score of each pair.
     """
     totals = []
     for within, between in SHRINKAGE:
         metric = Metric(statistics.groups, statistics.task_space(within, between).to(device))
         pairs = Pairs(metric, banks, device, seed)
         searches = [_Search(metric, pairs.tasks(pairs.ways[0], shot)) for shot in pairs.shots[::2]]
-        totals.append(sum(search.score(search.settings) for search in searches))
+        totals.append(sum(search.score(search.settings) for search in searches) / len(searches))
+        note(f"shrinkage {within:g} within classes and {between:g} between: {totals[-1]:+.2f}")
     return SHRINKAGE[int(np.argmax(totals))]
 
 
 def fit_tuning(
-    metadiff: MetaDiff, banks: Sequence[FeatureBank], device: torch.device, *, seed: int, note: Note = lambda text: None
+    metadiff: MetaDiff, banks: Sequence[FeatureBank], device: torch.device, *, seed: int, note: Note = _unheard
 ) -> tuple[Tuning, Fitted]:
     """Fit the tuning, and the settings of the controls, on `banks`. Too few images lower shots and queries.
 
-    `note` is told what was chosen for each combination of ways and shots.
+    `note` is told the score of each candidate, and what was chosen for each combination of ways and shots.
     """
     metric = metadiff.metric
     pairs = Pairs(metric, banks, device, seed)
     found: dict[tuple[int, int], TaskSettings] = {}
     for way, shot in pairs:
         search = _Search(metric, pairs.tasks(way, shot), found.get((pairs.ways[0], shot)) or _last(found))
-        search.run()
+        search.run(partial(_note_of, note, f"{way}-way {shot}-shot"))
         found[way, shot] = search.settings
-        note(search.describe(way, shot))
     metadiff = metadiff.tuned(
         usual=_usual(metric, pairs),
         **{name: TaskTable.of({pair: float(getattr(s, name)) for pair, s in found.items()}) for name in START},
     )
-    # what was fitted without the choice for each task is corrected by a factor with it
-    factors = {pair: _factor(metadiff, pairs.tasks(*pair)) for pair in pairs}
-    corrected = {pair: factor * float(found[pair].temperature) for pair, factor in factors.items()}
-    metadiff = metadiff.tuned(temperature=TaskTable.of(corrected))
-    metadiff = metadiff.tuned(rejection=fit_rejection(metadiff, pairs))
+    metadiff = _with_confidences(metadiff, pairs)
     return metadiff.tuning, fit_controls(metadiff, pairs)
+
+
+def fit_confidences(metadiff: MetaDiff, banks: Sequence[FeatureBank], device: torch.device, *, seed: int) -> Tuning:
+    """Return the tuning with temperatures and rejection fitted anew, as a learned denoiser needs it."""
+    return _with_confidences(metadiff, Pairs(metadiff.metric, banks, device, seed)).tuning
+
+
+def _with_confidences(metadiff: MetaDiff, pairs: "Pairs") -> MetaDiff:
+    """The same with its temperatures corrected by a factor, and with the rejection that follows from them.
+
+    Temperatures that were fitted for the hyper-parameters alone do not know the choice for each task.
+    """
+    fitted = metadiff.tuning.temperature
+    corrected = {pair: _factor(metadiff, pairs.tasks(*pair)) * fitted.at(*pair) for pair in pairs}
+    metadiff = metadiff.tuned(temperature=TaskTable.of(corrected))
+    return metadiff.tuned(rejection=fit_rejection(metadiff, pairs))
+
+
+def _note_of(note: Note, what: str, text: str) -> None:
+    note(f"{what}: {text}")
 
 
 def _last(found: dict[tuple[int, int], TaskSettings]) -> TaskSettings | None:
@@ -124,8 +173,7 @@ def fit_rejection(metadiff: MetaDiff, pairs: "Pairs") -> Rejection:
             for task in pairs.tasks(way, shot):
                 classifier = adapted(fitted, task)
                 margins.append(rejector_of(fitted, classifier, task.support).margins(task.query).flatten())
-            if margins:
-                offsets[way, shot] = float(torch.cat(margins).quantile(RATE))
+            offsets[way, shot] = float(torch.cat(margins).quantile(RATE))
     return Rejection(TaskTable.of(offsets), RATE)
 
 
@@ -167,31 +215,47 @@ class DomainTasks:
 
 
 class Pairs:
-    """The combinations of ways and shots that the banks of some domains have images for, and their episodes."""
+    """The combinations of ways and shots that the banks of some domains have images for, and their episodes.
+
+    Each combination has episodes of one domain or more. Raises DataError where none of the banks has two classes of two
+    images.
+    """
 
     def __init__(self, metric: Metric, banks: Sequence[FeatureBank], device: torch.device, seed: int) -> None:
         self.size, self.seed, self.device = sum(metric.parts), seed + SEED, device
         self.banks = [(bank, bank.class_indices(), expanded(metric, bank, device)) for bank in banks]
         most = max(len(indices) for _, indices, _ in self.banks)
-        largest = max(min(len(rows) for rows in indices) for _, indices, _ in self.banks)
-        self.ways = [way for way in WAYS if way <= most] or [most]
-        self.shots = [shot for shot in SHOTS if shot < largest] or [1]
+        self.shots, self.ways = list(SHOTS), list[int]()
+        while not self.ways:
+            if not self.shots:
+                raise DataError("a fit needs two validation classes of two images", hint="add images")
+            ways = [way for way in WAYS if way <= most] or [most]
+            self.ways = [way for way in ways if way > 1 and all(self._able(way, shot) for shot in self.shots)]
+            self.shots = self.shots if self.ways else self.shots[:-1]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return ((way, shot) for way in self.ways for shot in self.shots)
 
     def tasks(self, way: int, shot: int) -> list[DomainTasks]:
         """Return the episodes of each domain that has the classes and images; the same ones whenever asked."""
-        able = [
-            (bank, indices, x, query)
-            for bank, indices, x in self.banks
-            if len(indices) >= way and (query := self._queries(indices, way, shot)) > 0
-        ]
+        able = self._able(way, shot)
         return [self._episodes(bank, indices, x, way, shot, query, len(able)) for bank, indices, x, query in able]
 
-    def _queries(self, indices: list[np.ndarray], way: int, shot: int) -> int:
-        """Queries per class, as far as the images go."""
-        return min(QUERIES // 5, max(1, QUERIES // way), min(len(rows) for rows in indices) - shot)
+    def _able(self, way: int, shot: int) -> list[tuple[FeatureBank, list[np.ndarray], Expanded, int]]:
+        """The domains with such episodes: the rows of the classes that are drawn, and the queries per class.
+
+        Half of the classes or more are drawn; those with fewer images than these are not.
+        """
+        found = []
+        for bank, indices, x in self.banks:
+            if len(indices) < way:
+                continue
+            sizes = sorted((len(rows) for rows in indices), reverse=True)
+            room = sizes[max(way, math.ceil(len(sizes) / 2)) - 1] - shot
+            query = min(QUERIES // 5, max(1, QUERIES // way), room)
+            if query > 0:
+                found.append((bank, [rows for rows in indices if len(rows) >= shot + query], x, query))
+        return found
 
     def _episodes(
         self, bank: FeatureBank, indices: list[np.ndarray], x: Expanded, way: int, shot: int, query: int, domains: int
@@ -210,24 +274,28 @@ class _Search:
         self.tasks, self.held = tasks, [task.held_out(metric) for task in tasks]
         self.reference = torch.stack([_class_mean(metric, task) for task in tasks])
         self.device = self.reference.device
-        self.settings = start or TaskSettings(**{n: self._single(v) if n in TENSORS else v for n, v in START.items()})
-        self.grids = {"scale": DESCENT_GRID} if metric.plain else {}
-        if len(metric.groups) > 1:
+        self.settings = start or self._starting(START if metric.plain else PAPER)
+        self.grids: dict[str, Sequence[Any]] = {"scale": DESCENT_GRID} if metric.plain else {}
+        if len(metric.groups) > 1 and metric.plain:
             self.grids["level"] = LEVEL_GRID
         if metric.space is not None and metric.plain:
             self.grids |= {"domain": DOMAIN_GRID, "guidance": GUIDANCE_GRID}
 
-    def run(self) -> None:
-        """Settle all hyper-parameters."""
+    def run(self, note: Note) -> None:
+        """Settle all hyper-parameters; `note` is told the score of each candidate, and what was chosen."""
         best = self.score(self.settings)
         for name, grid in self.grids.items():
             candidates = [self._changed(name, value) for value in grid]
             scores = [self.score(candidate) for candidate in candidates]
+            note(
+                f"{name} {', '.join(f'{_shown(value)} {score:+.2f}' for value, score in zip(grid, scores, strict=True))}"
+            )
             if max(scores) > best + BETTER:
                 best, self.settings = max(scores), candidates[int(np.argmax(scores))]
         logits = torch.cat([self._logits(held, self.settings).flatten(0, 1) for held in self.held])
         labels = torch.cat([task.labels.repeat(len(task.query)) for task in self.tasks])
         self.settings = replace(self.settings, temperature=self._single(best_temperature(logits, labels)))
+        note(self._describe())
 
     def score(self, settings: TaskSettings) -> float:
         """Return the mean gain over the class mean; what a domain loses beyond LOSS counts more."""
@@ -239,13 +307,13 @@ class _Search:
         found = [_accuracy(self._logits(h, settings), t.labels) for h, t in zip(self.held, self.tasks, strict=True)]
         return torch.stack(found) - self.reference
 
-    def describe(self, way: int, shot: int) -> str:
-        """Return what was chosen as one line of text."""
+    def _describe(self) -> str:
+        """What was chosen, as text."""
         s, gains = self.settings, self.gains(self.settings)
         return (
-            f"{way}-way {shot}-shot: s {s.scale:g}, rho {s.prior:g}, level {float(s.level):g}, domain "
-            f"{float(s.domain):g}, guidance {float(s.guidance):g}, temperature {float(s.temperature):.2f}; over the "
-            f"class mean {float(gains.mean()):+.2f} points, least {float(gains.min()):+.2f}"
+            f"s {s.scale:g}, rho {s.prior:g}, level {float(s.level):g}, domain {float(s.domain):g}, "
+            f"guidance {float(s.guidance):g}, temperature {float(s.temperature):.2f}; over the class mean "
+            f"{float(gains.mean()):+.2f} points, least {float(gains.min()):+.2f}"
         )
 
     def _logits(self, held: HeldOut, settings: TaskSettings) -> Tensor:
@@ -254,11 +322,20 @@ class _Search:
     def _changed(self, name: str, value: Any) -> TaskSettings:
         if name == "scale":
             return replace(self.settings, scale=value[0], prior=value[1])
-        return replace(self.settings, **{name: self._single(value)})
+        return replace(self.settings, **{name: self._single(value)})  # type: ignore[arg-type]
+
+    def _starting(self, values: Mapping[str, float]) -> TaskSettings:
+        made: dict[str, Any] = {name: self._single(v) if name in TENSORS else v for name, v in values.items()}
+        return TaskSettings(**made)
 
     def _single(self, value: float) -> Tensor:
         """A hyper-parameter of all tasks."""
         return torch.tensor([value], device=self.device)
+
+
+def _shown(value: float | tuple[float, float]) -> str:
+    """A candidate as text: a number, or s and rho."""
+    return f"{value:g}" if isinstance(value, float) else f"{value[0]:g}/{value[1]:g}"
 
 
 def adapted(metadiff: MetaDiff, task: DomainTasks) -> TaskClassifier:
