@@ -1,9 +1,10 @@
-"""Two views of generated weights: are they copies of training weights, and how do they travel from noise to targets?
+"""Three views of generated weights: are they copies of training weights, how do they move, and does the descent help?
 
-A denoiser that recites its training weights gives angles near zero. Angles are taken in task space, where the training
-weights look like N(0, I). They do not see the length of a weight: shrinkage alone makes nothing look new.
+Weights are seen in task space, where training weights look like N(0, I), relative to the domain of their task. Without
+a task space they are seen as they are, and copies are not looked for.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,19 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metadiff_cli.core.device import sent
 from metadiff_cli.core.encoders.bank import FeatureBank
-from metadiff_cli.core.evaluation.episodes import episode_batches, sample_episode
-from metadiff_cli.core.evaluation.evaluate import Protocol
+from metadiff_cli.core.evaluation.episodes import Episodes, episode_batches, sample_episode
+from metadiff_cli.core.evaluation.evaluate import BATCH_VALUES, Expanded, Protocol
 from metadiff_cli.core.method.adapt import MetaDiff, Sampling, adapt_tasks, ranks_of, seeds_of, trace_tasks
+from metadiff_cli.core.method.metric import Metric
 from metadiff_cli.core.method.support import TaskSupport
 
 DRAWS = 4  # of starting noise
 MOST_CLASSES = 5  # more would hide one another
+EPISODES, PATH_EPISODES = 100, 50  # of the protocol's own that are looked at: for novelty, and for the path
+AT_ONCE = 25  # of these episodes, at most
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Of one task: its N classes, targets (N, 2), and the weights (S + 1, R, N, 2) of R draws, the noise first.
+    """Of one task: its N classes, targets (N, 2), and the weights (S, R, N, 2) of R draws after each of the S steps.
 
     `shares` are the parts (0..1) of the targets' variance that the two directions hold.
     """
@@ -48,23 +53,32 @@ def trace_weights(
 ) -> Trajectories:
     """The first episode of the protocol, drawn at temperature 1; a target is the mean of all images of its class.
 
-    The plane is that of the two principal components of the targets in task space (with two classes: their line, and
-    the direction across it in which noise spreads most).
+    The plane is that of the two principal components of the targets (with two classes: their line, and a direction
+    across it).
     """
-    indices, way = bank.class_indices(), min(protocol.way, MOST_CLASSES)
+    metric, indices, way = metadiff.metric, bank.class_indices(), min(protocol.way, MOST_CLASSES)
+    x = _expanding(metric, bank, device)
     episode = sample_episode(indices, way, protocol.shot, protocol.query, seed=protocol.seed, index=0)
-    path = trace_tasks(
-        metadiff, TaskSupport.even(bank.take(episode.support).to(device).expand(DRAWS, -1, -1, -1)),
+    steps = trace_tasks(
+        metadiff, TaskSupport.even(x(episode.support).expand(DRAWS, -1, -1, -1)),
         replace(sampling, samples=1, temperature=1.0), ranks=ranks_of(episode.classes).expand(DRAWS, -1),
         seeds=seeds_of(protocol.seed, 0, DRAWS),
     )  # fmt: skip
+    path = [(classifier, placed(metric, step.weights)) for classifier, step in steps]
     chosen = [int(c) for c in episode.classes[0]]
-    means = torch.stack([bank.take(indices[c]).mean(dim=0) for c in chosen]).to(device)
-    targets, weights = metadiff.space.to_task(means), metadiff.space.to_task(path)
+    means = torch.stack([x(indices[c]).mean(dim=0) for c in chosen])
+    targets = placed(metric, path[0][0].embed(means.unsqueeze(0))[0])  # all draws have one domain
     plane, shares = principal_plane(targets)
     centre = targets.mean(dim=0)
-    flat_targets, flat_weights = (((v - centre) @ plane).cpu() for v in (targets, weights))
+    flat_targets, flat_weights = (
+        ((w - centre) @ plane).cpu() for w in (targets, torch.stack([weights for _, weights in path]))
+    )
     return Trajectories(tuple(bank.classes[c] for c in chosen), flat_targets, flat_weights, shares)
+
+
+def placed(metric: Metric, weights: Tensor) -> Tensor:
+    """Return where weights W (..., J) of a classifier lie in task space, (..., D); without one, W itself."""
+    return weights if metric.space is None else metric.whitened(weights) / metric.space.precision.sqrt()
 
 
 def principal_plane(points: Tensor) -> tuple[Tensor, tuple[float, float]]:
@@ -77,7 +91,36 @@ def principal_plane(points: Tensor) -> tuple[Tensor, tuple[float, float]]:
     return plane, (float(variance[0]), float(variance[1]))
 
 
-EPISODES = 100  # of the protocol's own that are looked at
+@dataclass(frozen=True)
+class Path:
+    """After each of the S steps: the accuracy of the queries in percent, and the inner loss F in nats, mean of tasks."""
+
+    accuracy: tuple[float, ...]
+    loss: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """For a result document."""
+        return {"accuracy": list(self.accuracy), "loss": list(self.loss)}
+
+
+def measure_path(
+    metadiff: MetaDiff, bank: FeatureBank, protocol: Protocol, sampling: Sampling, device: torch.device
+) -> Path:
+    """How accuracy and loss change from step to step, over the first episodes at temperature 0, without a pool."""
+    x = _expanding(metadiff.metric, bank, device)
+    sampling = replace(sampling, samples=1, temperature=0.0)
+    tasks, sums = 0, torch.zeros(2, sampling.steps)
+    for first, part in _first_episodes(metadiff.metric, bank, protocol, PATH_EPISODES):
+        query, labels = x(part.query), torch.from_numpy(part.labels).to(device)
+        seeds = seeds_of(protocol.seed, first, len(query))
+        for classifier, step in trace_tasks(
+            metadiff, TaskSupport.even(x(part.support)), sampling, ranks=ranks_of(part.classes), seeds=seeds
+        ):
+            right = (classifier.logits(query).argmax(dim=-1) == labels).float().mean(dim=1)  # (B,)
+            sums[:, step.index] += torch.stack([100 * right.sum(), step.loss.sum()]).cpu()
+        tasks += len(query)
+    accuracy, loss = (sums / tasks).tolist()
+    return Path(tuple(accuracy), tuple(loss))
 
 
 @dataclass(frozen=True)
@@ -95,21 +138,47 @@ class Novelty:
 
 
 def measure_novelty(
-    metadiff: MetaDiff, targets: Tensor, bank: FeatureBank, protocol: Protocol, sampling: Sampling
-) -> Novelty:
-    """Novelty of the weights of the first episodes; `targets` (C, D) are the training weights in task space."""
+    metadiff: MetaDiff, bank: FeatureBank, protocol: Protocol, sampling: Sampling, device: torch.device
+) -> Novelty | None:
+    """Novelty of the weights of the first episodes; None without a task space or the means of the base classes.
+
+    A denoiser that recites its training weights gives angles near zero. Training weights are seen in the metric of each
+    task, and relative to its domain; among themselves, relative to the mean of the base classes.
+    """
+    metric, targets = metadiff.metric, metadiff.targets
+    if metric.space is None or targets is None:
+        return None
+    x, known = _expanding(metric, bank, device), metric.expand(targets.to(device))
     nearest = []
-    for part in episode_batches(
-        bank.class_indices(), protocol.way, protocol.shot, protocol.query,
-        count=min(EPISODES, protocol.episodes), batch=25, seed=protocol.seed, imbalance=protocol.imbalance,
-    ):  # fmt: skip
-        support = bank.take(part.support).to(targets.device)
-        seeds = seeds_of(protocol.seed, 0, len(support))
+    for first, part in _first_episodes(metric, bank, protocol, EPISODES):
+        support = TaskSupport.even(x(part.support))
+        seeds = seeds_of(protocol.seed, first, len(support.x))
         classifier = adapt_tasks(metadiff, support, sampling, ranks=ranks_of(part.classes), seeds=seeds)
-        nearest.append(_nearest(metadiff.space.to_task(classifier.weights).flatten(0, -2), targets))
-    generated, between = torch.cat(nearest), _nearest(targets, targets, itself=True)
+        for task, weights in enumerate(classifier.weights.unbind(dim=1)):  # (M, N, J)
+            domain, parts = classifier.domain[task : task + 1], classifier.parts[task : task + 1]
+            training = placed(metric, metric.embed(known.unsqueeze(0), domain, parts)[0])
+            nearest.append(_nearest(placed(metric, weights.flatten(0, 1)), training))
+    generated = torch.cat(nearest)
+    training = metric.space.to_task(targets.to(device))
+    between = _nearest(training, training, itself=True)
     nearer = 100 * float((generated < between.min()).float().mean())
     return Novelty(float(generated.mean()), float(between.mean()), nearer, len(generated))
+
+
+def _expanding(metric: Metric, bank: FeatureBank, device: torch.device) -> Expanded:
+    """Expands features when they are asked for: few episodes see few of the images."""
+    return lambda rows: metric.expand(sent(bank.take(rows), device))
+
+
+def _first_episodes(metric: Metric, bank: FeatureBank, protocol: Protocol, most: int) -> Iterator[tuple[int, Episodes]]:
+    """The first episodes of the protocol in batches, each with the number of its first one."""
+    count = min(most, protocol.episodes)
+    values = protocol.way * (protocol.shot + protocol.query) * sum(metric.parts)  # in the features of an episode
+    batch = max(1, min(AT_ONCE, BATCH_VALUES // values))
+    return zip(range(0, count, batch), episode_batches(
+        bank.class_indices(), protocol.way, protocol.shot, protocol.query,
+        count=count, batch=batch, seed=protocol.seed, imbalance=protocol.imbalance,
+    ), strict=True)  # fmt: skip
 
 
 def _nearest(points: Tensor, targets: Tensor, *, itself: bool = False) -> Tensor:

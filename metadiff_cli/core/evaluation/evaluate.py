@@ -44,6 +44,7 @@ class Protocol:
 
 
 Method = Callable[[Tensor, Tensor, Episodes, int], Tensor]
+Expanded = Callable[[np.ndarray], Tensor]  # rows (...) of a bank -> x (..., J)
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Scores:
         return Scores(self.accuracy + other.accuracy, self.confidence + other.confidence, self.correct + other.correct)
 
 
-def expanded(metric: Metric, bank: FeatureBank, device: torch.device) -> Callable[[np.ndarray], Tensor]:
+def expanded(metric: Metric, bank: FeatureBank, device: torch.device) -> Expanded:
     """Return what gives expanded features x (..., J) of rows (...): all at once, where they fit into IN_MEMORY."""
     if 4 * sum(metric.parts) * len(bank.labels) > IN_MEMORY:
         return lambda rows: metric.expand(sent(bank.take(rows), device))
@@ -81,10 +82,14 @@ def expanded(metric: Metric, bank: FeatureBank, device: torch.device) -> Callabl
 
 
 def method_of(
-    metadiff: MetaDiff, bank: FeatureBank, sampling: Sampling, protocol: Protocol, device: torch.device
-) -> Method:
-    """Return adaptation with a metadiff as a method for episodes of `bank`."""
-    x = expanded(metadiff.metric, bank, device)
+    metadiff: MetaDiff, bank: FeatureBank, sampling: Sampling, protocol: Protocol, device: torch.device,
+    x: Expanded | None = None,
+) -> Method:  # fmt: skip
+    """Return adaptation with a metadiff as a method for episodes of `bank`.
+
+    `x` is what `expanded` gives for the same metric and bank, where several methods share it.
+    """
+    x = x or expanded(metadiff.metric, bank, device)
 
     def run(support: Tensor, query: Tensor, episodes: Episodes, first: int) -> Tensor:
         queries = x(episodes.query)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from metadiff_cli.core.encoders.bank import FeatureBank
 from metadiff_cli.core.evaluation.episodes import check_episodes, episode_batches
-from metadiff_cli.core.evaluation.evaluate import BATCH_VALUES, Protocol, mean_interval
+from metadiff_cli.core.evaluation.evaluate import BATCH_VALUES, Protocol, expanded, mean_interval
 from metadiff_cli.core.method.adapt import MetaDiff, Sampling, adapt_tasks, ranks_of, seeds_of
 from metadiff_cli.core.method.rejection import rejector_of
+from metadiff_cli.core.method.support import TaskSupport
 from metadiff_cli.errors import DataError
 
 
@@ -76,16 +77,16 @@ def _parts(
     way, total = protocol.way, protocol.way + unknown_classes(bank, protocol.way)
     indices = bank.class_indices()
     check_episodes(indices, bank.classes, total, protocol.shot, protocol.query)
-    rows = total * (protocol.shot + protocol.query)
-    batch = max(1, min(protocol.episodes, 50, BATCH_VALUES // (rows * bank.features.shape[1])))
+    x = expanded(metadiff.metric, bank, device)
+    values = total * (protocol.shot + protocol.query) * sum(metadiff.metric.parts)  # in the features of an episode
+    batch = max(1, min(protocol.episodes, 50, BATCH_VALUES // values))
     for first, episodes in zip(range(0, protocol.episodes, batch), episode_batches(
         indices, total, protocol.shot, protocol.query, count=protocol.episodes, batch=batch, seed=protocol.seed
     ), strict=True):  # fmt: skip
-        support = bank.take(episodes.support[:, :way]).to(device)
-        query = bank.take(episodes.query).to(device)
+        support, query = TaskSupport.even(x(episodes.support[:, :way])), x(episodes.query)
         classifier = adapt_tasks(
             metadiff, support, sampling, ranks=ranks_of(episodes.classes[:, :way]),
-            seeds=seeds_of(protocol.seed, first, len(support)), pool=query if protocol.transductive else None,
+            seeds=seeds_of(protocol.seed, first, len(query)), pool=query if protocol.transductive else None,
         )  # fmt: skip
         margins = rejector_of(metadiff, classifier, support).margins(query)
         yield _scored(margins, classifier.probabilities(query).amax(dim=-1), way * protocol.query)
