@@ -287,9 +287,8 @@ class _Search:
         for name, grid in self.grids.items():
             candidates = [self._changed(name, value) for value in grid]
             scores = [self.score(candidate) for candidate in candidates]
-            note(
-                f"{name} {', '.join(f'{_shown(value)} {score:+.2f}' for value, score in zip(grid, scores, strict=True))}"
-            )
+            tried = [f"{_shown(value)} {score:+.2f}" for value, score in zip(grid, scores, strict=True)]
+            note(f"{name} {', '.join(tried)}")
             if max(scores) > best + BETTER:
                 best, self.settings = max(scores), candidates[int(np.argmax(scores))]
         logits = torch.cat([self._logits(held, self.settings).flatten(0, 1) for held in self.held])
