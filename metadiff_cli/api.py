@@ -26,12 +26,12 @@ from torch import Tensor
 from metadiff_cli.classify.arguments import Images, Labels, images_of, labels_of, name_of
 from metadiff_cli.classify.classifier import Classifier, adapt, default_steps, narrow_draws
 from metadiff_cli.classify.images import Encoded, ImageLike, encode_images
+from metadiff_cli.classify.models import model_of_encoder, open_model
 from metadiff_cli.classify.support_set import FEWEST_CLASSES, SHOWN, SupportSet, support_of
-from metadiff_cli.core.checkpoints.model import Model, load_model
+from metadiff_cli.core.checkpoints.model import Model
 from metadiff_cli.core.device import pick_device
 from metadiff_cli.core.method.adapt import Sampling
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
-from metadiff_cli.files import checkpoint_path
 
 
 class NotFittedError(MetaDiffError, ValueError, AttributeError):
@@ -52,6 +52,8 @@ class FewShotClassifier:
     Parameters
     ----------
     checkpoint : path of a `checkpoint.safetensors`; None for the one that comes with the package.
+    encoder : "lite0", "timm:MODEL", "torchvision:MODEL" or a file, in place of a checkpoint: no class statistics then.
+    views : views of an image, 1, 2, 5 or 6; None for those of the checkpoint.
     guidance : scale of the support gradient, above 0; "auto" chooses it from the support.
     steps : denoising steps S; None for 10, or for 100 at a temperature above 0, where fewer draw too narrow.
     samples : classifiers M whose probabilities are averaged; they differ at a temperature above 0.
@@ -75,6 +77,8 @@ class FewShotClassifier:
         self,
         checkpoint: str | os.PathLike[str] | None = None,
         *,
+        encoder: str | None = None,
+        views: int | None = None,
         guidance: float | str = "auto",
         steps: int | None = None,
         samples: int = 1,
@@ -84,6 +88,8 @@ class FewShotClassifier:
         batch_size: int | None = None,
     ) -> None:
         self.checkpoint = checkpoint
+        self.encoder = encoder
+        self.views = views
         self.guidance = guidance
         self.steps = steps
         self.samples = samples
@@ -271,12 +277,23 @@ class FewShotClassifier:
             raise ParameterError(error.message, hint='give "auto", "cpu", "cuda" or "mps"') from error
 
     def _model(self) -> Model:
-        """The checkpoint, read when first needed and when `checkpoint` or `device` has changed."""
-        key = (self.checkpoint, self.device)
+        """The model, read when first needed and when a parameter that decides about it has changed.
+
+        Raises ParameterError for parameters that do not fit each other.
+        """
+        key = (self.checkpoint, self.encoder, self.views, self.device)
         loaded: tuple[object, Model] | None = getattr(self, "_loaded", None)
         if loaded is None or loaded[0] != key:
+            if self.views not in (None, 1, 2, 5, 6):
+                raise ParameterError(f"views is {self.views!r}", hint="give 1, 2, 5, 6 or None")
+            if self.encoder is not None and self.checkpoint is not None:
+                raise ParameterError("a checkpoint has an encoder", hint="give one of checkpoint and encoder")
             given = None if self.checkpoint is None else _path(self.checkpoint)
-            loaded = self._loaded = (key, load_model(checkpoint_path(given), self._device()))
+            if self.encoder is None:
+                model = open_model(given, self._device(), self.views)
+            else:
+                model = model_of_encoder(self.encoder, self._device(), views=self.views)
+            loaded = self._loaded = (key, model)
         return loaded[1]
 
     def _fitted(self) -> Classifier:

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from metadiff_cli.errors import ConfigError
 
 ENCODERS = ("conv4", "conv4-padded", "resnet10", "resnet12")
+LITE = ("lite0", "lite1", "lite2")
 SPLITS = ("train", "val", "test", "all")
 CONTROLS = (
-    "prototype", "analytic", "untrained", "logreg", "ridge", "posterior", "inductive", "soft-kmeans",
-    "label-propagation",
+    "prototype", "analytic", "untrained", "nearest", "logreg", "ridge", "lda", "posterior", "inductive",
+    "soft-kmeans", "label-propagation",
 )  # fmt: skip
 METHODS = ("metadiff", "anil-frozen", "metasgd-frozen", "maml", "fomaml", "anil")
 CACHE_KINDS = ("images", "features", "encoders")
@@ -42,7 +43,13 @@ def splits(incomplete: str) -> list[str]:
 
 def encoders(incomplete: str) -> list[str]:
     """Names of our encoders, and the prefixes of those from libraries."""
-    return _beginning((*ENCODERS, "torchvision:", "timm:"), incomplete)
+    return _beginning((*ENCODERS, *LITE, "torchvision:", "timm:"), incomplete)
+
+
+def trained_encoders(incomplete: str) -> list[str]:
+    """Names of encoders that come trained, for the last item of a comma-separated list."""
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in _beginning(("auto", *LITE, "torchvision:", "timm:"), last)]
 
 
 def methods(incomplete: str) -> list[str]:

@@ -1,7 +1,7 @@
 """The classifier of an `adapt` run: loaded from a file, or adapted to the support, old and new, and to the pool."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,15 @@ import torch
 
 from metadiff_cli.classify.classifier import Classifier, adapt
 from metadiff_cli.classify.images import Encoded, encode_images
+from metadiff_cli.classify.models import installed_encoders, model_of_encoder, open_model
 from metadiff_cli.classify.support_set import Pool, SupportSet, pool_of, read_support
 from metadiff_cli.commands.adapt.inputs import Queries
+from metadiff_cli.commands.adapt.options import Options
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.checkpoints.classifier import settings_header
 from metadiff_cli.core.checkpoints.file import KINDS, read_header
-from metadiff_cli.core.checkpoints.model import Model, load_model
+from metadiff_cli.core.checkpoints.model import Model
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.evaluation.support_check import SupportCheck, check_support
 from metadiff_cli.core.method.adapt import Sampling
@@ -25,7 +27,6 @@ from metadiff_cli.data.folders import Split
 from metadiff_cli.data.listing import open_labelled
 from metadiff_cli.data.scan import Scan, class_name, left_out, suggestion
 from metadiff_cli.errors import CheckpointError, DataError
-from metadiff_cli.files import checkpoint_path
 
 NAMED = 5  # cases of one kind that stderr names one by one
 
@@ -104,15 +105,49 @@ class Builder:
     device: torch.device
     screen: Screen
 
-    def start(self, classifier: Path | None, checkpoint: Path | None) -> Start:
-        """Load a saved classifier, or else a checkpoint, None for that of the package. Raises CheckpointError."""
-        if classifier is not None:
-            _check_kind(classifier, "classifier", "--classifier")
-            saved = Classifier.load(classifier, self.device)
+    def start(self, given: Options, support: Found | None) -> Start:
+        """Load a saved classifier, or an encoder, or else a checkpoint. Raises CheckpointError and ConfigError."""
+        if given.classifier is not None:
+            _check_kind(given.classifier, "classifier", "--classifier")
+            saved = Classifier.load(given.classifier, self.device)
             return Start(saved.model, saved)
-        if checkpoint is not None:
-            _check_kind(checkpoint, "model", "--checkpoint")
-        return Start(load_model(checkpoint_path(checkpoint), self.device))
+        if given.encoders:
+            return Start(self._of_encoder(given, support))
+        if given.checkpoint is not None:
+            _check_kind(given.checkpoint, "model", "--checkpoint")
+        return Start(open_model(given.checkpoint, self.device, given.views))
+
+    def _of_encoder(self, given: Options, support: Found | None) -> Model:
+        """The model of the encoder that is asked for; of several, of the best on the support."""
+        names = installed_encoders() if given.encoders == ["auto"] else given.encoders
+        progress = self.screen.moves and not self.screen.quiet
+        models = {
+            name: model_of_encoder(
+                name, self.device, views=given.views, weights=given.encoder_weights, progress=progress
+            )
+            for name in names
+        }
+        if len(models) == 1 or support is None:
+            return next(iter(models.values()))
+        return models[self._best(models, support)]
+
+    def _best(self, models: Mapping[str, Model], support: Found) -> str:
+        """The name of the encoder with the best accuracy on held-out images of the support; the screen shows all."""
+        found: dict[str, float] = {}
+        for name, model in models.items():
+            images = self._read(support, model.images)
+            classifier = adapt(model, images, self.sampling, seed=self.config.seed)
+            check = check_support(classifier.task, images.task(classifier.task.metric), images.classes, images.paths)
+            if check is None:
+                raise DataError(
+                    "encoders are compared by images that are held out, and each class has one image",
+                    hint="give one --encoder, or two images of a class",
+                )
+            found[name] = check.accuracy
+            self.screen.note(f"encoder {name}: {check.accuracy:.1f} % of {check.images} held-out support images")
+        best = max(found, key=lambda name: found[name])
+        self.screen.note(f"taking the encoder {best}")
+        return best
 
     def build(self, start: Start, support: Found | None, guiding: Queries | None, unlabeled: Queries | None) -> Ready:
         """Adapt to the images of the support, those of the saved classifier included.
@@ -139,11 +174,7 @@ class Builder:
         if found is None:
             assert start.saved is not None
             return start.saved.support
-        runtime = self.config.runtime
-        with self.screen.progress("reading support images") as advance:
-            support = read_support(
-                found.split, start.model.images, runtime.batch_size, workers=runtime.num_workers, progress=advance
-            )
+        support = self._read(found, start.model.images)
         support = replace(support, broken=(*found.locked, *support.broken))
         support = support if start.saved is None else start.saved.support.joined(support)
         for path, reason in support.broken:
@@ -153,6 +184,11 @@ class Builder:
         if len(support.repeated) > NAMED:
             self.screen.warn(f"{len(support.repeated)} support images are repeated, and each picture counts once")
         return support
+
+    def _read(self, found: Found, encoder: ImageEncoder) -> SupportSet:
+        runtime = self.config.runtime
+        with self.screen.progress("reading support images") as advance:
+            return read_support(found.split, encoder, runtime.batch_size, workers=runtime.num_workers, progress=advance)
 
     def _unlabelled(self, queries: Queries, model: Model) -> Pool:
         """The pool of `--unlabeled`."""
@@ -171,9 +207,10 @@ class Builder:
             self.screen.warn(text)
         if len(suspects) > NAMED:
             self.screen.warn(f"{len(suspects)} support images look mislabelled; --json names all of them")
+        sampling, settings = self.sampling, settings_header(classifier.task.settings)
         self.screen.detail(
-            f"adapted on {self.device} in {self.sampling.steps} steps at noise temperature {self.sampling.temperature:g}; "
-            + ", ".join(f"{name} {value:.3g}" for name, value in settings_header(classifier.task.settings).items())
+            f"adapted on {self.device} in {sampling.steps} steps at noise temperature {sampling.temperature:g}; "
+            + ", ".join(f"{name} {value:.3g}" for name, value in settings.items())
         )
 
     def encode(

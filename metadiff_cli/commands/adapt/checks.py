@@ -57,7 +57,28 @@ def check_options(given: Options) -> None:
             "--checkpoint has no effect: a saved classifier holds the model that it was adapted from",
             hint="leave out --checkpoint, or --classifier",
         )
+    _check_encoder(given)
     _check_settings(given)
+
+
+def _check_encoder(given: Options) -> None:
+    """Raise ConfigError for options about the encoder that have no effect, or not together."""
+    if given.encoder is not None:
+        other = "--classifier" if given.classifier else "--checkpoint" if given.checkpoint else ""
+        if other:
+            raise ConfigError(
+                f"--encoder has no effect: {other} has an encoder", hint=f"leave out --encoder or {other}"
+            )
+        if not given.encoders:
+            raise ConfigError("--encoder names no encoder", hint="give lite0, say")
+    if given.encoder_weights is not None and len(given.encoders) != 1:
+        raise ConfigError("--encoder-weights needs one --encoder", hint="add --encoder timm:MODEL, say")
+    if given.views is not None and given.classifier is not None:
+        raise ConfigError(
+            "--views has no effect: a saved classifier keeps the views that it was made with", hint="leave out --views"
+        )
+    if given.views not in (None, 1, 2, 5, 6):
+        raise ConfigError(f"--views takes 1, 2, 5 or 6, not {given.views}", hint="--views 2 adds the mirror image")
 
 
 def _check_settings(given: Options) -> None:

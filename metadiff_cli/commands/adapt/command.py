@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from metadiff_cli.commands import options
+from metadiff_cli.commands import completions, options
 from metadiff_cli.commands.adapt.options import Options
 from metadiff_cli.commands.options import PLACES, SAMPLER, option, path
 from metadiff_cli.commands.paths import path_text
@@ -104,6 +104,40 @@ def adapt(
         bool, option(SORTING, "--move", help="Move the images of --sort-into instead of copying them.")
     ] = False,
     checkpoint: options.CheckpointFile = None,
+    encoder: Annotated[
+        str | None,
+        option(
+            INPUT,
+            "--encoder",
+            "-e",
+            metavar="NAME",
+            default="the checkpoint's",
+            autocompletion=completions.trained_encoders,
+            help="lite0, lite1, lite2, timm:MODEL, torchvision:MODEL or a file; of several, A,B or auto, the best.",
+        ),
+    ] = None,
+    encoder_weights: Annotated[
+        Path | None,
+        path(
+            INPUT,
+            "--encoder-weights",
+            metavar="FILE",
+            default="downloaded by the library",
+            help="Weights of --encoder, as .safetensors or .pth.",
+        ),
+    ] = None,
+    views: Annotated[
+        int | None,
+        option(
+            INPUT,
+            "--views",
+            metavar="N",
+            min=1,
+            max=6,
+            default="the checkpoint's",
+            help="Views of an image: 1 the whole, 2 with its mirror image, 5 with its corners, 6 with both.",
+        ),
+    ] = None,
     transductive: Annotated[
         bool, option(TOGETHER, "--transductive", help="Let the query images guide the classifier together.")
     ] = False,
@@ -157,11 +191,14 @@ def adapt(
       metadiff adapt -S ./imgs -Q ./q --sort-into ./sorted --report report.html
 
       metadiff adapt -S ./imgs -Q ./q --reject auto
+
+      metadiff adapt -S ./imgs -Q ./q --encoder lite0,lite2
     """
     from metadiff_cli.commands.adapt.run import run
 
     given = Options(
         query=query, more=more or [], null=null, support=support, classifier=classifier, checkpoint=checkpoint,
+        encoder=encoder, encoder_weights=encoder_weights, views=views,
         format=format, as_json=as_json, top_k=top_k, reject_below=reject_below, reject=reject, labelled=labelled,
         strict=strict, sort_into=sort_into, move=move, transductive=transductive, unlabeled=unlabeled, save=save,
         report=report, overwrite=overwrite, config=config, set=settings or [],

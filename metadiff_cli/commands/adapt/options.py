@@ -18,6 +18,9 @@ class Options:
     support: Path | None
     classifier: Path | None
     checkpoint: Path | None
+    encoder: str | None
+    encoder_weights: Path | None
+    views: int | None
     format: str | None
     as_json: bool
     top_k: int | None
@@ -40,6 +43,11 @@ class Options:
     def output(self) -> str:
         """The format of the output."""
         return "json" if self.as_json else self.format or "table"
+
+    @property
+    def encoders(self) -> list[str]:
+        """The encoders to choose from; none where a checkpoint or a saved classifier has one."""
+        return [name.strip() for name in (self.encoder or "").split(",") if name.strip()]
 
     @property
     def adapts(self) -> bool:

