@@ -1,8 +1,8 @@
 """Held-out logits: each support image under a classifier that was made without it.
 
-In fold f some images of every class are left out, at least one of each class that has two or more, and the inner
-problem of the rest is solved again. The rest makes the domain, the starting weights and the descent; no left-out image
-has a part in any of them. There are at most FOLDS folds, so a class of that many images or fewer loses one at a time.
+In fold f some images are left out, and the inner problem of the rest is solved again. The rest makes the domain, the
+starting weights and the descent; no left-out image has a part in any of them. There are at most FOLDS folds, so a class
+of that many images or fewer loses one at a time, and a class of one none.
 
 Everything of a fold follows from the Gram matrices of the parts of the support, which are computed once: the domain and
 the class means are weighted sums of images. One call serves every use of held-out logits: the choice of the metric, the
@@ -71,12 +71,16 @@ class HeldOut:
         self.rows = self.folds.keep.any(dim=0).nonzero().squeeze(1)  # (m,): images that make classifiers
         self.keep = self.folds.keep[:, self.rows]  # (F, m)
         self.target = support.one_hot()[self.rows]  # (m, N)
-        self.moved = support.x - metric.origin
-        self._shrunk: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}  # by part: for the last guidance asked for
+        # images relative to their mean, so that the products of similar ones keep their digits; the mean of the base
+        # classes is a further row, and a further one of those that domains are made of
+        mean = support.x.mean(dim=1, keepdim=True)
+        self.moved = torch.cat([support.x, metric.origin.to(mean).expand_as(mean)], dim=1) - mean  # (B, n + 1, J)
+        self.made_of = F.pad(self.rows, (0, 1), value=support.x.shape[1])  # (m + 1,)
+        self._last: dict[int, tuple[TaskSettings, Tensor, Tensor]] = {}  # by part: cosines and what they are for
 
     def logits(self, settings: TaskSettings) -> Tensor:
         """Return s W phi (B, n, N) of each image in the fold that leaves it out, zeros for an image that none does."""
-        tasks, count = self.moved.shape[:2]
+        tasks, count = self.support.x.shape[:2]
         found = self.moved.new_zeros(tasks, count, self.target.shape[1])
         at_once = max(1, AT_ONCE // (tasks * count * len(self.rows)))
         for first in range(0, len(self.keep), at_once):
@@ -100,59 +104,77 @@ class HeldOut:
 
     def _problem(self, keep: Tensor, settings: TaskSettings) -> tuple[Tensor, Tensor]:
         """Phi Phi' (B, F, n, m) and Phi W_0' (B, F, n, N) of the folds `keep` (F, m)."""
-        classes = keep.unsqueeze(1) * self.target.T  # (F, N, m): coefficients of the class means
-        classes = classes / classes.sum(dim=-1, keepdim=True)
-        middle = settings.domain.view(-1, 1, 1) * classes.mean(dim=1)  # (B, F, m): of the domain
+        members = keep.unsqueeze(1) * self.target.T  # (F, N, m)
+        counts = members.sum(dim=-1, keepdim=True)  # (F, N, 1)
+        classes = F.pad(members / counts, (0, 1))  # (F, N, m + 1): coefficients of the class means
+        share = settings.domain.view(-1, 1, 1)
+        middle = share * classes.mean(dim=1)  # (B, F, m + 1): of the domain
+        middle[..., -1:] = 1 - share
         gram, start = self.moved.new_zeros(()), self.moved.new_zeros(())
         for part, weight in enumerate(self.metric.weights(settings).unbind(dim=1)):
-            g, s = self._cosines(part, classes, middle, settings.guidance)
+            g, s = self._known(part, settings) or self._cosines(part, classes, counts, middle, settings.guidance)
+            if len(keep) == len(self.keep) and g.numel() * len(self.metric.parts) <= AT_ONCE:
+                self._last[part] = settings, g, s
             gram, start = gram + weight.view(-1, 1, 1, 1) * g, start + weight.view(-1, 1, 1, 1) * s
-        return gram, start
+        return gram[:, :, :-1, :-1], start[:, :, :-1]
 
-    def _cosines(self, part: int, classes: Tensor, middle: Tensor, guidance: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines of a part relative to the domain: to images (B, F, n, m), to starting weights (B, F, n, N).
+    def _known(self, part: int, settings: TaskSettings) -> tuple[Tensor, Tensor] | None:
+        """The last cosines of a part, if the hyper-parameters that they depend on are the same tensors now."""
+        if part not in self._last:
+            return None
+        last, gram, start = self._last[part]
+        same_guidance = last.guidance is settings.guidance or not self._whitened(part)
+        return (gram, start) if last.domain is settings.domain and same_guidance else None
 
-        `classes` (F, N, m) and `middle` (B, F, m) are the coefficients of class means and domain.
+    def _whitened(self, part: int) -> bool:
+        return self.metric.space is not None and part >= (len(self.metric.groups) if self.metric.plain else 0)
+
+    def _cosines(
+        self, part: int, classes: Tensor, counts: Tensor, middle: Tensor, guidance: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines of a part relative to the domain: to images (B, F, n + 1, m + 1), to weights (B, F, n + 1, N).
+
+        `classes` (F, N, m + 1) and `middle` (B, F, m + 1) are the coefficients of class means and domain.
         """
-        plain, shrunk, twice = self._products(part, guidance)  # (B, n, m), (B, n, m), (B, m, m)
-        across = middle @ plain.mT  # (B, F, n)
-        square = (middle * across[:, :, self.rows]).sum(dim=-1)  # (B, F)
+        products = self._products[part]  # (B, n + 1, m + 1)
+        across = middle @ products.mT  # (B, F, n + 1)
+        square = (middle * across[:, :, self.made_of]).sum(dim=-1)  # (B, F)
         lengths = (self._squares[part].unsqueeze(1) - 2 * across + square.unsqueeze(-1)).clamp_min(0).sqrt()
-        lengths = lengths.clamp_min(SHORTEST)  # (B, F, n)
-        gram = plain.unsqueeze(1) - across.unsqueeze(-1) - across[:, :, self.rows].unsqueeze(-2)
-        gram = (gram + square[..., None, None]) / (lengths.unsqueeze(-1) * lengths[:, :, self.rows].unsqueeze(-2))
-        moved = classes - middle.unsqueeze(2)  # (B, F, N, m)
-        inner = (moved @ shrunk.mT.unsqueeze(1)).mT  # (B, F, n, N)
-        inner = inner - middle.unsqueeze(2) @ inner[:, :, self.rows]
-        sizes = ((moved @ twice.unsqueeze(1)) * moved).sum(dim=-1).clamp_min(0).sqrt().clamp_min(SHORTEST)
+        lengths = lengths.clamp_min(SHORTEST)  # (B, F, n + 1)
+        gram = products.unsqueeze(1) - across.unsqueeze(-1) - across[:, :, self.made_of].unsqueeze(-2)
+        gram = (gram + square[..., None, None]) / (lengths.unsqueeze(-1) * lengths[:, :, self.made_of].unsqueeze(-2))
+        inner, sizes = self._weights(part, classes - middle.unsqueeze(2), counts, guidance)
+        inner = inner - middle.unsqueeze(2) @ inner[:, :, self.made_of]
         return gram, inner / (lengths.unsqueeze(-1) * sizes.unsqueeze(-2))
 
-    def _products(self, part: int, guidance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """X Y', X S Y' and Y S^2 Y' of images X (B, n, D_g) and those that make classifiers, Y (B, m, D_g).
+    def _weights(self, part: int, means: Tensor, counts: Tensor, guidance: Tensor) -> tuple[Tensor, Tensor]:
+        """Products of images and starting weights (B, F, n + 1, N), and lengths (B, F, N) of the weights.
 
-        S is what the posterior mean shrinks a class mean by.
+        `means` (B, F, N, m + 1) are the coefficients of class means relative to the domain. In a whitened part the
+        posterior mean shrinks them, as far as a class has few images.
         """
-        plain = self._plain[part]
-        first = len(self.metric.groups) if self.metric.plain else 0  # of the whitened parts
-        if part < first or self.metric.space is None:
-            return plain, plain, plain[:, self.rows]
-        known, products = self._shrunk.get(part, (None, None))
-        if known is not guidance or products is None:
-            precision = torch.split(self.metric.space.precision, list(self.metric.groups))[part - first]
-            kept = self.keep.sum(dim=1).mean() / self.target.shape[1]  # images per class
-            evidence = kept * guidance.view(-1, 1, 1) * precision  # (B, 1, D_g)
-            shrunk = self._parts[part][:, self.rows] * (evidence / (1 + evidence))
-            products = self._parts[part] @ shrunk.mT, shrunk @ shrunk.mT
-            self._shrunk[part] = guidance, products
-        return plain, *products
+        shape, means = means.shape[1:3], means.flatten(1, 2)  # (B, F N, m + 1)
+        if self.metric.space is None or not self._whitened(part):
+            inner = self._products[part] @ means.mT  # (B, n + 1, F N)
+            squares = (means.mT * inner[:, self.made_of]).sum(dim=1)  # (B, F N)
+        else:
+            x = self._parts[part]  # (B, n + 1, D_g)
+            precision = torch.split(self.metric.space.precision, list(self.metric.groups))[
+                part % len(self.metric.groups)
+            ]
+            evidence = counts.flatten(0, 1) * guidance.view(-1, 1, 1) * precision  # (B, F N, D_g)
+            weights = evidence / (1 + evidence) * (means @ x[:, self.made_of])
+            inner, squares = x @ weights.mT, weights.square().sum(dim=-1)
+        sizes = squares.clamp_min(0).sqrt().clamp_min(SHORTEST)
+        return inner.unflatten(2, shape).transpose(1, 2), sizes.unflatten(1, shape)
 
     @cached_property
     def _parts(self) -> list[Tensor]:
         return list(self.metric.split(self.moved))
 
     @cached_property
-    def _plain(self) -> list[Tensor]:
-        return [x @ x[:, self.rows].mT for x in self._parts]
+    def _products(self) -> list[Tensor]:
+        return [x @ x[:, self.made_of].mT for x in self._parts]
 
     @cached_property
     def _squares(self) -> list[Tensor]:
