@@ -12,14 +12,20 @@ EPISODES, COMPARISON, GATES = "Episodes", "Comparison", "Gates, for CI"
 
 def evaluate(
     checkpoint: options.CheckpointFile = None,
-    data: options.Data = None,
+    data: Annotated[
+        list[Path] | None,
+        path(
+            options.PLACES, "--data", metavar="DIR", default="$METADIFF_DATA_DIR/NAME",
+            help="Folder of the data set; repeatable, for a table of several and their mean.",
+        ),
+    ] = None,
     split: Annotated[
-        str,
+        str | None,
         option(
-            EPISODES, "--split", metavar="NAME", autocompletion=completions.splits,
+            EPISODES, "--split", metavar="NAME", default="test", autocompletion=completions.splits,
             help="Classes to measure on: train, val, test or all.",
         ),
-    ] = "test",
+    ] = None,
     way: Annotated[
         int | None, option(EPISODES, "--way", metavar="N", min=2, default=5, help="Classes per episode.")
     ] = None,
@@ -48,7 +54,7 @@ def evaluate(
             COMPARISON, "--controls", metavar="NAMES", autocompletion=completions.controls,
             help=f"Comma-separated: {', '.join(completions.CONTROLS)}, or checkpoint files; empty for none.",
         ),
-    ] = "prototype,analytic,untrained",
+    ] = "prototype,analytic,logreg",
     halves: Annotated[
         bool,
         option(
@@ -64,7 +70,7 @@ def evaluate(
         float | None,
         option(
             GATES, "--fail-under", metavar="PCT", min=0, max=100, default="no gate",
-            help="Exit with 5 when the accuracy in percent is lower.",
+            help="Exit with 5 when the accuracy in percent is lower, over several data sets their mean.",
         ),
     ] = None,
     compare_to: Annotated[
@@ -94,7 +100,9 @@ def evaluate(
     """Measure a checkpoint on episodes, beside its controls.
 
     All methods see the same episodes of the same features. Accuracies come with
-    95 % intervals and with paired differences between methods.
+    95 % intervals and with paired differences between methods. Of several data
+    sets, each with as many ways and queries as its images allow, the mean is
+    shown too; a folder that has no splits is measured on all its classes.
 
     Examples:
 
@@ -105,6 +113,8 @@ def evaluate(
       metadiff evaluate --data ./photos --split all --fail-under 60
 
       metadiff evaluate --data ./photos --split all --open-set
+
+      metadiff evaluate --data ./photos --data ./mini-imagenet --shot 5
     """
     from metadiff_cli.commands.evaluate.run import Request, run
 
@@ -117,7 +127,7 @@ def evaluate(
         "evaluation.episodes": episodes,
     }
     request = Request(
-        checkpoint=checkpoint, data=data, split=split, transductive=transductive, imbalance=imbalance,
+        checkpoint=checkpoint, data=tuple(data or ()), split=split, transductive=transductive, imbalance=imbalance,
         controls=controls, halves=halves, open_set=open_set, fail_under=fail_under, compare_to=compare_to,
         report=report, as_json=as_json,
     )  # fmt: skip

@@ -10,9 +10,8 @@ import torch
 
 from metadiff_cli.commands.evaluate.methods import (
     FILE,
+    Entry,
     feature_bank,
-    fitted_controls,
-    mark,
     methods_of,
     pixel_bank,
     statistics_of,
@@ -24,10 +23,10 @@ from metadiff_cli.core.baselines.learners import inner_method
 from metadiff_cli.core.checkpoints.baseline import Baseline
 from metadiff_cli.core.checkpoints.model import Model
 from metadiff_cli.core.encoders.bank import Bank, FeatureBank, every_other
-from metadiff_cli.core.evaluation.diagnostics import measure_novelty, trace_weights
-from metadiff_cli.core.evaluation.evaluate import Method, Protocol, Scores, evaluate, run_through, summarise
+from metadiff_cli.core.evaluation.diagnostics import measure_novelty, measure_path, trace_weights
+from metadiff_cli.core.evaluation.evaluate import Protocol, Scores, evaluate, run_through, summarise
 from metadiff_cli.core.evaluation.openset import OpenSet, measure_open_set, unknown_classes
-from metadiff_cli.core.method.adapt import MetaDiff, Sampling
+from metadiff_cli.core.method.adapt import Sampling
 from metadiff_cli.core.method.rejection import require_rejection
 from metadiff_cli.core.training.fit import fit_tuning
 from metadiff_cli.data.open import Source
@@ -68,7 +67,7 @@ def measure(
     sampling: Sampling,
     controls: Sequence[str],
     screen: Screen,
-    more: Mapping[str, Method] | None = None,
+    more: Mapping[str, Entry] | None = None,
     *,
     halves: bool = False,
     open_set: bool = False,
@@ -83,23 +82,30 @@ def measure(
     bank, left_out = with_enough(bank, protocol, screen)
     if open_set and not halves:
         require_rejection(model.metadiff)  # before the long part
-    parts = _halves(model, bank, protocol) if halves else [Part(model, bank, protocol)]
-    document = result_document(
-        lambda progress: _scores(parts, sampling, controls, more or {}, device, progress), bank, split, protocol, screen
-    )
+    trials = _halves(model, bank, protocol) if halves else [Trial(model, bank, protocol)]
+    parts = [
+        Part(
+            t.bank, t.protocol, {**methods_of(t.model, t.bank, controls, sampling, t.protocol, device), **(more or {})}
+        )
+        for t in trials
+    ]
+    document = result_document(parts, split, protocol, device, screen)
     if open_set:
         with screen.progress("open-set episodes") as advance:
-            document["open_set"] = _open_set(parts, sampling, device, lambda done: advance(done, protocol.episodes))
+            document["open_set"] = _open_set(trials, sampling, device, lambda done: advance(done, protocol.episodes))
+    last = trials[-1]  # of the halves of a single episode the first has none
+    seen = (last.model.metadiff, last.bank, last.protocol, sampling, device)
     if drawn:
-        first = parts[0]
-        document[PICTURES] = trace_weights(first.model.metadiff, first.bank, first.protocol, sampling, device).to_dict()
+        document[PICTURES] = trace_weights(*seen).to_dict()
+    novelty = measure_novelty(model.metadiff, bank, protocol, sampling, device)
     return {
         **document,
         "classes_left_out": left_out,
         "halves": halves,
         "sampling": asdict(sampling),
         "denoiser": model.header["denoiser"]["kind"],
-        "novelty": _novelty(model.metadiff, bank, protocol, sampling),
+        "novelty": None if novelty is None else rounded(novelty.to_dict()),
+        "path": rounded(measure_path(*seen).to_dict()),
     }
 
 
@@ -111,21 +117,20 @@ def measure_baseline(
     split: str,
     protocol: Protocol,
     screen: Screen,
-    more: Mapping[str, Method] | None = None,
+    more: Mapping[str, Entry] | None = None,
 ) -> dict[str, Any]:
     """The `evaluate --json` document of a baseline, its controls and `more` methods.
 
     A baseline on images has no model that controls could be made of.
     """
     device = method.images.device
-    methods = {method.name: inner_method(method.inner, protocol.way)}
+    methods = {method.name: Entry(inner_method(method.inner, protocol.way), statistics=statistics_of(method))}
     if method.base is not None:
         features = feature_bank(method.images, source, split, config, screen)
         bank: Bank = features
         model = Model(method.images, method.base, method.header)
         of_model = methods_of(model, features, controls, sampling_of(config), protocol, device)
-        methods |= {control: of_model[control] for control in controls if control in of_model}
-        methods |= fitted_controls(controls)
+        methods |= {name: entry for name, entry in of_model.items() if name in controls}
     else:
         bank = pixel_bank(source, split, method.images.size)
         if left := [control for control in controls if not control.endswith(FILE)]:
@@ -133,23 +138,43 @@ def measure_baseline(
                 f"{', '.join(left)} need the features of a frozen encoder and are left out: to see them beside "
                 f"{method.name}, give a MetaDiff checkpoint with --checkpoint and this one among --controls"
             )
-    methods |= more or {}
     bank, left_out = with_enough(bank, protocol, screen)
-    document = result_document(
-        lambda progress: run_through(evaluate(bank, methods, protocol, device), progress), bank, split, protocol, screen
-    )
-    document["classes_left_out"] = left_out
-    return mark(document, {method.name: statistics_of(method)})
+    document = result_document([Part(bank, protocol, {**methods, **(more or {})})], split, protocol, device, screen)
+    return {**document, "classes_left_out": left_out}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model with what was fitted for it, the classes that are measured, the episodes."""
+
+    model: Model
+    bank: FeatureBank
+    protocol: Protocol
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of an evaluation: the classes that are measured, the episodes, the methods by name."""
+
+    bank: Bank
+    protocol: Protocol
+    methods: Mapping[str, Entry]
 
 
 def result_document(
-    run: Callable[[Progress], Mapping[str, Scores]], bank: Bank, split: str, protocol: Protocol, screen: Screen
+    parts: Sequence[Part], split: str, protocol: Protocol, device: torch.device, screen: Screen
 ) -> dict[str, Any]:
-    """The part of the document that is the same for all methods; `run` scores them and reports the episodes done."""
+    """The part of the document that is the same for all methods; `protocol` is that of all parts together."""
     started = time.perf_counter()
     with screen.progress("episodes") as advance:
-        scores = run(lambda done: advance(done, protocol.episodes))
+        scores = _scores(parts, device, lambda done: advance(done, protocol.episodes))
     seconds = time.perf_counter() - started
+    methods = parts[0].methods
+    calibrated = [name for name, entry in methods.items() if entry.calibrated]
+    first = next(iter(methods))
+    rows = rounded(summarise(scores, AGAINST, calibrated))
+    for name, entry in methods.items():
+        rows[name] |= {} if entry.statistics is None else {"statistics": entry.statistics}
     return {
         "schema": "metadiff.evaluate/1",
         "way": protocol.way,
@@ -158,55 +183,49 @@ def result_document(
         "episodes": protocol.episodes,
         "seed": protocol.seed,
         "split": split,
-        "classes": len(bank.classes),
+        "classes": sum(len(part.bank.classes) for part in parts),
         "protocol": "transductive" if protocol.transductive else "inductive",
         "imbalance": protocol.imbalance,
-        "methods": rounded(summarise(scores, AGAINST)),
-        "reliability": rounded(next(iter(scores.values())).reliability()),
+        "methods": rows,
+        "reliability": rounded(scores[first].reliability()) if first in calibrated else [],
         "episodes_per_second": round(protocol.episodes / seconds, 1),
     }
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of an evaluation: the model with what was fitted for it, the classes that are measured, the episodes."""
-
-    model: Model
-    bank: FeatureBank
-    protocol: Protocol
-
-
-def _halves(model: Model, bank: FeatureBank, protocol: Protocol) -> list[Part]:
-    """Two parts: fitted on every other class and measured on the rest, and the other way round."""
-    parts = []
-    for fitted, measured in ((0, 1), (1, 0)):
-        part = replace(protocol, episodes=(protocol.episodes + fitted) // 2, seed=protocol.seed + fitted)
-        tuning = fit_tuning(model.metadiff, every_other(bank, fitted), model.images.device, seed=protocol.seed)
-        fresh = replace(model, metadiff=model.metadiff.tuned(tuning))
-        parts.append(Part(fresh, every_other(bank, measured), part))
-    return parts
-
-
-def _scores(
-    parts: Sequence[Part], sampling: Sampling, controls: Sequence[str], more: Mapping[str, Method],
-    device: torch.device, progress: Progress,
-) -> dict[str, Scores]:  # fmt: skip
+def _scores(parts: Sequence[Part], device: torch.device, progress: Progress) -> dict[str, Scores]:
+    """The scores of each method over the episodes of all parts."""
     found: dict[str, Scores] = {}
+    done = 0
     for part in parts:
-        methods = {**methods_of(part.model, part.bank, controls, sampling, part.protocol, device), **more}
-        scores = run_through(evaluate(part.bank, methods, part.protocol, device), progress)
+        methods = {name: entry.run for name, entry in part.methods.items()}
+        scores = run_through(evaluate(part.bank, methods, part.protocol, device), _after(done, progress))
         found = {name: found[name].joined(s) if name in found else s for name, s in scores.items()}
+        done += part.protocol.episodes
     return found
 
 
-def _open_set(parts: Sequence[Part], sampling: Sampling, device: torch.device, progress: Progress) -> dict[str, Any]:
-    """AUROC and rejection rates at the fitted threshold, over the episodes of all parts."""
-    first = parts[0]
+def _halves(model: Model, bank: FeatureBank, protocol: Protocol) -> list[Trial]:
+    """Two trials: fitted on every other class and measured on the rest, and the other way round."""
+    trials = []
+    for fitted, measured in ((0, 1), (1, 0)):
+        part = replace(protocol, episodes=(protocol.episodes + fitted) // 2, seed=protocol.seed + fitted)
+        tuning, controls = fit_tuning(
+            model.metadiff, [every_other(bank, fitted)], model.images.device, seed=protocol.seed
+        )
+        header = {**model.header, "controls": {name: [asdict(s) for s in found] for name, found in controls.items()}}
+        fresh = Model(model.images, replace(model.metadiff, tuning=tuning), header)
+        trials.append(Trial(fresh, every_other(bank, measured), part))
+    return trials
+
+
+def _open_set(trials: Sequence[Trial], sampling: Sampling, device: torch.device, progress: Progress) -> dict[str, Any]:
+    """AUROC and rejection rates at the fitted threshold, over the episodes of all trials."""
+    first = trials[0]
     measured: list[OpenSet] = []
-    for part in parts:
+    for trial in trials:
         before = sum(len(m.auroc) for m in measured)
-        metadiff, report = part.model.metadiff, _after(before, progress)
-        measured.append(measure_open_set(metadiff, part.bank, part.protocol, sampling, device, report))
+        metadiff, report = trial.model.metadiff, _after(before, progress)
+        measured.append(measure_open_set(metadiff, trial.bank, trial.protocol, sampling, device, report))
     together = reduce(OpenSet.joined, measured)
     found: dict[str, Any] = rounded({
         "unknown_classes": unknown_classes(first.bank, first.protocol.way),
@@ -219,14 +238,6 @@ def _open_set(parts: Sequence[Part], sampling: Sampling, device: torch.device, p
 
 def _after(before: int, progress: Progress) -> Progress:
     return lambda done: progress(before + done)
-
-
-def _novelty(metadiff: MetaDiff, bank: FeatureBank, protocol: Protocol, sampling: Sampling) -> dict[str, float] | None:
-    """How far generated weights are from the training weights; None for a checkpoint that does not hold those."""
-    if metadiff.targets is None:
-        return None
-    found: dict[str, float] = rounded(measure_novelty(metadiff, metadiff.targets, bank, protocol, sampling).to_dict())
-    return found
 
 
 def rounded(value: Any) -> Any:

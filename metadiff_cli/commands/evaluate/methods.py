@@ -1,10 +1,9 @@
 """The methods of a results table by name: MetaDiff, the controls, and checkpoint files; and the banks they read."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +16,24 @@ from metadiff_cli.console import Screen
 from metadiff_cli.core.baselines.learners import inner_method
 from metadiff_cli.core.checkpoints.baseline import Baseline, load_baseline
 from metadiff_cli.core.checkpoints.file import read_header
-from metadiff_cli.core.checkpoints.model import Model, load_model
+from metadiff_cli.core.checkpoints.model import Model, checkpoint_errors, load_model
 from metadiff_cli.core.encoders.bank import Bank, FeatureBank, PixelBank, build_bank
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.evaluation.controls import (
+    ANALYTIC,
+    Fitted,
+    control_method,
     label_propagation_method,
-    logreg_method,
-    prototype_method,
-    ridge_method,
+    read_fitted,
     soft_kmeans_method,
 )
+from metadiff_cli.core.evaluation.controls import CONTROLS as OF_FEATURES
 from metadiff_cli.core.evaluation.episodes import Episodes
-from metadiff_cli.core.evaluation.evaluate import Method, Protocol, lengths_for, method_of
-from metadiff_cli.core.method.adapt import MetaDiff, Sampling
+from metadiff_cli.core.evaluation.evaluate import Method, Protocol, expanded, method_of
+from metadiff_cli.core.method.adapt import MetaDiff, Sampling, Tuning
+from metadiff_cli.core.method.calibration import TaskTable
 from metadiff_cli.core.method.denoisers import build_denoiser, randomise
+from metadiff_cli.core.method.metric import Metric
 from metadiff_cli.core.training.distributed import SINGLE, Group
 from metadiff_cli.data.open import Source
 from metadiff_cli.errors import ConfigError, DataError
@@ -38,8 +41,22 @@ from metadiff_cli.files import cache_dir
 
 FILE = ".safetensors"  # the end of a control that is a checkpoint file
 POSTERIOR = Sampling(steps=100, samples=16, temperature=1.0)  # the probabilities of 16 sampled classifiers, averaged
-FITTED: dict[str, Callable[[], Method]] = {"logreg": logreg_method, "ridge": ridge_method}  # controls fitted to a task
+DENOISING = ("untrained", "posterior")  # controls that differ from MetaDiff in the denoising alone
 AT_ONCE = 8  # tasks whose images are fetched together, as they may be pixels
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method of a results table.
+
+    `calibrated` says whether the temperature of its confidences was fitted. `statistics` names the images that the
+    BatchNorm of a baseline takes its statistics from: "queries" if it sees all queries of a task together, so that it
+    is not inductive.
+    """
+
+    run: Method
+    calibrated: bool = False
+    statistics: str | None = None
 
 
 def feature_bank(
@@ -74,69 +91,82 @@ def parse_controls(text: str) -> list[str]:
 def methods_of(
     model: Model, bank: FeatureBank, controls: Sequence[str], sampling: Sampling, protocol: Protocol,
     device: torch.device,
-) -> dict[str, Method]:  # fmt: skip
-    """MetaDiff and those of the controls that are made from its model, by name."""
-    metadiff = model.metadiff
-    ours = partial(method_of, lengths=lengths_for(metadiff.space, bank, protocol, device))
-    makers: dict[str, Callable[[], Method]] = {
-        "prototype": lambda: prototype_method(metadiff),
-        "analytic": lambda: ours(metadiff.analytic(), sampling, protocol),
-        "untrained": lambda: ours(_untrained(model, protocol.seed, device), sampling, protocol),
-        "posterior": lambda: ours(metadiff, replace(POSTERIOR, guidance=sampling.guidance), protocol),
-        "inductive": lambda: ours(metadiff, sampling, replace(protocol, transductive=False)),
-        "soft-kmeans": lambda: soft_kmeans_method(metadiff),
-        "label-propagation": lambda: label_propagation_method(metadiff),
+) -> dict[str, Entry]:  # fmt: skip
+    """MetaDiff and those of the controls that are not files, by name.
+
+    Raises ConfigError for a control of the denoiser where nothing is denoised, CheckpointError if the settings of the
+    controls in the model's header are damaged.
+    """
+    metadiff, metric = model.metadiff, model.metadiff.metric
+    if metric.space is None and (idle := [name for name in controls if name in DENOISING]):
+        raise ConfigError(
+            f"the control {idle[0]} needs a task space, and this checkpoint has none: nothing is denoised",
+            hint="leave it out of --controls",
+        )
+    with checkpoint_errors("the checkpoint"):
+        fitted = read_fitted(model.header)
+        without, known = _without_descent(metadiff, fitted)
+    ours = partial(method_of, bank=bank, device=device, x=expanded(metric, bank, device))
+    tuned = is_calibrated(metadiff)
+    makers: dict[str, Callable[[], Entry]] = {
+        **{name: partial(_control, name, metric, fitted) for name in OF_FEATURES},
+        ANALYTIC: lambda: Entry(ours(without, sampling=sampling, protocol=protocol), known),
+        "untrained": lambda: Entry(
+            ours(_untrained(model, protocol.seed, device), sampling=sampling, protocol=protocol)
+        ),
+        "posterior": lambda: Entry(
+            ours(metadiff, sampling=replace(POSTERIOR, guidance=sampling.guidance), protocol=protocol), tuned
+        ),
+        "inductive": lambda: Entry(
+            ours(metadiff, sampling=sampling, protocol=replace(protocol, transductive=False)), tuned
+        ),
+        "soft-kmeans": lambda: Entry(soft_kmeans_method(metric, fitted)),
+        "label-propagation": lambda: Entry(label_propagation_method(metric, fitted)),
     }
-    named = [name for name in controls if name in makers]
-    return {"metadiff": ours(metadiff, sampling, protocol), **{name: makers[name]() for name in named}}
+    own = Entry(ours(metadiff, sampling=sampling, protocol=protocol), tuned)
+    return {"metadiff": own, **{name: makers[name]() for name in controls if name in makers}}
+
+
+def is_calibrated(metadiff: MetaDiff) -> bool:
+    """Whether the temperature of its confidences was fitted on classes."""
+    return metadiff.tuning.temperature != Tuning().temperature
+
+
+def _control(name: str, metric: Metric, fitted: Fitted) -> Entry:
+    return Entry(control_method(name, metric, fitted), bool(fitted.get(name)))
+
+
+def _without_descent(metadiff: MetaDiff, fitted: Fitted) -> tuple[MetaDiff, bool]:
+    """The control `analytic`, and whether its own temperatures were fitted; else it has those of the tuning."""
+    found = {(s.way, s.shot): s.temperature for s in fitted.get(ANALYTIC, ())}
+    table = TaskTable.of(found) if found else metadiff.tuning.temperature
+    return metadiff.without_descent(table), bool(found)
 
 
 def _untrained(model: Model, seed: int, device: torch.device) -> MetaDiff:
     """MetaDiff with a denoiser of the configured kind in which every layer is random, the last one included."""
-    settings = model.header["config"]["denoiser"]
+    settings, space = model.header["config"]["denoiser"], model.metadiff.metric.space
     kind = settings["kind"] if settings["kind"] != "analytic" else "unet"
-    denoiser = build_denoiser(kind, model.images.feature_size, settings["width"])
-    return MetaDiff(model.metadiff.space, randomise(denoiser, seed).to(device), True, model.metadiff.tuning)
-
-
-def fitted_controls(controls: Sequence[str]) -> dict[str, Method]:
-    """Those of the controls that are fitted to the support of each task and need no model."""
-    return {name: FITTED[name]() for name in FITTED if name in controls}
+    denoiser = randomise(build_denoiser(kind, model.images.feature_size, settings["width"], space), seed)
+    return replace(model.metadiff, denoiser=denoiser.to(device), learned=True, most_shots=None)
 
 
 def further(
-    controls: Sequence[str],
-    taken: str,
-    config: Config,
-    source: Source,
-    split: str,
-    labels: np.ndarray,
-    protocol: Protocol,
-    device: torch.device,
-    screen: Screen,
-) -> tuple[dict[str, Method], dict[str, str | None]]:
-    """The controls that are not made from the model at hand, which is called `taken`, and their BatchNorm statistics.
+    controls: Sequence[str], taken: str, config: Config, source: Source, split: str, labels: np.ndarray,
+    protocol: Protocol, device: torch.device, screen: Screen,
+) -> dict[str, Entry]:  # fmt: skip
+    """The controls that are checkpoint files. The model at hand is called `taken`.
 
-    They are those fitted to each task, and checkpoint files. The method of a file reads its own features or pixels of
-    the same images, whose `labels` must be those of the bank at hand; else it raises DataError. A MetaDiff model
-    appears as `metadiff-<denoiser>`.
+    A file's method reads its own features or pixels of the same images, whose `labels` must be those of the bank at
+    hand; else it raises DataError. A MetaDiff model appears as `metadiff-<denoiser>`.
     """
-    methods, statistics = fitted_controls(controls), {}
+    entries: dict[str, Entry] = {}
     for path in (Path(control) for control in controls if control.endswith(FILE)):
-        name, method, bank, kind = _from_file(path, config, source, split, protocol, device, screen)
+        name, bank, entry = _from_file(path, config, source, split, protocol, device, screen)
         if not (len(bank.labels) == len(labels) and (bank.labels == labels).all()):
             raise DataError(f"{path} sees other images of this data set", hint="evaluate it by itself")
-        name = _unused(name, {taken, *methods})
-        methods[name], statistics[name] = _reading(bank, method, device), kind
-    return methods, statistics
-
-
-def mark(document: dict[str, Any], statistics: Mapping[str, str | None]) -> dict[str, Any]:
-    """Note for each baseline if its BatchNorm sees all queries of a task together: then it is not inductive."""
-    for name, kind in statistics.items():
-        if kind is not None:
-            document["methods"][name]["statistics"] = kind
-    return document
+        entries[unused(name, {taken, *entries})] = entry
+    return entries
 
 
 def statistics_of(method: Baseline) -> str | None:
@@ -146,19 +176,21 @@ def statistics_of(method: Baseline) -> str | None:
 
 def _from_file(
     path: Path, config: Config, source: Source, split: str, protocol: Protocol, device: torch.device, screen: Screen
-) -> tuple[str, Method, Bank, str | None]:
-    """Name, method, bank in its own form, and BatchNorm statistics of a checkpoint file."""
+) -> tuple[str, Bank, Entry]:
+    """Name, bank in its own form, and method of a checkpoint file."""
     if read_header(path)["kind"] != "baseline":
         model = load_model(path, device)
-        bank: Bank = feature_bank(model.images, source, split, config, screen)
+        features = feature_bank(model.images, source, split, config, screen)
+        method = method_of(model.metadiff, features, sampling_of(config), protocol, device)
         name = f"metadiff-{model.header['denoiser']['kind']}"
-        return name, method_of(model.metadiff, sampling_of(config), protocol), bank, None
+        return name, features, Entry(method, is_calibrated(model.metadiff))
     trained = load_baseline(path, device)
     if trained.base is None:
-        bank = pixel_bank(source, split, trained.images.size)
+        bank: Bank = pixel_bank(source, split, trained.images.size)
     else:
         bank = feature_bank(trained.images, source, split, config, screen)
-    return trained.name, inner_method(trained.inner, protocol.way), bank, statistics_of(trained)
+    method = _reading(bank, inner_method(trained.inner, protocol.way), device)
+    return trained.name, bank, Entry(method, statistics=statistics_of(trained))
 
 
 def _reading(bank: Bank, method: Method, device: torch.device) -> Method:
@@ -175,7 +207,7 @@ def _reading(bank: Bank, method: Method, device: torch.device) -> Method:
     return run
 
 
-def _unused(name: str, taken: set[str]) -> str:
+def unused(name: str, taken: set[str]) -> str:
     """The name, with a number if it is taken."""
     numbered = (f"{name}-{i}" for i in range(2, len(taken) + 3))
     return next(candidate for candidate in (name, *numbered) if candidate not in taken)

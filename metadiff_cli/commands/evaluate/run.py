@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from metadiff_cli.commands.evaluate import compare
+from metadiff_cli.commands.evaluate.domains import Domain, check_different, domain_of, domains_document
 from metadiff_cli.commands.evaluate.measure import PICTURES, measure, measure_baseline
-from metadiff_cli.commands.evaluate.methods import FILE, feature_bank, further, mark, parse_controls
+from metadiff_cli.commands.evaluate.methods import FILE, feature_bank, further, parse_controls
 from metadiff_cli.commands.evaluate.report import write_evaluation_report
 from metadiff_cli.commands.evaluate.table import show_result
 from metadiff_cli.commands.pages.page import check_page
@@ -23,6 +24,7 @@ from metadiff_cli.data.open import Source, open_source
 from metadiff_cli.errors import ConfigError, DataError, GateError
 from metadiff_cli.files import checkpoint_path
 
+TEST = "test"  # the split that is measured where none is asked for
 SAMPLED = ("analytic", "untrained", "posterior", "inductive")  # controls that sample weights
 EPISODES = ("evaluation.way", "evaluation.shot", "evaluation.query", "evaluation.episodes")
 
@@ -32,8 +34,8 @@ class Request:
     """What one call of `evaluate` asks for, besides its configuration; see the options of the same names."""
 
     checkpoint: Path | None
-    data: Path | None
-    split: str
+    data: tuple[Path, ...]  # none: that of the training
+    split: str | None  # None: "test", but see `domain_of`
     transductive: bool
     imbalance: float | None
     controls: str
@@ -54,7 +56,9 @@ def run(
     request: Request, file: Path | None, settings: Sequence[str] | None, flags: Mapping[str, object], screen: Screen
 ) -> None:
     """Measure, show the result, then check the gates. Raises GateError when one of them is not met."""
-    check_split(request.split)
+    if request.split is not None:
+        check_split(request.split)
+    check_different(request.data)
     controls = parse_controls(request.controls)
     if request.report is not None:
         check_page(request.report)
@@ -64,7 +68,7 @@ def run(
     _check(request, controls, baseline=read_header(path)["kind"] == "baseline")
     protocol = request.protocol(config)
     if earlier is not None:
-        compare.check_comparable(earlier, protocol, request.split, halves=request.halves)
+        compare.check_comparable(earlier, protocol, request.split or TEST, halves=request.halves)
     document = measure_checkpoint(path, request, controls, config, protocol, screen)
     if earlier is not None:
         document["compared"] = compare.compared(document, earlier)
@@ -75,27 +79,50 @@ def run(
 def measure_checkpoint(
     path: Path, request: Request, controls: Sequence[str], config: Config, protocol: Protocol, screen: Screen
 ) -> dict[str, Any]:
-    """The result document of the model or baseline in the file `path`, beside its controls."""
+    """The result document of the model or baseline in the file `path`, beside its controls.
+
+    Several data sets are all opened, and checked, before the first one is measured.
+    """
     device = start(config)
     baseline = read_header(path)["kind"] == "baseline"
     model = (load_baseline if baseline else load_model)(path, device)
     if isinstance(model, Baseline):
         _check_sampled(model, request, controls, config)
-    source = find_source(check(model.header["config"]), config, request.data, screen)
-    if request.split == "all":
-        screen.note(_all_of(source, model.header["classes"]))
-    labels = source.split(request.split, model.images.size).labels
+    trained, known = check(model.header["config"]), model.header["classes"]
+    if len(request.data) < 2:
+        source = find_source(trained, config, next(iter(request.data), None), screen)
+        split = request.split or TEST
+        if split == "all":
+            screen.note(_all_of(source, known))
+        return _measured(model, source, split, request, controls, config, protocol, screen)
+    domains: list[Domain] = []
+    for folder in request.data:
+        screen.note(f"data set {folder}")
+        source, taken = find_source(trained, config, folder, screen), [domain.name for domain in domains]
+        domains.append(domain_of(source, request.split, model.images.size, known, protocol, taken, screen))
+    documents = []
+    for domain in domains:
+        screen.note(f"measuring {domain.name}")
+        found = _measured(model, domain.source, domain.split, request, controls, config, domain.protocol, screen)
+        documents.append({"name": domain.name, **found})
+    return domains_document(documents, protocol)
+
+
+def _measured(
+    model: Model | Baseline, source: Source, split: str, request: Request, controls: Sequence[str], config: Config,
+    protocol: Protocol, screen: Screen,
+) -> dict[str, Any]:  # fmt: skip
+    """The result document of one data set."""
+    labels = source.split(split, model.images.size).labels
     name = "metadiff" if isinstance(model, Model) else model.name
-    more, statistics = further(controls, name, config, source, request.split, labels, protocol, device, screen)
-    if isinstance(model, Model):
-        bank = feature_bank(model.images, source, request.split, config, screen)
-        document = measure(
-            model, bank, request.split, protocol, sampling_of(config), controls, screen, more,
-            halves=request.halves, open_set=request.open_set, drawn=request.report is not None,
-        )  # fmt: skip
-    else:
-        document = measure_baseline(model, controls, config, source, request.split, protocol, screen, more)
-    return mark(document, statistics)
+    more = further(controls, name, config, source, split, labels, protocol, model.images.device, screen)
+    if isinstance(model, Baseline):
+        return measure_baseline(model, controls, config, source, split, protocol, screen, more)
+    bank = feature_bank(model.images, source, split, config, screen)
+    return measure(
+        model, bank, split, protocol, sampling_of(config), controls, screen, more,
+        halves=request.halves, open_set=request.open_set, drawn=request.report is not None,
+    )  # fmt: skip
 
 
 def find_source(trained: Config, config: Config, data: Path | None, screen: Screen) -> Source:
@@ -130,6 +157,11 @@ def _all_of(source: Source, trained: Sequence[str]) -> str:
 
 def _check(request: Request, controls: Sequence[str], *, baseline: bool) -> None:
     """Raise ConfigError for options that do not go together, or not with the file of a baseline."""
+    if len(request.data) > 1 and (given := _of_one_data_set(request)):
+        raise ConfigError(
+            f"{given} takes one data set, and --data is given {len(request.data)} times",
+            hint=f"leave out {given}, or give one --data",
+        )
     if request.open_set and request.imbalance is not None:
         raise ConfigError("--open-set needs balanced queries", hint="leave out --imbalance or --open-set")
     if request.halves and (baseline or any(name.endswith(FILE) for name in controls)):
@@ -138,6 +170,15 @@ def _check(request: Request, controls: Sequence[str], *, baseline: bool) -> None
         raise ConfigError("--open-set measures a MetaDiff model, not a baseline", hint="leave out --open-set")
     if request.compare_to is not None and baseline:
         raise ConfigError("--compare compares MetaDiff models, not baselines", hint="leave out --compare")
+
+
+def _of_one_data_set(request: Request) -> str | None:
+    """The first option given that has no meaning for several data sets."""
+    options = {
+        "--halves": request.halves, "--open-set": request.open_set, "--compare": request.compare_to is not None,
+        "--report": request.report is not None,
+    }  # fmt: skip
+    return next((name for name, given in options.items() if given), None)
 
 
 def _check_sampled(baseline: Baseline, request: Request, controls: Sequence[str], config: Config) -> None:
@@ -163,11 +204,13 @@ def _show(document: dict[str, Any], request: Request, screen: Screen) -> None:
     show_result(document, screen)
     if "compared" in document:
         screen.text(compare.describe(document))
-    screen.detail(f"{document['episodes_per_second']} episodes per second")
+    for measured in document.get("data", [document]):
+        screen.detail(f"{measured['episodes_per_second']} episodes per second")
 
 
 def _check_gates(document: dict[str, Any], fail_under: float | None) -> None:
-    accuracy = next(iter(document["methods"].values()))["accuracy"]  # the checkpoint's own comes first
+    rows = document["mean"] if "mean" in document else document["methods"]
+    accuracy = next(iter(rows.values()))["accuracy"]  # the checkpoint's own comes first
     if fail_under is not None and accuracy < fail_under:
         raise GateError(
             f"accuracy {accuracy:.2f} % is below --fail-under {fail_under:g}", hint="the results above are complete"

@@ -93,7 +93,7 @@ def principal_plane(points: Tensor) -> tuple[Tensor, tuple[float, float]]:
 
 @dataclass(frozen=True)
 class Path:
-    """After each of the S steps: the accuracy of the queries in percent, and the inner loss F in nats, mean of tasks."""
+    """After each of the S steps: accuracy of the queries in percent, and inner loss F in nats; means over tasks."""
 
     accuracy: tuple[float, ...]
     loss: tuple[float, ...]
