@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -40,7 +40,8 @@ class Dataset:
     """A data set: its splits by name, and `notes` for the user about them.
 
     `skipped` counts the files that are left out, as they are not images, by extension. `unreadable` has path and reason
-    of files and folders that cannot be accessed.
+    of files and folders that cannot be accessed. `drawn` says that the splits are not those of the data set, which has
+    none: classes were drawn into them.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     skipped: dict[str, int] = field(default_factory=dict)
     unreadable: tuple[tuple[str, str], ...] = ()
+    drawn: bool = False
 
 
 def dataset_of(name: str, root: Path, splits: dict[str, Split], scan: Scan) -> Dataset:
@@ -231,7 +233,7 @@ def require_split(dataset: Dataset, name: str) -> Split:
 def _split_anew(name: str, root: Path, whole: Split, seed: int, scan: Scan, why: str) -> Dataset:
     splits, what = split_by_class(whole, seed)
     scan.notes.append(f"{why}: {what}")
-    return dataset_of(name, root, splits, scan)
+    return replace(dataset_of(name, root, splits, scan), drawn=True)
 
 
 def _shared_classes(splits: dict[str, Split], root: Path) -> bool:
