@@ -15,7 +15,7 @@ CONTROLS = (
     "soft-kmeans", "label-propagation",
 )  # fmt: skip
 METHODS = ("metadiff", "anil-frozen", "metasgd-frozen", "maml", "fomaml", "anil")
-CACHE_KINDS = ("images", "features", "encoders")
+CACHE_KINDS = ("images", "features", "encoders", "graphs")
 
 
 def presets(incomplete: str) -> Iterator[tuple[str, str]]:

@@ -131,13 +131,25 @@ BatchSize = Annotated[
         help="Images per forward pass of the encoder.",
     ),
 ]  # fmt: skip
+Backend = Annotated[
+    str | None,
+    option(
+        COMMON, "--backend", metavar="NAME", default="auto",
+        help="What runs the encoder on a CPU: auto, torch or onnxruntime.",
+    ),
+]  # fmt: skip
 AsJson = Annotated[bool, option(COMMON, "--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, option(COMMON, "--quiet", "-q", help="Print results and errors only.")]
 Verbose = Annotated[bool, option(COMMON, "--verbose", "-v", help="Print more details.")]
 
 
 def runtime_flags(
-    seed: int | None, device: str | None, threads: int | None, num_workers: int | None, batch_size: int | None
+    seed: int | None,
+    device: str | None,
+    threads: int | None,
+    num_workers: int | None,
+    batch_size: int | None,
+    backend: str | None = None,
 ) -> dict[str, object]:
     """The common flags by configuration key."""
     return {
@@ -146,6 +158,7 @@ def runtime_flags(
         "runtime.threads": threads,
         "runtime.num_workers": num_workers,
         "runtime.batch_size": batch_size,
+        "runtime.backend": backend,
     }
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,9 +11,12 @@ from metadiff_cli.commands.completions import SPLITS
 from metadiff_cli.config.load import flat, layers, resolve
 from metadiff_cli.config.schema import Config
 from metadiff_cli.core.device import keep_freed_memory, pick_device, set_threads
+from metadiff_cli.core.encoders.graphs import Graphs, can_make_graphs
+from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.method.adapt import Sampling
 from metadiff_cli.core.training.distributed import SINGLE, Group
 from metadiff_cli.errors import ConfigError
+from metadiff_cli.files import cache_dir
 
 USED = ("seed", "sampler", "runtime")  # keys and sections that matter for a finished model
 
@@ -59,6 +63,23 @@ def start(config: Config, group: Group = SINGLE) -> torch.device:
     keep_freed_memory()
     set_threads(config.runtime.threads)
     return pick_device(config.runtime.device, group)
+
+
+MANY = 2000  # views of images from which on making a graph pays
+
+
+def accelerated(images: ImageEncoder, config: Config, count: int) -> ImageEncoder:
+    """The encoder for `count` images, run by onnxruntime where that is asked for, or possible and faster.
+
+    Raises ConfigError if a package is missing that was asked for.
+    """
+    backend = config.runtime.backend
+    if backend == "torch" or images.device.type != "cpu" or (backend == "auto" and not can_make_graphs()):
+        return images
+    graphs = Graphs(images.encoder, cache_dir() / "graphs")
+    if backend == "onnxruntime" or graphs.made(images.size) or count * images.views > MANY:
+        return replace(images, graphs=graphs)
+    return images
 
 
 def sampling_of(config: Config) -> Sampling:

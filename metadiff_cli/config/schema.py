@@ -224,6 +224,7 @@ class RuntimeConfig(Section):
     device: str = "auto"
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     num_workers: Annotated[int, Field(ge=1, le=1024)] | None = None
+    backend: Literal["auto", "torch", "onnxruntime"] = "auto"  # of the frozen encoder, on a CPU
     batch_size: Few | None = None  # images per forward pass of the frozen encoder; None: as suits the device
 
 

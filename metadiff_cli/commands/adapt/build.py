@@ -14,6 +14,7 @@ from metadiff_cli.classify.models import installed_encoders, model_of_encoder, o
 from metadiff_cli.classify.support_set import Pool, SupportSet, pool_of, read_support
 from metadiff_cli.commands.adapt.inputs import Queries
 from metadiff_cli.commands.adapt.options import Options
+from metadiff_cli.commands.settings import accelerated
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.checkpoints.classifier import settings_header
@@ -105,8 +106,18 @@ class Builder:
     device: torch.device
     screen: Screen
 
-    def start(self, given: Options, support: Found | None) -> Start:
-        """Load a saved classifier, or an encoder, or else a checkpoint. Raises CheckpointError and ConfigError."""
+    def start(self, given: Options, support: Found | None, queries: int) -> Start:
+        """Load a saved classifier, or an encoder, or else a checkpoint, for so many query images.
+
+        Raises CheckpointError and ConfigError.
+        """
+        start = self._opened(given, support)
+        count = queries + (0 if support is None else len(support.split.paths))
+        model = replace(start.model, images=accelerated(start.model.images, self.config, count))
+        saved = None if start.saved is None else replace(start.saved, model=model)
+        return Start(model, saved)
+
+    def _opened(self, given: Options, support: Found | None) -> Start:
         if given.classifier is not None:
             _check_kind(given.classifier, "classifier", "--classifier")
             saved = Classifier.load(given.classifier, self.device)

@@ -173,6 +173,7 @@ def adapt(
     threads: options.Threads = None,
     num_workers: options.NumWorkers = None,
     batch_size: options.BatchSize = None,
+    backend: options.Backend = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -203,7 +204,7 @@ def adapt(
         strict=strict, sort_into=sort_into, move=move, transductive=transductive, unlabeled=unlabeled, save=save,
         report=report, overwrite=overwrite, config=config, set=settings or [],
         flags={
-            **options.runtime_flags(seed, device, threads, num_workers, batch_size),
+            **options.runtime_flags(seed, device, threads, num_workers, batch_size, backend),
             **options.sampler_flags(steps, samples, temperature, guidance),
         },
     )  # fmt: skip

@@ -34,7 +34,7 @@ def run(given: Options, screen: Screen) -> None:
         screen.note(text)
     unlabeled = None if given.unlabeled is None else find_queries([str(given.unlabeled)], option="--unlabeled")
     builder = Builder(config, sampling_of(given, config, screen), start_device(config), screen)
-    start = builder.start(given, support)
+    start = builder.start(given, support, len(queries.items))
     if given.reject is not None:
         require_rejection(start.model.metadiff)
     classes = _classes(support, start)

@@ -18,6 +18,7 @@ KINDS = {
     "images": "decoded images, made again from their files",
     "features": "features of images, made again by the encoder",
     "encoders": "encoders that `metatrain` reuses; training one again can take hours",
+    "graphs": "graphs of encoders for onnxruntime, made again in half a minute",
 }
 HASH = "[0-9a-f]{32}"
 # the names of our files; whatever has another name is not ours to delete, even if it begins with a hash
@@ -25,6 +26,7 @@ OURS = {
     "images": rf"{HASH}\.(npy|json)|s[0-9a-f]{{31}}\.(json|lock)",
     "features": rf"{HASH}-{HASH}\.(npy|parts)",
     "encoders": rf"{HASH}\.safetensors",
+    "graphs": rf"{HASH}-\d+\.onnx(\.lock)?",
 }
 PARTS = re.compile(r"\d{6}\.npy|\.\d{6}\.npy\.\w+\.tmp")  # in a folder of features that are not complete yet
 

@@ -6,7 +6,7 @@ seen from closer by tells of details. They are the same for every image, so an i
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metadiff_cli.core.device import sent
+from metadiff_cli.core.encoders.graphs import Graphs
 from metadiff_cli.core.encoders.networks import Encoder
 from metadiff_cli.errors import ConfigError
 
@@ -49,6 +50,7 @@ class ImageEncoder:
     views: int
     device: torch.device
     shift: int = 0
+    graphs: Graphs | None = None  # encode by these, rather than by torch
 
     def __post_init__(self) -> None:
         if self.shift >= self.size:
@@ -80,13 +82,16 @@ class ImageEncoder:
     def encode(self, pixels: Tensor) -> Tensor:
         """Features (B, D), groups of unit length, of pixels (B, S, S, 3) uint8."""
         self.encoder.eval()
-        return self.traceable(pixels)
+        return self._features(pixels, self.graphs or self.encoder.describe)
 
     def traceable(self, pixels: Tensor) -> Tensor:
         """The computation of `encode`, in a form that the ONNX exporter can trace."""
+        return self._features(pixels, self.encoder.describe)
+
+    def _features(self, pixels: Tensor, describe: Callable[[Tensor], Tensor]) -> Tensor:
         mean, std = (sent(torch.tensor(v), self.device) for v in (self.mean, self.std))
         images = normalise(sent(pixels, self.device), mean, std)
-        z = [self._normalised(self.encoder.describe(view)) for view in self._views(images)]
+        z = [self._normalised(describe(view)) for view in self._views(images)]
         return z[0] if len(z) == 1 else self._normalised(torch.stack(z).sum(dim=0))
 
     def _normalised(self, z: Tensor) -> Tensor:
