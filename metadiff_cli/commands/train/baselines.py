@@ -8,9 +8,10 @@ import torch
 
 from metadiff_cli.commands.evaluate.measure import measure_baseline
 from metadiff_cli.commands.evaluate.methods import pixel_bank
+from metadiff_cli.commands.train.episodes import measured_split
 from metadiff_cli.commands.train.resume import Update, follow, show_step
 from metadiff_cli.commands.train.run_folder import CHECKPOINT, STATE
-from metadiff_cli.commands.train.stages import analytic_parts
+from metadiff_cli.commands.train.stages import analytic_parts, described
 from metadiff_cli.commands.train.training import Training
 from metadiff_cli.config.schema import Config
 from metadiff_cli.core.baselines.learners import (
@@ -36,7 +37,7 @@ def train_baseline(t: Training, name: str) -> dict[str, Any]:
     """All stages of a baseline, down to its checkpoint; returns the result document."""
     frozen = name in ON_FEATURES
     method, base, val = (_on_features if frozen else _on_images)(t, name)
-    split = "test" if t.source.has("test") else "val" if val is not None else "train"
+    split = measured_split(t.source.dataset.splits)
     if frozen:
         t.features(method.images, split)  # all processes make the features, one measures
     method = _train(t, method, base, val)
@@ -54,9 +55,12 @@ def train_baseline(t: Training, name: str) -> dict[str, Any]:
 
 def _on_features(t: Training, name: str) -> tuple[Baseline, Bank, Bank | None]:
     """An untrained baseline over the features of the run's encoder, with base and validation classes."""
-    images, base, val, analytic = analytic_parts(t)
-    inner = FrozenLearner(name, t.config.evaluation.way, analytic.space.mean, t.config.baselines.frozen)
-    return Baseline(name, images, inner, analytic, _header(name, t.config, base)), base, val
+    images, base, val, start = analytic_parts(t)
+    space = start.metadiff.metric.space
+    assert space is not None
+    inner = FrozenLearner(name, t.config.evaluation.way, space.mean, t.config.baselines.frozen)
+    header = {**_header(name, t.config, base), "controls": described(start.controls)}
+    return Baseline(name, images, inner, start.metadiff, header), base, val
 
 
 def _on_images(t: Training, name: str) -> tuple[Baseline, Bank, Bank | None]:
@@ -70,7 +74,7 @@ def _on_images(t: Training, name: str) -> tuple[Baseline, Bank, Bank | None]:
         name, config.evaluation.way, partial(build_encoder, config.encoder), *shape, config.baselines.images,
         config.seed,
     )  # fmt: skip
-    images = ImageEncoder(inner.backbone, config.encoder, *shape, False, t.device)
+    images = ImageEncoder(inner.backbone, config.encoder, *shape, 1, t.device)
     return Baseline(name, images, inner, None, _header(name, config, base)), base, val
 
 

@@ -1,11 +1,12 @@
 """`metadiff pretrain` and `metadiff metatrain`: their options."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from metadiff_cli.commands import completions, options
-from metadiff_cli.commands.train.request import Request
+from metadiff_cli.commands.train.request import Data, Request
 
 
 def pretrain(
@@ -54,13 +55,32 @@ def pretrain(
     flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
     flags |= {"encoder": encoder, "pretrain.epochs": epochs}
     run_pretrain(Request(
-        preset, config, settings or (), flags, data, out, overwrite, resume, init_from, dry_run, as_json, quiet, verbose
+        preset, config, settings or (), flags, Data(() if data is None else (data,)), out, overwrite, resume, init_from,
+        dry_run, as_json, quiet, verbose,
     ))  # fmt: skip
 
 
 def metatrain(
     preset: options.Preset = None,
-    data: options.Data = None,
+    data: Annotated[
+        list[Path] | None,
+        options.path(
+            options.PLACES,
+            "--data",
+            metavar="DIR",
+            default="$METADIFF_DATA_DIR/NAME",
+            help="Folder of a data set with base classes; repeatable where the encoder comes trained.",
+        ),
+    ] = None,
+    val_data: Annotated[
+        list[Path] | None,
+        options.path(
+            options.PLACES,
+            "--val-data",
+            metavar="DIR",
+            help="Folder of a further data set with validation classes; repeatable. Without splits, all its classes.",
+        ),
+    ] = None,
     encoder: options.EncoderOption = None,
     encoder_weights: options.EncoderWeights = None,
     method: Annotated[
@@ -97,6 +117,10 @@ def metatrain(
     The checkpoint serves any number of classes and of images per class. With
     --method, it trains a gradient-based baseline instead.
 
+    With several data sets, base classes are the training classes of each
+    --data, and everything is fitted on the validation classes of all sets.
+    With --val-data, all classes of a --data without splits are base classes.
+
     Examples:
 
       metadiff metatrain --preset glyphs-5w1s
@@ -106,11 +130,13 @@ def metatrain(
       metadiff metatrain --preset glyphs-5w1s --method anil-frozen -o runs/anil
 
       metadiff metatrain --preset glyphs-5w1s --report glyphs.html
+
+      metadiff metatrain -e lite0 --data ./birds --data ./signs --val-data ./food
     """
     from metadiff_cli.commands.train.run import run_metatrain
 
     flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
     run_metatrain(Request(
-        preset, config, settings or (), flags, data, out, overwrite, resume, init_from, dry_run, as_json, quiet,
-        verbose, encoder, encoder_weights, method, report,
+        preset, config, settings or (), flags, Data(data or (), val_data or ()), out, overwrite, resume, init_from,
+        dry_run, as_json, quiet, verbose, encoder, encoder_weights, method, report,
     ))  # fmt: skip

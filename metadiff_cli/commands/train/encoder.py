@@ -14,7 +14,7 @@ from metadiff_cli.commands.train.card import SEEN
 from metadiff_cli.commands.train.resume import Update, follow
 from metadiff_cli.commands.train.run_folder import ENCODER, ENCODER_STATE, Run
 from metadiff_cli.commands.train.training import Training, file_digest
-from metadiff_cli.config.schema import Config, is_pretrained
+from metadiff_cli.config.schema import LITE, Config, is_pretrained
 from metadiff_cli.console import Screen
 from metadiff_cli.core.baselines.learners import ON_IMAGES
 from metadiff_cli.core.checkpoints.file import save_checkpoint
@@ -59,7 +59,7 @@ def check_encoder(config: Config, method: str, file: Path | None, weights: Path 
 def image_size(config: Config, file: Path | None) -> int:
     """The size in pixels of the images that the first stage reads, with the encoder of `file` if there is one."""
     if file is not None:
-        return load_encoder(file, CPU, mirror=False, size=config.features.size).size
+        return load_encoder(file, CPU, views=1, size=config.features.size).size
     if is_pretrained(config.encoder):
         return config.features.size or architecture(config.encoder).size
     return config.data.size
@@ -81,11 +81,11 @@ class LibraryEncoder:
 
 def library_encoder(config: Config, weights: Path | None, screen: Screen) -> LibraryEncoder:
     """The library's encoder that the configuration names, with `weights` from a file or else the library's own."""
-    if weights is None:
+    if weights is None and config.encoder not in LITE:
         screen.note(f"weights of {config.encoder}: from the library's cache, or downloaded")
     f, shown = config.features, screen.moves and not screen.quiet
     encoder = pretrained_encoder(config.encoder, f.size, weights, progress=shown)
-    images, source = with_statistics(encoder, CPU, mirror=f.mirror, shift=f.shift), encoder.source
+    images, source = with_statistics(encoder, CPU, views=f.views, shift=f.shift), encoder.source
     facts = {"source": "a local file" if weights else source.source, "licence": source.licence}
     screen.note(f"encoder: {images.name}, images of {images.size} pixels, D = {images.feature_size}; {SEEN}")
     if weights:
@@ -109,7 +109,7 @@ def find_encoder(t: Training) -> ImageEncoder:
         else:
             _, file = train_encoder(t)
     f = t.config.features
-    images = load_encoder(file, t.device, mirror=f.mirror, shift=f.shift, half=f.half, size=f.size)
+    images = load_encoder(file, t.device, views=f.views, shift=f.shift, half=f.half, size=f.size)
     if t.group.rank == 0 and file.resolve() != (t.run.folder / ENCODER).resolve():
         copy_file(file, t.run.folder / ENCODER)
     return images
@@ -177,7 +177,7 @@ def _trainer(t: Training) -> tuple[Pretrainer, dict[str, Any]]:
 
 def _weights(init: Path, name: str) -> dict[str, torch.Tensor]:
     """The weights of the encoder in a file. Raises ConfigError when it is another encoder than `name`."""
-    found = load_encoder(init, CPU, mirror=False)
+    found = load_encoder(init, CPU, views=1)
     if found.name != name:
         raise ConfigError(f"{init} holds a {found.name}, not a {name}", hint=f"give --encoder {found.name}")
     weights: dict[str, torch.Tensor] = found.encoder.state_dict()
@@ -197,7 +197,7 @@ def _validation(t: Training, image: dict[str, Any]) -> Callable[[Encoder], float
 
     def validate(encoder: Encoder) -> float | None:
         frozen = ImageEncoder(
-            encoder, config.encoder, image["size"], tuple(image["mean"]), tuple(image["std"]), False, t.device
+            encoder, config.encoder, image["size"], tuple(image["mean"]), tuple(image["std"]), 1, t.device
         )
         batch = config.runtime.batch_size
         return t.group.on_rank_zero(

@@ -1,6 +1,6 @@
 """Whether the data suffice for every episode of a run. Asked before anything is trained; what can be lowered is."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from metadiff_cli.config.schema import Config, Section
 from metadiff_cli.core.baselines.learners import ON_FEATURES, ON_IMAGES
 from metadiff_cli.core.training.losses import Pairs
+from metadiff_cli.core.training.metatrain import classes_needed, images_needed
 from metadiff_cli.errors import DataError
 
 Counts = Mapping[str, int]  # class -> number of images
@@ -31,11 +32,30 @@ def too_small(splits: Mapping[str, Counts], note: Note) -> list[str]:
     return found
 
 
-def fitted(config: Config, splits: Mapping[str, Counts], stages: Sequence[str], note: Note) -> Config:
+def measured_split(splits: Container[str]) -> str:
+    """The name of the split that the final table is measured on."""
+    return next(name for name in ("test", "val", "train") if name in splits)
+
+
+def drawn_splits(splits: Container[str], *, several: bool, validated: bool) -> list[str]:
+    """The names of the splits of the first data set whose episodes have to be as the configuration has them.
+
+    With `several` data sets, each one's validation classes have the episodes that they can fill. So has the final
+    table where data sets were given for validation (`validated`).
+    """
+    if not several:
+        return ["val", measured_split(splits)]
+    return [] if validated else [measured_split(splits)]
+
+
+def fitted(
+    config: Config, splits: Mapping[str, Counts], stages: Sequence[str], drawn: Sequence[str], note: Note
+) -> Config:
     """The configuration with ways, shots and queries that the data can fill; each change is said.
 
-    `splits` has the classes of those splits that are used, `stages` the names of what is trained. Raises DataError for
-    a class with too few images, or too few classes for pairs.
+    `splits` has the classes of those splits that are used, and `drawn` names those among them that validation and the
+    final table draw episodes of; `stages` are the names of what is trained. Raises DataError for a class with too few
+    images, or too few classes for pairs.
     """
     method, p = stages[-1], config.pretrain
     if "pretrain" in stages and p.objective == "pairs":
@@ -43,9 +63,8 @@ def fitted(config: Config, splits: Mapping[str, Counts], stages: Sequence[str], 
         Pairs(np.repeat(np.arange(len(counts)), counts), 4 if p.rotated_classes else 1, p.batch // 2)
     if method == "pretrain":
         return config
-    measured = next(name for name in ("test", "val", "train") if name in splits)
-    drawn = {name: splits[name] for name in dict.fromkeys(("val", measured)) if name in splits}
-    config = _fitted_evaluation(config, drawn, splits["train"], method, note)
+    if found := {name: splits[name] for name in dict.fromkeys(drawn) if name in splits}:
+        config = _fitted_evaluation(config, found, splits["train"], method, note)
     if method == "metadiff" and config.denoiser.kind != "analytic":
         return _fitted_metatraining(config, splits["train"], note)
     if method in (*ON_FEATURES, *ON_IMAGES):
@@ -75,15 +94,27 @@ def _fitted_evaluation(config: Config, drawn: Mapping[str, Counts], train: Count
 
 
 def _fitted_metatraining(config: Config, train: Counts, note: Note) -> Config:
-    """Shots and queries of the episodes of base classes."""
+    """Shots and queries of the episodes of base classes, as half of the classes or more can fill them.
+
+    Smaller classes are left out of the training, and where too few are left there is none.
+    """
     m = config.metatrain
-    smallest = _room(train, "base ", m.shots[0], "metatrain.shots") + m.shots[0]
-    query = min(m.query, max(1, smallest // 2, smallest - m.shots[1]), smallest - m.shots[0])
-    most = min(m.shots[1], smallest - query)
-    if (query, most) == (m.query, m.shots[1]):
-        return config
-    note(f"base classes have {smallest} images: meta-training takes at most {most} + {query} of them per episode")
-    return _with(config, metatrain=_with(m, query=query, shots=(m.shots[0], most)))
+    images = sorted(train.values())[len(train) // 2] - 1  # one makes the target
+    query = min(m.query, max(1, images // 2, images - m.shots[1]), images - m.shots[0])
+    most = min(m.shots[1], images - query)
+    fits = _with(m, query=query, shots=(m.shots[0], most))
+    left = sum(count >= images_needed(fits) for count in train.values()) if query > 0 else 0
+    if left < classes_needed(config.denoiser.kind):
+        note(
+            f"base classes are too few, or too small, to train a denoiser ({len(train)}, half of them with "
+            f"{images + 1} images or more): the analytic one is taken"
+        )
+        return _with(config, denoiser=_with(config.denoiser, kind="analytic"))
+    if fits != m:
+        note(f"base classes have {images + 1} images: meta-training takes at most {most} + {query} of them per episode")
+    if left < len(train):
+        note(f"{len(train) - left} base classes with fewer than {images_needed(fits)} images make no training tasks")
+    return _with(config, metatrain=fits)
 
 
 def _fitted_baseline(config: Config, train: Counts, method: str, note: Note) -> Config:

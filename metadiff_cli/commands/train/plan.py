@@ -1,5 +1,6 @@
 """`--dry-run`: the data that was found, the steps and parameters, and a rough estimate of the time. Writes nothing."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,23 @@ import numpy as np
 import torch
 
 from metadiff_cli.commands.settings import start
+from metadiff_cli.commands.train.data import open_sources
 from metadiff_cli.commands.train.encoder import encoder_key, kept_encoder
-from metadiff_cli.commands.train.episodes import fitted, too_small
+from metadiff_cli.commands.train.episodes import drawn_splits, fitted, too_small
+from metadiff_cli.commands.train.request import Data
 from metadiff_cli.commands.train.stages import CONFIRMING
 from metadiff_cli.config.schema import Config, is_pretrained
 from metadiff_cli.console import Screen
 from metadiff_cli.core.checkpoints.model import load_encoder
 from metadiff_cli.core.device import CPU
+from metadiff_cli.core.encoders.image_encoder import MIRRORED
 from metadiff_cli.core.encoders.library import untrained_encoder
 from metadiff_cli.core.encoders.networks import Encoder, build_encoder
 from metadiff_cli.core.method.denoisers import build_denoiser
 from metadiff_cli.core.training.pretrain import scaled
 from metadiff_cli.data.cache import DecodedSplit, decoded_already
-from metadiff_cli.data.folders import require_split
-from metadiff_cli.data.open import Source, open_source
+from metadiff_cli.data.folders import Split
+from metadiff_cli.data.open import Source
 from metadiff_cli.files import cache_dir
 
 # rough figures per second on two CPU cores
@@ -54,18 +58,21 @@ class PlannedEncoder:
 
 
 def show_plan(
-    command: str, config: Config, data: Path | None, screen: Screen, *, as_json: bool, encoder: Path | None = None
+    command: str, config: Config, data: Data, screen: Screen, *, as_json: bool, encoder: Path | None = None
 ) -> None:
     """Find the data and print the plan of `command` (pretrain or metatrain); `encoder` is the file of --encoder."""
     document = make_plan(command, config, data, encoder, screen)
     if as_json:
         screen.json(document)
         return
-    for note in document["data"]["notes"]:
+    for note in (
+        note for data_set in (document["data"], *document.get("further_data", ())) for note in data_set["notes"]
+    ):
         screen.text(note)
-    rows = [(name, *(str(split[key]) for key in ("classes", "images")), "yes" if split["decoded"] else "no")
-            for name, split in document["data"]["splits"].items()]  # fmt: skip
-    screen.table(f"Data in {document['data']['root']}", ("split", "classes", "images", "in the cache"), rows)
+    for data_set in (document["data"], *document.get("further_data", ())):
+        rows = [(name, *(str(split[key]) for key in ("classes", "images")), "yes" if split["decoded"] else "no")
+                for name, split in data_set["splits"].items()]  # fmt: skip
+        screen.table(f"Data in {data_set['root']}", ("split", "classes", "images", "in the cache"), rows)
     screen.text(f"encoder: {_encoder_line(document['encoder'])}")
     if command == "metatrain":
         kind, count = document["denoiser"]["kind"], document["denoiser"]["parameters"]
@@ -76,15 +83,14 @@ def show_plan(
     screen.text("nothing was written; times are rough estimates for two CPU cores, and a GPU is far faster")
 
 
-def make_plan(command: str, config: Config, data: Path | None, encoder: Path | None, screen: Screen) -> dict[str, Any]:
+def make_plan(command: str, config: Config, data: Data, encoder: Path | None, screen: Screen) -> dict[str, Any]:
     """The document of `--dry-run --json`. Raises DataError where the run itself would."""
     device = start(config)
-    source = open_source(config, data, Screen(quiet=True))
-    require_split(source.dataset, "train")
-    config = _fitted(config, source, encoder, command, screen)
+    source, *further = sources = open_sources(config, data, Screen(quiet=True))
+    config = _fitted(config, sources, encoder, command, screen, validated=bool(data.validation))
     planned = _planned(config, encoder)
     kept = encoder or _kept_encoder(source)
-    size = planned.network.feature_size(planned.size)
+    size = sum(planned.network.groups(planned.size))
     document: dict[str, Any] = {
         "schema": "metadiff.plan/1",
         "command": command,
@@ -98,36 +104,45 @@ def make_plan(command: str, config: Config, data: Path | None, encoder: Path | N
             "kept": str(kept) if kept and command == "metatrain" else None,
         },
     }
-    stages = _reading(source, planned.size)
+    if further:
+        document["further_data"] = [_describe(of, planned.size) for of in further]
+    stages = _reading(sources, planned.size)
     if command == "pretrain" or (kept is None and not planned.given):
         stages.append(_pretraining(config, source))
     if command == "metatrain":
         document["denoiser"] = {"kind": config.denoiser.kind, "parameters": _denoiser_parameters(config, size)}
-        stages += [_features(config, source, planned), *_meta_training(config)]
+        stages += [_features(config, sources, planned), *_meta_training(config)]
     document["stages"] = [{**asdict(stage), "seconds": round(stage.seconds, 1)} for stage in stages]
     document["seconds"] = round(sum(stage.seconds for stage in stages), 1)
     return document
 
 
-def _fitted(config: Config, source: Source, encoder: Path | None, command: str, screen: Screen) -> Config:
-    """The configuration as the run would fit it to the data, by the files that were found."""
-    splits = {
-        name: dict(zip(split.classes, np.bincount(split.labels, minlength=len(split.classes)).tolist(), strict=True))
-        for name, split in source.dataset.splits.items()
-    }
+def _fitted(
+    config: Config, sources: Sequence[Source], encoder: Path | None, command: str, screen: Screen, *, validated: bool
+) -> Config:
+    """The configuration as the run would fit it to the data, by the files that were found; see `fitted_to_data`."""
+    first, *further = sources
+    splits = {name: _counts(split) for name, split in first.dataset.splits.items()}
+    for source in (source for source in further if source.has("train")):
+        counts = _counts(source.dataset.splits["train"])
+        splits["train"] |= {f"{source.dataset.name}/{cls}": n for cls, n in counts.items()}
     left_out = too_small(splits, screen.warn)
+    used = {name: counts for name, counts in splits.items() if name not in left_out}
     trains = command == "pretrain" or (encoder is None and not is_pretrained(config.encoder))
     stages = [*(["pretrain"] if trains else []), *(["metadiff"] if command == "metatrain" else [])]
-    return fitted(
-        config, {name: counts for name, counts in splits.items() if name not in left_out}, stages, screen.warn
-    )
+    return fitted(config, used, stages, drawn_splits(used, several=bool(further), validated=validated), screen.warn)
+
+
+def _counts(split: Split) -> dict[str, int]:
+    counts = np.bincount(split.labels, minlength=len(split.classes)).tolist()
+    return dict(zip(split.classes, counts, strict=True))
 
 
 def _planned(config: Config, file: Path | None) -> PlannedEncoder:
     """The encoder of the file, else one of the right shape without trained weights."""
     f = config.features
     if file is not None:
-        images = load_encoder(file, CPU, mirror=f.mirror, shift=f.shift, size=f.size)
+        images = load_encoder(file, CPU, views=f.views, shift=f.shift, size=f.size)
         return PlannedEncoder(images.name, images.encoder, images.size, True)
     if is_pretrained(config.encoder):
         library = untrained_encoder(config.encoder, f.size)
@@ -165,8 +180,9 @@ def _decoded(source: Source, name: str, size: int) -> DecodedSplit | None:
     return decoded_already(source.dataset.splits[name], size, cache_dir() / "images")
 
 
-def _reading(source: Source, size: int) -> list[Stage]:
-    left = sum(len(s.labels) for name, s in source.dataset.splits.items() if _decoded(source, name, size) is None)
+def _reading(sources: Sequence[Source], size: int) -> list[Stage]:
+    splits = [(source, name, split) for source in sources for name, split in source.dataset.splits.items()]
+    left = sum(len(split.labels) for source, name, split in splits if _decoded(source, name, size) is None)
     return [Stage("read images", left, "images", left / READ)] if left else []
 
 
@@ -180,9 +196,11 @@ def _pretraining(config: Config, source: Source) -> Stage:
     return Stage("pretrain the encoder", steps, f"steps in {p.epochs} epochs", seconds)
 
 
-def _features(config: Config, source: Source, planned: PlannedEncoder) -> Stage:
-    views = (2 if config.features.mirror else 1) * (9 if config.features.shift else 1)
-    total = sum(len(split.labels) for split in source.dataset.splits.values())
+def _features(config: Config, sources: Sequence[Source], planned: PlannedEncoder) -> Stage:
+    views = config.features.views
+    if config.features.shift:
+        views += 8 * (2 if views in MIRRORED else 1)
+    total = sum(len(split.labels) for source in sources for split in source.dataset.splits.values())
     speed: float = LIBRARY
     if planned.name in TRAINED:
         speed = ENCODED * TRAINED[planned.name] * (TRAINED_SIDE / (config.features.size or planned.size)) ** 2

@@ -6,6 +6,19 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
+class Data:
+    """The folders of --data and --val-data. Without any, the data set is in its usual place."""
+
+    base: Sequence[Path] = ()
+    validation: Sequence[Path] = ()
+
+    @property
+    def first(self) -> Path | None:
+        """The first folder with base classes."""
+        return self.base[0] if self.base else None
+
+
+@dataclass(frozen=True)
 class Request:
     """The options of both commands, and those of `metatrain` alone with what they are where they are not given."""
 
@@ -13,7 +26,7 @@ class Request:
     config: Path | None
     settings: Sequence[str]
     flags: Mapping[str, object]  # options that are configuration keys; None where one is not given
-    data: Path | None
+    data: Data
     out: Path | None
     overwrite: bool
     resume: bool

@@ -1,6 +1,7 @@
 """What `metadiff pretrain` and `metadiff metatrain` do, from the options to the printed result."""
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from metadiff_cli.commands.evaluate.report import write_evaluation_report
 from metadiff_cli.commands.evaluate.table import show_result
 from metadiff_cli.commands.pages.page import check_page
 from metadiff_cli.commands.train.baselines import train_baseline
+from metadiff_cli.commands.train.data import check_data, folders_of
 from metadiff_cli.commands.train.encoder import (
     check_encoder,
     image_size,
@@ -31,7 +33,6 @@ from metadiff_cli.core.baselines.learners import ON_IMAGES
 from metadiff_cli.core.checkpoints.model import load_encoder
 from metadiff_cli.core.device import CPU
 from metadiff_cli.core.training.distributed import Group, joined
-from metadiff_cli.data.open import find_data
 from metadiff_cli.errors import ConfigError
 
 
@@ -44,9 +45,9 @@ def run_pretrain(request: Request) -> None:
         if request.dry_run:
             show_plan("pretrain", config, request.data, screen, as_json=request.as_json)
             return
-        data = find_data(config, request.data)
+        data = folders_of(request.data, config)
         if request.init_from is not None:
-            load_encoder(request.init_from, CPU, mirror=False)
+            load_encoder(request.init_from, CPU, views=1)
         stages = ("data", "pretrain")
         with _open_run(stages, "pretrain", config, request, data, group) as run:
             t = begin(config, request.data, run, screen, Start(init=request.init_from))
@@ -69,14 +70,16 @@ def run_metatrain(request: Request) -> None:
         config = resolve(request.preset, request.config, request.settings, flags)
         check_encoder(config, request.method, file, request.encoder_weights)
         if request.dry_run:
+            check_data(request.data, config, request.method, file)
             if request.method != "metadiff":
                 raise ConfigError("--dry-run plans the training of metadiff alone", hint="leave out one of the two")
             show_plan("metatrain", config, request.data, screen, as_json=request.as_json, encoder=file)
             return
         if request.report is not None:
             check_page(request.report)
-        data = find_data(config, request.data)
         start = Start.of(file, request.init_from, request.method, config.denoiser.kind)
+        check_data(request.data, config, request.method, start.encoder)
+        data = folders_of(request.data, config)
         stages = _stages(config, request.method, start)
         with _open_run(stages, "metatrain", config, request, data, group) as run:
             t = begin(config, request.data, run, screen, start)
@@ -86,16 +89,17 @@ def run_metatrain(request: Request) -> None:
             result = train_and_measure(t.with_encoder(start.encoder or library), request)
             run.save_json(RESULT, result)
             weights = str(request.encoder_weights or file or "") or None
-            run.save_manifest(data=t.source.dataset.root, encoder=weights)
+            further = {"further_data": [source.dataset.root for source in t.further]} if t.further else {}
+            run.save_manifest(data=t.source.dataset.root, **further, encoder=weights)
         _show(result, request, run, screen)
 
 
 def _open_run(
-    stages: tuple[str, ...], command: str, config: Config, request: Request, data: Path, group: Group
+    stages: tuple[str, ...], command: str, config: Config, request: Request, data: Sequence[Path], group: Group
 ) -> AbstractContextManager[Run]:
     name = f"{config.name}-encoder" if command == "pretrain" else config.name
     place = request.out or Path("runs") / name
-    inputs = [data, request.config, encoder_file(request.encoder), request.encoder_weights, request.init_from]
+    inputs = [*data, request.config, encoder_file(request.encoder), request.encoder_weights, request.init_from]
     return open_run(
         place, command, config, overwrite=request.overwrite, resume=request.resume,
         inputs=[path for path in inputs if path is not None], stages=stages, group=group,

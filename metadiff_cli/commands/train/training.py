@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 
 from metadiff_cli.commands.evaluate.methods import feature_bank
 from metadiff_cli.commands.settings import start as start_device
-from metadiff_cli.commands.train.episodes import fitted, too_small
+from metadiff_cli.commands.train.data import open_sources
+from metadiff_cli.commands.train.episodes import FEWEST, drawn_splits, fitted, too_small
+from metadiff_cli.commands.train.request import Data
 from metadiff_cli.commands.train.run_folder import Run, depends
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
@@ -24,7 +26,7 @@ from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.training.distributed import Group
 from metadiff_cli.core.training.metatrain import MetaTrainer
 from metadiff_cli.data.cache import DecodedSplit
-from metadiff_cli.data.open import Source, open_source
+from metadiff_cli.data.open import Source
 from metadiff_cli.errors import ConfigError
 
 
@@ -86,8 +88,20 @@ def _check_denoiser(found: str, wanted: str, path: Path | None) -> None:
 
 
 @dataclass(frozen=True)
+class Base:
+    """The features of the base classes, and the number of images of each class, by data set."""
+
+    bank: FeatureBank
+    sets: list[list[int]]
+
+
+@dataclass(frozen=True)
 class Training:
-    """The surroundings of a run's stages."""
+    """The surroundings of a run's stages.
+
+    `source` is the first data set. `further` ones have base classes in their split "train", or validation classes in
+    their split "val", or both. `validated` says that some were given for validation alone.
+    """
 
     config: Config
     source: Source
@@ -95,6 +109,8 @@ class Training:
     screen: Screen
     start: Start
     device: torch.device
+    further: tuple[Source, ...] = field(default=())
+    validated: bool = False
 
     @property
     def group(self) -> Group:
@@ -111,20 +127,59 @@ class Training:
         Raises DataError when they cannot fill any; see `episodes.fitted`.
         """
         method, sizes = stages[-1], {"train": size, "val": size}
+        later = size if method in ON_IMAGES else self.config.features.size or size
         if method != "pretrain":
-            sizes["test"] = size if method in ON_IMAGES else self.config.features.size or size
+            sizes["test"] = later
         there = [name for name in sizes if name == "train" or self.source.has(name)]
         splits = {name: _counts(self.source.split(name, sizes[name])) for name in there}
+        for source in self.further:
+            found = {name: _counts(source.split(name, later)) for name in ("train", "val") if source.has(name)}
+            splits["train"] |= {f"{source.dataset.name}/{cls}": n for cls, n in found.get("train", {}).items()}
         left_out = too_small(splits, self.screen.warn)
         kept = {name: split for name, split in self.source.dataset.splits.items() if name not in left_out}
         source = replace(self.source, dataset=replace(self.source.dataset, splits=kept))
         used = {name: counts for name, counts in splits.items() if name in kept}
-        config = fitted(self.config, used, stages, self.screen.warn)
+        drawn = drawn_splits(used, several=bool(self.further), validated=self.validated)
+        config = fitted(self.config, used, stages, drawn, self.screen.warn)
         return replace(self, source=source, config=config)
 
-    def features(self, images: ImageEncoder, split: str) -> FeatureBank:
-        """The features of a split, from the cache when they are there."""
-        return feature_bank(images, self.source, split, self.config, self.screen, self.group)
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """All data sets."""
+        return (self.source, *self.further)
+
+    def base(self, images: ImageEncoder) -> Base:
+        """The base classes of all data sets; with several, the name of a class begins with that of its set."""
+        sources = [source for source in self.sources if source.has("train")]
+        banks = [self.features(images, "train", source) for source in sources]
+        sets = [[len(rows) for rows in bank.class_indices()] for bank in banks]
+        if len(banks) == 1:
+            return Base(banks[0], sets)
+        first = np.cumsum([0, *(len(bank.classes) for bank in banks)])
+        classes = [f"{s.dataset.name}/{cls}" for s, bank in zip(sources, banks, strict=True) for cls in bank.classes]
+        labels = np.concatenate([bank.labels + start for bank, start in zip(banks, first[:-1], strict=True)])
+        return Base(FeatureBank(np.concatenate([bank.features for bank in banks]), labels, tuple(classes)), sets)
+
+    def validation(self, images: ImageEncoder) -> dict[str, FeatureBank]:
+        """The validation classes of each data set that has any, by its name.
+
+        Classes of one image are left out, and sets of one class.
+        """
+        found = {}
+        for source in (source for source in self.sources if source.has("val")):
+            bank, name = self.features(images, "val", source), source.dataset.name
+            bank, left_out = bank.with_images(FEWEST)
+            if left_out:
+                self.screen.note(f"{name}: {len(left_out)} validation classes of one image are left out")
+            if len(bank.classes) < FEWEST:
+                self.screen.warn(f"{name} has too few validation classes, and is left out")
+                continue
+            found[name] = bank
+        return found
+
+    def features(self, images: ImageEncoder, split: str, source: Source | None = None) -> FeatureBank:
+        """The features of a split of a data set, by default of the first, from the cache when they are there."""
+        return feature_bank(images, source or self.source, split, self.config, self.screen, self.group)
 
     def identity(self, method: str, frozen: ImageEncoder | None = None) -> dict[str, Any]:
         """All that the result of a training depends on; `frozen` is its encoder where it does not train that."""
@@ -133,15 +188,19 @@ class Training:
             self.config,
             method,
             method=method,
-            train=self.source.split("train", size).key,
-            val=self.source.split("val", size).key if self.source.has("val") else None,
+            train=self._keys("train", size),
+            val=self._keys("val", size),
             frozen=frozen.key[:12] if frozen else None,
             init=file_digest(self.start.init),
         )
 
+    def _keys(self, split: str, size: int | None) -> str | None:
+        """What identifies the images of a split of all data sets."""
+        return "+".join(source.split(split, size).key for source in self.sources if source.has(split)) or None
 
-def begin(config: Config, data: Path | None, run: Run, screen: Screen, start: Start) -> Training:
-    """Open the data set, pick the device, and set threads and memory."""
+
+def begin(config: Config, data: Data, run: Run, screen: Screen, start: Start) -> Training:
+    """Open the data sets, pick the device, and set threads and memory."""
     device = start_device(config, run.group)
 
     def in_turn(decode: Callable[[], DecodedSplit]) -> DecodedSplit:
@@ -149,7 +208,8 @@ def begin(config: Config, data: Path | None, run: Run, screen: Screen, start: St
         run.group.check_equal(decoded.key, "the images")
         return decoded
 
-    return Training(config, open_source(config, data, screen, in_turn), run, screen, start, device)
+    first, *further = open_sources(config, data, screen, in_turn)
+    return Training(config, first, run, screen, start, device, tuple(further), validated=bool(data.validation))
 
 
 def _counts(split: DecodedSplit) -> dict[str, int]:

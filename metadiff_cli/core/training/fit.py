@@ -69,7 +69,7 @@ def paired_gain(
 
     It is the mean over the banks, each with the episodes of the protocol, as far as its classes and images go.
     """
-    gains = [_paired_gain(metadiff, *_fitting(bank, protocol), device) for bank in banks]
+    gains = [_paired_gain(metadiff, *fitting(bank, protocol), device) for bank in banks]
     return sum(gain for gain, _ in gains) / len(gains), math.hypot(*(half for _, half in gains)) / len(gains)
 
 
@@ -84,8 +84,11 @@ def _paired_gain(
     return mean_interval(first - second)
 
 
-def _fitting(bank: FeatureBank, protocol: Protocol) -> tuple[FeatureBank, Protocol]:
-    """The classes with images enough for the protocol; where they are too few, all classes and smaller episodes."""
+def fitting(bank: FeatureBank, protocol: Protocol) -> tuple[FeatureBank, Protocol]:
+    """Return the classes with images enough for a protocol, or where these are too few, all and smaller episodes.
+
+    Each class has two images or more.
+    """
     kept, _ = bank.with_images(protocol.shot + protocol.query)
     if len(kept.classes) >= protocol.way:
         return kept, protocol

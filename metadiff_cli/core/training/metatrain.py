@@ -60,16 +60,20 @@ def images_needed(config: MetatrainConfig) -> int:
     return config.shots[1] + config.query + 1
 
 
-def deal(sets: Sequence[Sequence[int]], needed: int, seed: int, folds: int = FOLDS) -> list[int]:
+def classes_needed(kind: str) -> int:
+    """Return how many classes of training a denoiser needs: one pair, or two where it is cross-fitted."""
+    return 2 * PAIR if kind == "unet" else PAIR
+
+
+def deal(sets: Sequence[Sequence[int]], needed: int, kind: str, seed: int) -> list[int]:
     """Return the number of the part that each base class is dealt into, -1 for a class in none.
 
     `sets` has the images of each class of each data set. A class with fewer than `needed` images is in no part. A data
-    set gives two classes or more to a part, or none. With `folds` 1, all are in one part. Raises DataError when there
-    are fewer classes than two per part, for at least two parts where `folds` asks for several.
+    set gives two classes or more to a part, or none. Denoisers of a `kind` that is not cross-fitted have one part.
+    Raises DataError where there are not `classes_needed`.
     """
-    able = sum(images >= needed for images in _joined(sets))
-    least = PAIR * min(folds, 2)
-    if able < least:
+    able, folds = sum(images >= needed for each in sets for images in each), FOLDS if kind == "unet" else 1
+    if able < (least := classes_needed(kind)):
         raise DataError(
             f"the training of a denoiser needs {least} base classes of {needed} images or more; there are {able}",
             hint="add images, lower metatrain.shots or metatrain.query with --set, or --set denoiser.kind=analytic",
@@ -90,10 +94,6 @@ def pools_of(sets: Sequence[Sequence[int]], parts: Sequence[int]) -> list[Pool]:
     origin = np.repeat(np.arange(len(sets)), [len(images) for images in sets])
     places = sorted({(part, int(of)) for part, of in zip(parts, origin, strict=True) if part >= 0})
     return [Pool(np.flatnonzero((origin == of) & (np.array(parts) == part)), part) for part, of in places]
-
-
-def _joined(sets: Sequence[Sequence[int]]) -> list[int]:
-    return [images for each in sets for images in each]
 
 
 @dataclass(frozen=True)
