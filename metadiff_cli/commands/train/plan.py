@@ -65,11 +65,10 @@ def show_plan(
     if as_json:
         screen.json(document)
         return
-    for note in (
-        note for data_set in (document["data"], *document.get("further_data", ())) for note in data_set["notes"]
-    ):
+    sets = (document["data"], *document.get("further_data", ()))
+    for note in (note for data_set in sets for note in data_set["notes"]):
         screen.text(note)
-    for data_set in (document["data"], *document.get("further_data", ())):
+    for data_set in sets:
         rows = [(name, *(str(split[key]) for key in ("classes", "images")), "yes" if split["decoded"] else "no")
                 for name, split in data_set["splits"].items()]  # fmt: skip
         screen.table(f"Data in {data_set['root']}", ("split", "classes", "images", "in the cache"), rows)
@@ -197,7 +196,7 @@ def _pretraining(config: Config, source: Source) -> Stage:
 
 
 def _features(config: Config, sources: Sequence[Source], planned: PlannedEncoder) -> Stage:
-    views = config.features.views
+    views: int = config.features.views
     if config.features.shift:
         views += 8 * (2 if views in MIRRORED else 1)
     total = sum(len(split.labels) for source in sources for split in source.dataset.splits.values())

@@ -50,6 +50,7 @@ from metadiff_cli.core.training.metatrain import (
 )
 
 CONFIRMING = 1000  # episodes, at least, of the last comparison with the analytic denoiser
+PAPER = Tuning(domain=TaskTable.constant(0.0), prior=TaskTable.constant(NO_DESCENT))  # the form as it was published
 TABLE = ("prototype", "analytic", "logreg")  # the controls of the final table
 METRICS = ("learned", "way", "shot", "query", "episodes", "seed")  # of the table, in the header
 
@@ -108,10 +109,7 @@ def fitted_start(t: Training, images: ImageEncoder, base: Base, val: Domains) ->
     make = _paper_spaces if kind == "paper" else _task_spaces
     space, means, spaces = t.group.on_rank_zero(lambda: make(t, images, base, parts, banks))
     metric = Metric(images.groups, space.to(t.device), plain=kind != "paper")
-    tuning = (
-        Tuning(domain=TaskTable.constant(0.0), prior=TaskTable.constant(NO_DESCENT)) if kind == "paper" else Tuning()
-    )
-    metadiff = MetaDiff(metric, tuning=tuning, targets=means.float().to(t.device))
+    metadiff = MetaDiff(metric, tuning=PAPER if kind == "paper" else Tuning(), targets=means.float().to(t.device))
     if not banks:
         t.screen.warn("no validation classes: hyper-parameters and confidence keep their defaults, nothing is selected")
         return Start(metadiff, {}, means, parts, spaces)
