@@ -19,10 +19,12 @@ def folders_of(data: Data, config: Config) -> list[Path]:
     return [find_data(config, data.first), *data.base[1:], *data.validation]
 
 
-def check_data(data: Data, config: Config, method: str, encoder: Path | None) -> None:
+def check_data(data: Data, config: Config, method: str, encoder: Path | None, *, report: bool = False) -> None:
     """Raise ConfigError for several data sets where one is needed; `encoder` is the file of a trained one."""
     if method != "metadiff" and (len(data.base) > 1 or data.validation):
         raise ConfigError(f"--method {method} takes one --data, and no --val-data", hint="leave out the others")
+    if report and data.validation:
+        raise ConfigError("--report shows one data set, and --val-data gives several", hint="leave out one of the two")
     if len(data.base) < 2:
         return
     if config.data.layout == "glyphs":

@@ -78,7 +78,7 @@ def run_metatrain(request: Request) -> None:
         if request.report is not None:
             check_page(request.report)
         start = Start.of(file, request.init_from, request.method, config.denoiser.kind)
-        check_data(request.data, config, request.method, start.encoder)
+        check_data(request.data, config, request.method, start.encoder, report=request.report is not None)
         data = folders_of(request.data, config)
         stages = _stages(config, request.method, start)
         with _open_run(stages, "metatrain", config, request, data, group) as run:

@@ -81,8 +81,10 @@ def _measured(t: Training, images: ImageEncoder, val: Domains) -> tuple[str, Dom
     """
     if t.validated and val:
         return "val", val
-    split = measured_split(t.source.dataset.splits)
-    return split, {t.source.dataset.name: t.features(images, split)}
+    split, name = measured_split(t.source.dataset.splits), t.source.dataset.name
+    if t.further:
+        t.screen.note(f"the table at the end is measured on the {split} classes of {name}")
+    return split, {name: t.features(images, split)}
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,8 @@ class Training:
 
     def _keys(self, split: str, size: int | None) -> str | None:
         """What identifies the images of a split of all data sets."""
-        return "+".join(source.split(split, size).key for source in self.sources if source.has(split)) or None
+        keys = [source.split(split, size).key for source in self.sources if source.has(split)]
+        return "+".join(key[:12] for key in keys) if len(keys) > 1 else next(iter(keys), None)
 
 
 def begin(config: Config, data: Data, run: Run, screen: Screen, start: Start) -> Training:
