@@ -26,6 +26,7 @@ from metadiff_cli.commands.pages.plots import (
     intervals,
     reliability,
     trajectories,
+    two_curves,
 )
 
 CURVES = {
@@ -34,7 +35,7 @@ CURVES = {
     "validation": "Validation accuracy, %",
     "gain": "Gain over the analytic denoiser, points",
 }
-APART = ("methods", "reliability", "open_set", PICTURES)  # shown in tables and plots of their own
+APART = ("methods", "reliability", "open_set", "path", PICTURES)  # shown in tables and plots of their own
 NO_CURVE = frozenset({"epoch", "epochs", "step", "steps", "size", "best", "ci95"})
 
 
@@ -55,10 +56,12 @@ def write_evaluation_report(
 
     `metrics` are the rows of metrics.csv, as numbers or text; `pretraining` are those of the stage before. A document
     with `reliability`, a list of `{"confidence", "accuracy", "count"}` (the first two in 0..1), gets a reliability
-    diagram; one with PICTURES gets the trajectories of weights. Raises MetaDiffError when the file cannot be written.
+    diagram, one with `path` the curves of the descent, one with PICTURES the trajectories of weights. Raises
+    MetaDiffError when the file cannot be written.
     """
-    figures = [_accuracy(document), *_differences(document), *_reliability(document), *_trajectories(document)]
-    figures += [*_training(metrics), *_training(pretraining, "Pretraining: ")]
+    figures = [_accuracy(document), *_differences(document), *_reliability(document)]
+    figures += [*_descent(document), *_trajectories(document), *_training(metrics)]
+    figures += _training(pretraining, "Pretraining: ")
     rows = result_rows(document)
     write_page(
         path, "evaluate.html", title=title or "metadiff: accuracy on episodes", about=result_title(document),
@@ -75,7 +78,11 @@ def _own(document: Mapping[str, Any]) -> str:
 
 def _tiles(row: Sequence[str]) -> list[tuple[str, str]]:
     """The numbers at the head of the page: the measured method's row of the table, without empty cells."""
-    cells = [(name[0].upper() + name[1:], cell) for name, cell in zip(RESULT_COLUMNS, row, strict=True) if cell]
+    cells = [
+        (name[0].upper() + name[1:], cell)
+        for name, cell in zip(RESULT_COLUMNS, row, strict=True)
+        if cell not in ("", "-")
+    ]
     return cells[1:]
 
 
@@ -136,25 +143,38 @@ def _reliability(document: Mapping[str, Any]) -> list[Figure]:
     return [Figure("Reliability", Markup(svg), about)]
 
 
+def _descent(document: Mapping[str, Any]) -> list[Figure]:
+    """Accuracy and inner loss from step to step."""
+    if (found := document.get("path")) is None:
+        return []
+    names = ("accuracy, %", "support loss, nats")
+    svg = two_curves(found["accuracy"], found["loss"], "step", names)
+    about = (
+        "After each step of the descent at temperature 0, the mean over the first episodes: the accuracy of the "
+        "queries, and the inner loss, which is the support's cross-entropy and the distance from the prior."
+    )
+    return [Figure("Along the descent", Markup(svg), about)]
+
+
 def _trajectories(document: Mapping[str, Any]) -> list[Figure]:
-    """The weights of one task on their way from noise to their targets, if the document has them."""
+    """The weights of one task after each step, if the document has them."""
     if (found := document.get(PICTURES)) is None:
         return []
-    steps, draws = len(found["weights"]) - 1, len(found["weights"][0])
+    steps, draws = len(found["weights"]), len(found["weights"][0])
     paths = [
         Trajectory(
-            name, tuple(target), [[tuple(found["weights"][s][r][n]) for s in range(steps + 1)] for r in range(draws)]
+            name, tuple(target), [[tuple(found["weights"][s][r][n]) for s in range(steps)] for r in range(draws)]
         )
         for n, (name, target) in enumerate(zip(found["classes"], found["targets"], strict=True))
     ]
     first, second = (f"{100 * share:.0f} % of their variance" for share in found["shares"])
     svg = trajectories(paths, f"first principal component, {first}", f"second, {second}")
     about = (
-        f"The class weights of one {document['shot']}-shot task, sampled at temperature 1 from {draws} draws of noise "
-        f"in {steps} steps each. The large dots are the sampled weights. The rings are their targets, the means of all "
-        "images of a class; the plane is that of the targets. With fewer support images the weights move less."
+        f"The class weights of a {document['shot']}-shot task after each of {steps} steps, for {draws} draws of noise "
+        "at temperature 1. The large dots are the sampled weights. The rings are the means of all images of a class, "
+        "which the support only hints at. The plane is that in which the rings spread most."
     )
-    return [Figure("From noise to weights", Markup(svg), about)]
+    return [Figure("Weights on their way", Markup(svg), about)]
 
 
 def _training(metrics: Sequence[Mapping[str, Any]], stage: str = "") -> list[Figure]:

@@ -1,4 +1,4 @@
-"""Small plots as inline SVG: intervals, a curve with a band, a reliability diagram, trajectories in a plane.
+"""Small plots as inline SVG: intervals, curves, a reliability diagram, trajectories in a plane.
 
 Colours and fonts come from the page's style sheet through class names, so they follow dark mode. Lengths are in units
 of the view box, about one pixel. ElementTree escapes the text.
@@ -14,6 +14,7 @@ ROW, LEFT, RIGHT, TOP, BOTTOM = 30.0, 46.0, 14.0, 12.0, 40.0
 LETTER = 7.8  # width of an average letter at the style sheet's 13 px
 LONGEST_NAME = 18
 HUES = 5  # colours of the style sheet
+MOST_DOTS = 30  # on a line: more would be one broad line
 FAR = 15.0  # a row this far below the best is left off the axis, so that the other intervals stay visible
 
 
@@ -38,7 +39,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The weights of one class on their way to `target`: for each draw its points (x, y), the starting noise first."""
+    """The weights of one class and their `target`: for each draw its points (x, y), one after each step."""
 
     name: str
     target: tuple[float, float]
@@ -123,6 +124,33 @@ def curve(points: Sequence[tuple[float, float, float]], across: str, label: str,
         band += [(p, value - half) for p, value, half in reversed(points)]
         _add(svg, "polygon", "band", points=_path(x, y, band))
     _add(svg, "polyline", "curve", points=_path(x, y, [(p, value) for p, value, _ in points]))
+    _text(svg, across, (x.start + x.end) / 2, height - 6, "middle", "tick")
+    return _source(svg)
+
+
+def two_curves(first: Sequence[float], second: Sequence[float], across: str, names: tuple[str, str]) -> str:
+    """Two lines over the steps 1, 2, ..: the first by the axis on the left, the second by the one on the right."""
+    height, top = 260.0, TOP + 22
+    bottom = height - BOTTOM
+    left, right = (Axis.around(values, bottom, top) for values in (first, second))
+    margins = [14 + LETTER * max(len(_number(tick)) for tick in axis.ticks()) for axis in (left, right)]
+    x = Axis(1, max(len(first), 2), max(LEFT, margins[0]), WIDTH - margins[1])
+    svg = _canvas(height, ", ".join(names))
+    _ticks_up(svg, left, x)
+    for tick in right.ticks():
+        _text(svg, _number(tick), x.end + 7, right.at(tick) + 4.5, "start", "tick")
+    for tick in x.ticks():
+        if tick == round(tick):
+            _text(svg, _number(tick), x.at(tick), bottom + 18, "middle", "tick")
+    for hue, y, values, name in (("s0", left, first, names[0]), ("s1", right, second, names[1])):
+        points = list(enumerate(values, start=1))
+        _add(svg, "polyline", f"curve {hue}", points=_path(x, y, points))
+        for step, value in points if len(points) <= MOST_DOTS else points[-1:]:
+            _add(svg, "circle", f"dot {hue}", cx=x.at(step), cy=y.at(value), r=3)
+        on_left = hue == "s0"
+        edge = x.start if on_left else x.end
+        _add(svg, "circle", f"dot {hue}", cx=edge, cy=TOP, r=4)
+        _text(svg, name, edge + 9 if on_left else edge - 9, TOP + 4.5, "start" if on_left else "end", "tick")
     _text(svg, across, (x.start + x.end) / 2, height - 6, "middle", "tick")
     return _source(svg)
 

@@ -83,5 +83,5 @@ def test_trajectories_are_drawn_where_there_are_some(document: dict[str, Any], t
     }  # fmt: skip
     write_evaluation_report(tmp_path / "e.html", {**document, PICTURES: pictures})
     page = Page(tmp_path / "e.html")
-    assert "From noise to weights" in page.text and "70 % of their variance" in page.text
+    assert "Weights on their way" in page.text and "70 % of their variance" in page.text
     assert len(page.all("polyline", "trace")) == 2 and PICTURES not in page.text

@@ -31,7 +31,7 @@ def test_the_report_has_what_json_does_not_hold(cli: CLI, checkpoint: Path, tmp_
     result = cli("evaluate", "-c", checkpoint, *QUICK, "--report", tmp_path / "e.html", "--json")
     assert result.code == 0 and f"report written: {tmp_path / 'e.html'}" in result.err
     assert "pictures" not in json.loads(result.out)
-    assert "From noise to weights" in Page(tmp_path / "e.html").text
+    assert "Weights on their way" in Page(tmp_path / "e.html").text
 
 
 def test_a_report_replaces_no_other_file(cli: CLI, checkpoint: Path, tmp_path: Path) -> None:

@@ -23,6 +23,6 @@ def test_the_page_of_a_training_has_its_curves(cli: CLI, tmp_path: Path) -> None
         "Training loss",
         "Gain over the analytic",
         "Pretraining: training loss",
-        "From noise to weights",
+        "Weights on their way",
     ):
         assert words in text
