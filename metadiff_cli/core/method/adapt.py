@@ -5,7 +5,7 @@
 `pool` (protocol "transductive").
 
 At each step of the reverse process the denoiser gives the class weights in task space, which make the start W_0 of the
-inner problem together with the class means, and one proximal Newton step pulls the classifier toward the minimum of the
+inner problem together with the class means, and one Newton step brings the classifier closer to the minimum of the
 support's cross-entropy (descent.py).
 """
 
@@ -193,6 +193,7 @@ class _Process:
         self.denoiser = metadiff.denoiser_for(support.shots)
         self.guide: Callable[[Weights], Evidence] | None = None
         self.start = self._start(self.evidence, None)
+        self.estimate = self.phi.new_zeros(*self.phi.shape[:2], self.target.shape[1])  # of the dual, after a step
 
     def guided_by(self, pool: Tensor, how: PoolGuidance) -> None:
         """Let unlabelled images (B, P, J) guide the process."""
@@ -211,7 +212,8 @@ class _Process:
         v = None
         if self.task.metric.space is not None:
             v = noise.draw() / schedule.abar[schedule.steps] ** 0.5
-        weights = Weights(v, self.phi.new_zeros(*self.phi.shape[:2], self.target.shape[1]))
+        self.estimate = torch.zeros_like(self.estimate)
+        weights = Weights(v, self.estimate)
         if sampling.method == "ddpm":
             return ddpm(self._denoise, weights, schedule, sampling.steps, noise.draw)
         return ddim(self._denoise, weights, schedule, sampling.steps)
@@ -225,14 +227,15 @@ class _Process:
         return self._problem().loss(step.estimate.dual)
 
     def _denoise(self, weights: Weights, abar: float) -> Weights:
-        """One step: the pool, then the denoiser in task space, then the proximal Newton step."""
+        """One step: the pool, then the denoiser in task space, then the Newton step."""
         evidence = self.evidence if self.guide is None else self.guide(weights)
         v = None
         if weights.v is not None:
             level = weights.v.new_tensor([abar])
             v = self.denoiser(abar**0.5 * weights.v, level, self._stats(evidence))
         self.start = self._start(evidence, v)
-        return Weights(v, self._problem().step(weights.dual, abar))
+        self.estimate = self._problem().denoise(weights.dual, abar, self.estimate)
+        return Weights(v, self.estimate)
 
     def _problem(self) -> InnerProblem:
         settings = self.task.settings

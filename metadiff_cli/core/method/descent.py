@@ -8,12 +8,14 @@ with an importance a_k per image: 1, 0 for an image that is left out, or 2 for o
 in the span of the support, W = W_0 + s A' Phi, so the unknown is the dual A (n, N). A problem needs the Gram matrix
 G = Phi Phi' and the logits Phi W_0' of its start.
 
-One step of the reverse diffusion is one proximal Newton step of F, with the bound s^2/2 on the curvature of the
-cross-entropy (Boehning 1992): it never overshoots. It starts at the noisy weights. In units of the prior's standard
-deviation, rho^(-1/2), the deviation W - W_0 is N(0, I), so w_t observes it with the precision rho abar / (1 - abar):
+In units of the prior's standard deviation, rho^(-1/2), the deviation W - W_0 is N(0, I), so noisy weights w_t observe
+it with the precision c = rho abar / (1 - abar), and the clean weights are estimated by the minimum of
+F(W) + c/2 |W - w_t|^2. One step of the reverse diffusion is one Newton step toward it, from the estimate of the step
+before. With the bound s^2/2 on the curvature of the cross-entropy (Boehning 1992) it never overshoots:
 
-    A <- A_t - (rho / (1 - abar) I + s^2/2 G)^-1 [a (P - Y) + rho A_t]       P = softmax(s Phi W_0' + s^2 G A_t)
+    A <- A - ((rho + c) I + s^2/2 G)^-1 [a (P - Y) + rho A + c (A - A_t)]       P = softmax(s Phi W_0' + s^2 G A)
 
+In the first step A = A_t = 0, so a single step of sampling is one step of descent. Many steps end at the minimum of F.
 (Design, section 2b.)
 """
 
@@ -26,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NO_DESCENT = 1e6  # a rho that holds the classifier at W_0
-NEAREST = 1e-9  # of 1 - abar: at t = 0 nothing is noise, and the step vanishes
+NEAREST = 1e-9  # of 1 - abar: at t = 0 nothing is noise, and the estimate is what is observed
 
 
 Solver = Callable[[Tensor], Tensor]
@@ -43,7 +45,7 @@ class Gram:
         return self.matrix @ dual
 
     def solver(self, shift: float, factor: float, root: Tensor) -> Solver:
-        """Return r -> (b I + c D G D)^-1 r for r (B, n, N), with b `shift`, c `factor`, D = diag(`root` (B or 1, n))."""
+        """Return r -> (b I + c D G D)^-1 r for r (B, n, N): b `shift`, c `factor`, D = diag(`root`), (B or 1, n)."""
         system = factor * root.unsqueeze(-1) * self.matrix * root.unsqueeze(-2)
         system.diagonal(dim1=-2, dim2=-1).add_(shift)
         return _solver(system)
@@ -113,27 +115,34 @@ class InnerProblem:
         error = self.logits(dual).softmax(dim=-1) - self.target
         return self._importance.unsqueeze(-1) * error + self.prior * dual
 
-    def step(self, dual: Tensor, abar: float = 0.0, solve: Solver | None = None) -> Tensor:
-        """Return the dual after one proximal Newton step.
+    def step(self, dual: Tensor, solve: Solver, observed: Tensor | None = None, pull: float = 0.0) -> Tensor:
+        """Return the dual after one Newton step.
 
-        `dual` is an observation at the noise level `abar`: at 0, pure noise, the step is that of plain descent, and
-        near 1 it vanishes. An image that is left out keeps its dual of 0. `solve` is the solver at `abar`, where it is
-        known from a step before.
+        `observed` are noisy weights, which pull with the precision `pull`, and `solve` is the solver for that
+        precision. An image that is left out keeps its dual of 0.
         """
         root = self._importance.sqrt()  # (B or 1, n)
         inverse = torch.where(root > 0, 1 / root, 0.0).unsqueeze(-1)
-        solve = solve or self._solver(abar)
-        return dual - root.unsqueeze(-1) * solve(inverse * self.residual(dual))
+        residual = self.residual(dual)
+        if observed is not None:
+            residual = residual + pull * (dual - observed)
+        return dual - root.unsqueeze(-1) * solve(inverse * residual)
+
+    def denoise(self, observed: Tensor, abar: float, dual: Tensor) -> Tensor:
+        """Return the estimate of the clean weights after one step from `dual`, given those `observed` at `abar`."""
+        pull = self.prior * abar / max(1 - abar, NEAREST)
+        return self.step(dual, self.solver(pull), observed, pull)
 
     def descend(self, steps: int) -> Tensor:
         """Return the dual after `steps` steps of plain descent from W_0."""
-        dual, solve = torch.zeros_like(self.start), self._solver(0.0)
+        dual, solve = torch.zeros_like(self.start), self.solver()
         for _ in range(steps):
-            dual = self.step(dual, solve=solve)
+            dual = self.step(dual, solve)
         return dual
 
-    def _solver(self, abar: float) -> Solver:
-        return self.gram.solver(self.prior / max(1 - abar, NEAREST), 0.5 * self.scale**2, self._importance.sqrt())
+    def solver(self, pull: float = 0.0) -> Solver:
+        """Return the solver of a Newton step with noisy weights that pull with this precision."""
+        return self.gram.solver(self.prior + pull, 0.5 * self.scale**2, self._importance.sqrt())
 
     @cached_property
     def _importance(self) -> Tensor:
