@@ -1,7 +1,7 @@
 """The diffusion over weights: schedule, forward process, samplers.
 
-A sampler is a free generator of small steps. Nothing is kept of the path, and under `inference_mode` no graph either, so
-memory does not grow with the number of steps.
+A sampler is a free generator of small steps. Nothing is kept of the path, and under `inference_mode` no graph either,
+so memory does not grow with the number of steps.
 """
 
 import math
@@ -55,7 +55,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class SamplerStep:
-    """One step is done: index 0..S-1, time step t before it, the estimate of the clean weights, the weights after it."""
+    """A step that is done: index 0..S-1, time step t before it, estimate of the clean weights, weights after it."""
 
     index: int
     t: int

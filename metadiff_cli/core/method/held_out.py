@@ -153,7 +153,8 @@ class HeldOut:
         `means` (B, F, N, m + 1) are the coefficients of class means relative to the domain. In a whitened part the
         posterior mean shrinks them, as far as a class has few images.
         """
-        shape, means = means.shape[1:3], means.flatten(1, 2)  # (B, F N, m + 1)
+        tasks, folds, ways, _ = means.shape
+        means = means.flatten(1, 2)  # (B, F N, m + 1)
         if self.metric.space is None or not self._whitened(part):
             inner = self._products[part] @ means.mT  # (B, n + 1, F N)
             squares = (means.mT * inner[:, self.made_of]).sum(dim=1)  # (B, F N)
@@ -166,7 +167,7 @@ class HeldOut:
             weights = evidence / (1 + evidence) * (means @ x[:, self.made_of])
             inner, squares = x @ weights.mT, weights.square().sum(dim=-1)
         sizes = squares.clamp_min(0).sqrt().clamp_min(SHORTEST)
-        return inner.unflatten(2, shape).transpose(1, 2), sizes.unflatten(1, shape)
+        return inner.view(tasks, -1, folds, ways).transpose(1, 2), sizes.view(tasks, folds, ways)
 
     @cached_property
     def _parts(self) -> list[Tensor]:
