@@ -30,7 +30,9 @@ from metadiff_cli.core.encoders.bank import FeatureBank
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import build_encoder
 from metadiff_cli.core.method.adapt import MetaDiff, Sampling, TaskClassifier, Tuning, adapt_tasks, seeds_of
-from metadiff_cli.core.method.denoisers import UNetDenoiser
+from metadiff_cli.core.method.denoisers import build_denoiser
+from metadiff_cli.core.method.metric import Metric
+from metadiff_cli.core.method.support import TaskSupport
 from metadiff_cli.core.method.task_space import identity_space
 from metadiff_cli.core.training import fit
 from metadiff_cli.core.training.loop import Trainer
@@ -100,7 +102,8 @@ def world(count: int, images: int, seed: int) -> Tensor:
 def classifier_of(metadiff: MetaDiff, z: Tensor, sampling: Sampling | None = None, **more: object) -> TaskClassifier:
     ranks = more.pop("ranks", torch.arange(z.shape[1]).expand(len(z), -1))
     seeds = more.pop("seeds", seeds_of(0, 0, len(z)))
-    return adapt_tasks(metadiff, z, sampling or Sampling(), ranks=ranks, seeds=seeds, **more)  # type: ignore[arg-type]
+    support = TaskSupport.even(metadiff.metric.expand(z))
+    return adapt_tasks(metadiff, support, sampling or Sampling(), ranks=ranks, seeds=seeds, **more)  # type: ignore[arg-type]
 
 
 CPU = torch.device("cpu")
@@ -192,19 +195,20 @@ def tar_of(path: Path, files: dict[str, bytes], *more: tarfile.TarInfo) -> Path:
 
 
 def small_encoder(size: int = 16, name: str = "conv4", seed: int = 0, **views: Any) -> ImageEncoder:
-    """An encoder of ours with random weights, on the CPU; `views` are `mirror` and `shift`."""
+    """An encoder of ours with random weights, on the CPU; `views` are `views`, 2 if not given, and `shift`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = build_encoder(name)
-    return ImageEncoder(encoder, name, size, (0.5,) * 3, (0.25,) * 3, device=CPU, **{"mirror": True, **views})
+    return ImageEncoder(encoder, name, size, (0.5,) * 3, (0.25,) * 3, device=CPU, **{"views": 2, **views})
 
 
 def small_model(path: Path) -> Path:
     """A real checkpoint, untrained: conv4 at 16 x 16 and a small denoiser."""
     images = small_encoder()
     g = torch.Generator().manual_seed(0)
-    space = identity_space(torch.randn(4, images.feature_size, generator=g) for _ in range(3))
-    metadiff = MetaDiff(space, UNetDenoiser(images.feature_size, 8), True, Tuning())
+    space = identity_space(torch.randn(3, images.feature_size, generator=g))
+    denoiser = build_denoiser("unet", images.feature_size, 8, space)
+    metadiff = MetaDiff(Metric(images.groups, space), denoiser, True, Tuning())
     settings = {"kind": "unet", "width": 8}
     header = {"classes": ["a", "ß", "日本"], "denoiser": settings, "config": {"seed": 0}, "metrics": {"x": 1.5}}
     save_model(path, images, metadiff, header)
