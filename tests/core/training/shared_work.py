@@ -18,9 +18,10 @@ from metadiff_cli.core.encoders import bank as features
 from metadiff_cli.core.encoders.bank import FeatureBank, build_bank
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import Encoder, build_encoder
-from metadiff_cli.core.method.task_space import fit_task_space
+from metadiff_cli.core.method.adapt import Tuning
+from metadiff_cli.core.method.task_space import class_statistics, cross_fitted
 from metadiff_cli.core.training.distributed import SINGLE, Group, joined
-from metadiff_cli.core.training.metatrain import MetaTrainer
+from metadiff_cli.core.training.metatrain import MetaTrainer, deal, images_needed, pools_of
 from metadiff_cli.core.training.pretrain import Pretrainer
 from metadiff_cli.errors import ConfigError, MetaDiffError
 
@@ -58,10 +59,16 @@ def pretrained(group: Group, **settings: object) -> Tensor:
 
 
 def metatrained(group: Group, **settings: object) -> Tensor:
-    space = fit_task_space(torch.from_numpy(BANK.features.reshape(8, 12, 6)))
     config = MetatrainConfig(steps=8, batch=5, validate_every=2, shots=(1, 3), ways=(2, 4), query=3, lr=3e-3)
-    denoiser = DenoiserConfig.model_validate({"width": 16, **settings})
-    trainer = MetaTrainer(BANK, space, denoiser, config, seed=0, device=CPU, group=group)
+    denoiser, sets = DenoiserConfig.model_validate({"width": 16, **settings}), [[12] * 8]
+    parts = deal(sets, images_needed(config), denoiser.kind, seed=0)
+    statistics = class_statistics(BANK.by_class())
+    others = cross_fitted(BANK.by_class(), (6,), parts)[1] if denoiser.kind == "unet" else {0: statistics}
+    spaces = {part: of.task_space() for part, of in others.items()}
+    trainer = MetaTrainer(
+        BANK, pools_of(sets, parts), spaces, statistics.task_space(), denoiser, config,
+        means=statistics.means, tuning=Tuning(), seed=0, device=CPU, group=group,
+    )  # fmt: skip
     list(trainer.run(lambda denoiser: None))
     return torch.cat([flat(trainer.module), torch.tensor([h["loss"] for h in trainer.history])])
 
@@ -76,7 +83,7 @@ def inner_trained(group: Group) -> Tensor:
 
 def bank(group: Group, folder: Path) -> Tensor:
     torch.manual_seed(0)
-    encoder = ImageEncoder(build_encoder("conv4"), "conv4", 16, (0.5,) * 3, (0.25,) * 3, True, CPU)
+    encoder = ImageEncoder(build_encoder("conv4"), "conv4", 16, (0.5,) * 3, (0.25,) * 3, 2, CPU)
     done: list[int] = []
     made = build_bank(
         encoder, PIXELS, LABELS, BANK.classes, folder=folder / f"bank-{group.world_size}", key="k" * 32, batch=8,
