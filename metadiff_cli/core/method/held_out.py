@@ -153,7 +153,7 @@ class HeldOut:
         `means` (B, F, N, m + 1) are the coefficients of class means relative to the domain. In a whitened part the
         posterior mean shrinks them, as far as a class has few images.
         """
-        tasks, folds, ways, _ = means.shape
+        tasks, (folds, ways) = len(self.support.x), means.shape[1:3]  # all tasks may share the coefficients
         means = means.flatten(1, 2)  # (B, F N, m + 1)
         if self.metric.space is None or not self._whitened(part):
             inner = self._products[part] @ means.mT  # (B, n + 1, F N)
