@@ -72,7 +72,8 @@ def invoke(*arguments: str | Path, stdin: str = "") -> Result:
 @contextlib.contextmanager
 def hasty() -> Iterator[None]:
     """A training in here fits and confirms on few episodes: that would be most of the time of a small one."""
-    with mock.patch.object(fit, "EPISODES", 40), mock.patch.object(stages, "CONFIRMING", 40):
+    few = mock.patch.multiple(fit, EPISODES=20, FEWEST=10, FEW=10)
+    with few, mock.patch.object(stages, "CONFIRMING", 40):
         yield
 
 

@@ -52,6 +52,7 @@ START = {"guidance": 4.0, "level": 0.2, "domain": 0.5, "temperature": 2.0, "scal
 # of the published form, whose metric has no plain parts: features as they are, and no descent
 PAPER = {**START, "guidance": 1.0, "level": 0.0, "domain": 0.0, "scale": 1.0, "prior": NO_DESCENT}
 BETTER = 0.1  # points that a candidate has to be ahead by: a standard error over the episodes
+SHARPEST = 1000.0  # the largest temperature
 LOSS, BURDEN = 0.2, 3.0  # points below the class mean that a domain may lose, and what further ones count more
 
 Note = Callable[[str], None]
@@ -148,8 +149,10 @@ def _with_confidences(metadiff: MetaDiff, pairs: "Pairs") -> MetaDiff:
 
     Temperatures that were fitted for the hyper-parameters alone do not know the choice for each task.
     """
-    fitted = metadiff.tuning.temperature
-    corrected = {pair: _factor(metadiff, pairs.tasks(*pair)) * fitted.at(*pair) for pair in pairs}
+    fitted, corrected = metadiff.tuning.temperature, {}
+    for pair in pairs:
+        factor = _factor(metadiff, pairs.tasks(*pair))  # has no upper bound where every image is classified correctly
+        corrected[pair] = min(max(factor * fitted.at(*pair), 1 / SHARPEST), SHARPEST)
     metadiff = metadiff.tuned(temperature=TaskTable.of(corrected))
     return metadiff.tuned(rejection=fit_rejection(metadiff, pairs))
 
