@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from metadiff_cli.core.encoders.bank import FeatureBank
-from metadiff_cli.core.method.adapt import MetaDiff, Sampling, TaskClassifier, Tuning, adapt_tasks, seeds_of
+from metadiff_cli.core.method.adapt import MetaDiff, Sampling, TaskClassifier, adapt_tasks, seeds_of
 from metadiff_cli.core.method.calibration import TaskTable
 from metadiff_cli.core.method.metric import Metric, TaskSettings
 from metadiff_cli.core.method.support import TaskSupport
@@ -62,17 +62,21 @@ def support_of(metric: Metric, counts: Sequence[int], seed: int = 1, tasks: int 
     return TaskSupport(metric.expand(chosen[:, order]), labels[order])
 
 
-def settings_of(tasks: int = 1, **changes: float) -> TaskSettings:
-    """Hyper-parameters that are all in force."""
+def settings_of(tasks: int = 1, **changes: Any) -> TaskSettings:
+    """Hyper-parameters that are all in force; `changes` are numbers, or one per task."""
     values = {"guidance": 4.0, "level": 0.3, "domain": 0.8, "temperature": 1.5, "scale": 4.0, "prior": 0.5, **changes}
     ones, numbers = torch.ones(tasks), ("scale", "prior")
-    return TaskSettings(**{n: v if n in numbers else v * ones for n, v in values.items()})  # type: ignore[arg-type]
+    return TaskSettings(**{name: value if name in numbers else value * ones for name, value in values.items()})
 
 
-def tuned(metric: Metric, settings: TaskSettings, **more: object) -> MetaDiff:
-    """A MetaDiff whose tasks all have these settings, as far as their support does not tell otherwise."""
-    tables = {name: TaskTable.constant(float(value)) for name, value in vars(settings).items()}
-    return MetaDiff(metric, tuning=Tuning(**{**tables, **more}))  # type: ignore[arg-type]
+def tuned(metric: Metric, **settings: Any) -> MetaDiff:
+    """A MetaDiff whose tasks have these settings of `settings_of`, as far as their support does not tell otherwise."""
+    return MetaDiff(metric).tuned(**tables(settings_of(**settings)))
+
+
+def tables(settings: TaskSettings) -> dict[str, TaskTable]:
+    """Settings as tables of one value."""
+    return {name: TaskTable.constant(float(value)) for name, value in vars(settings).items()}
 
 
 def adapted(
