@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metadiff_cli.commands.completions import CONTROLS
-from metadiff_cli.commands.settings import sampling_of
+from metadiff_cli.commands.settings import accelerated, sampling_of
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.baselines.learners import inner_method
@@ -66,7 +66,7 @@ def feature_bank(
     decoded = source.split(split, images.size)
     with screen.progress(f"features of {split} images") as advance:
         return build_bank(
-            images, decoded.images, decoded.labels, decoded.classes,
+            accelerated(images, config, len(decoded.labels)), decoded.images, decoded.labels, decoded.classes,
             folder=cache_dir() / "features", key=decoded.key, batch=config.runtime.batch_size,
             progress=advance, note=screen.note, group=group,
         )  # fmt: skip
