@@ -15,8 +15,6 @@ from metadiff_cli.core.evaluation.evaluate import Protocol
 from metadiff_cli.data.open import Source
 from metadiff_cli.errors import ConfigError, DataError
 
-SHARED = ("schema", "protocol", "imbalance")  # keys of a result document with the same value for every data set
-
 
 @dataclass(frozen=True)
 class Domain:
@@ -86,12 +84,14 @@ def domains_document(documents: Sequence[Mapping[str, Any]], protocol: Protocol)
     """The result document of several data sets, from one with a `name` for each; `protocol` is what was asked for."""
     first = documents[0]
     return {
-        **{key: first[key] for key in SHARED},
+        "schema": first["schema"],
         "way": protocol.way,
         "shot": protocol.shot,
         "query": protocol.query,
         "episodes": protocol.episodes,
         "seed": protocol.seed,
+        "protocol": first["protocol"],
+        "imbalance": first["imbalance"],
         "mean": {name: _mean([d["methods"][name] for d in documents]) for name in first["methods"]},
         "data": list(documents),
     }

@@ -99,6 +99,8 @@ def measure_checkpoint(
     for folder in request.data:
         screen.note(f"data set {folder}")
         source, taken = find_source(trained, config, folder, screen), [domain.name for domain in domains]
+        if request.split == "all":
+            screen.note(_all_of(source, known))
         domains.append(domain_of(source, request.split, model.images.size, known, protocol, taken, screen))
     documents = []
     for domain in domains:
@@ -146,13 +148,14 @@ def find_source(trained: Config, config: Config, data: Path | None, screen: Scre
 
 
 def _all_of(source: Source, trained: Sequence[str]) -> str:
-    """What `--split all` takes, and how much of it belongs to the classes of training."""
+    """What `--split all` takes, and how many of the classes are classes of the training."""
     splits = source.dataset.splits
     classes = {cls for split in splits.values() for cls in split.classes}
     images = sum(len(split.labels) for split in splits.values())
     known = classes & set(trained)
+    parts = "" if source.dataset.drawn else f" ({', '.join(splits)})"
     warning = f"; {len(known)} of them are classes of the training, which makes accuracies too good" if known else ""
-    return f"--split all: {len(classes)} classes, {images} images ({', '.join(splits)}){warning}"
+    return f"--split all: {len(classes)} classes, {images} images{parts}{warning}"
 
 
 def _check(request: Request, controls: Sequence[str], *, baseline: bool) -> None:
