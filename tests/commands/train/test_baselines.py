@@ -88,7 +88,7 @@ def test_checkpoints_are_controls_of_a_model(trained: dict[str, Path], checkpoin
 def test_the_table_says_whose_statistics_are_used(trained: dict[str, Path], cli: CLI) -> None:
     result = cli("evaluate", "-c", trained["maml"], "--episodes", "2", "--query", "3")
     assert result.code == 0 and "maml (statistics of all queries)" in result.out
-    assert "prototype, analytic, untrained need the features" in result.err
+    assert "prototype, analytic, logreg need the features" in result.err
 
 
 def test_training_resumes_from_its_state(trained: dict[str, Path], tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_the_result_has_controls_with_intervals(small_run: Path) -> None:
     document = json.loads((small_run / "result.json").read_text())
     assert document["schema"] == "metadiff.evaluate/1"
     assert (document["split"], document["protocol"], document["episodes"]) == ("test", "inductive", 20)
-    assert set(document["methods"]) == {"metadiff", "prototype", "analytic", "untrained"}
+    assert set(document["methods"]) == {"metadiff", "prototype", "analytic", "logreg"}
     for name, values in document["methods"].items():
         assert 0 <= values["accuracy"] <= 100 and values["ci95"] > 0 and 0 <= values["ece"] <= 100
         assert ("paired_to_prototype" in values) == (name != "prototype")
@@ -74,6 +74,8 @@ def test_the_checkpoint_describes_itself(checkpoint: Path) -> None:
     assert header["config"]["name"] == "glyphs-5w1s" and "runtime" not in header["config"]
     assert set(header["metrics"]["methods"]) >= {"metadiff", "prototype"}
     assert header["metrics"]["learned"]["gain"] is not None
+    assert {"analytic", "prototype", "logreg"} <= header["controls"].keys()
+    assert {(s["way"], s["shot"]) for s in header["controls"]["lda"]} == {(5, shot) for shot in (1, 2, 5, 10)}
 
 
 def test_no_times_paths_or_hosts_in_the_checkpoint(checkpoint: Path, small_run: Path) -> None:
@@ -97,7 +99,7 @@ def test_evaluate_json_is_all_there_is_on_stdout(checkpoint: Path) -> None:
 def test_evaluate_as_a_table(checkpoint: Path, cli: CLI) -> None:
     result = cli("evaluate", "--checkpoint", checkpoint, "--episodes", "5", "--query", "3", "--shot", "2")
     assert result.code == 0
-    assert "5-way 2-shot" in result.out and "untrained" in result.out and "\x1b" not in result.out
+    assert "5-way 2-shot" in result.out and "logreg" in result.out and "\x1b" not in result.out
 
 
 @pytest.mark.parametrize("extra", [["--transductive"], ["--imbalance", "2"], ["--transductive", "--imbalance", "0.5"]])
