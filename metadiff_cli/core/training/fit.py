@@ -40,13 +40,16 @@ from metadiff_cli.errors import DataError
 
 WAYS, SHOTS = (5, 10, 20), (1, 2, 5, 10)
 QUERIES = 75  # of a task, at most
-EPISODES, FEWEST, FEW = 400, 60, 100  # of all domains together, of each one at least, and of all for the controls
+EPISODES, FEWEST = 400, 60  # of all domains together, and of each one at least
+CHECKED = 100  # episodes of all domains together for temperatures, rejection and the controls
 NUMBERS = 250_000_000  # in the features of the episodes that are in memory at once
 SEED = 7919  # added to the seed: these episodes are neither those of selection nor those of the final table
 
 SHRINKAGE = ((0.5, 0.3), (0.8, 0.3), (0.95, 0.3))  # within and between: a longer training wants more within
 DOMAIN_GRID = (0.0, 0.5, 1.0)
-DESCENT_GRID = ((3.0, 0.1), (3.0, 0.3), (5.0, 0.3), (5.0, 1.0), (8.0, 1.0), (8.0, 3.0), (10.0, 10.0))  # s and rho
+DESCENT_GRID = (
+    (2.0, 0.03), (2.0, 0.1), (3.0, 0.1), (3.0, 0.3), (5.0, 0.3), (5.0, 1.0), (8.0, 3.0), (10.0, 10.0),
+)  # fmt: skip  # s and rho
 TENSORS = ("guidance", "level", "domain", "temperature")  # of the hyper-parameters; the others are numbers
 START = {"guidance": 4.0, "level": 0.2, "domain": 0.5, "temperature": 2.0, "scale": 5.0, "prior": 1.0}
 # of the published form, whose metric has no plain parts: features as they are, and no descent
@@ -151,7 +154,9 @@ def _with_confidences(metadiff: MetaDiff, pairs: "Pairs") -> MetaDiff:
     """
     fitted, corrected = metadiff.tuning.temperature, {}
     for pair in pairs:
-        factor = _factor(metadiff, pairs.tasks(*pair))  # has no upper bound where every image is classified correctly
+        factor = _factor(
+            metadiff, pairs.tasks(*pair, CHECKED)
+        )  # has no upper bound where every image is classified correctly
         corrected[pair] = min(max(factor * fitted.at(*pair), 1 / SHARPEST), SHARPEST)
     metadiff = metadiff.tuned(temperature=TaskTable.of(corrected))
     return metadiff.tuned(rejection=fit_rejection(metadiff, pairs))
@@ -176,7 +181,7 @@ def fit_rejection(metadiff: MetaDiff, pairs: "Pairs") -> Rejection:
     for way in sorted({2, *pairs.ways}):
         for shot in pairs.shots:
             margins = []
-            for task in pairs.tasks(way, shot):
+            for task in pairs.tasks(way, shot, CHECKED):
                 classifier = adapted(fitted, task)
                 margins.append(rejector_of(fitted, classifier, task.support).margins(task.query).flatten())
             offsets[way, shot] = float(torch.cat(margins).quantile(RATE))
@@ -187,8 +192,8 @@ def fit_controls(metadiff: MetaDiff, pairs: "Pairs") -> Fitted:
     """Return what was fitted for each control, and the temperatures of the posterior mean without descent."""
     found: dict[str, list[ControlSettings]] = {name: [] for name in (*CONTROLS, ANALYTIC)}
     for way, shot in pairs:
-        tasks = pairs.tasks(way, shot)
-        domains = [task.plain(FEW // len(tasks) + 1) for task in tasks]
+        tasks = pairs.tasks(way, shot, CHECKED)
+        domains = [task.plain() for task in tasks]
         for name in CONTROLS:
             found[name].append(fit_control(name, metadiff.metric, domains, way, shot))
         temperature = _factor(metadiff.without_descent(TaskTable.constant(1.0)), tasks)
@@ -206,11 +211,12 @@ class DomainTasks:
     labels: Tensor
     episodes: Episodes
 
-    def plain(self, most: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return support (B, N, K, D), query (B, M, D) and labels of at most so many tasks, as features z."""
-        part = self.episodes.part(slice(0, most))
-        device = self.query.device
-        return self.bank.take(part.support).to(device), self.bank.take(part.query).to(device), self.labels
+    def plain(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return support (B, N, K, D), query (B, M, D) and labels as features z."""
+        support, query = (
+            self.bank.take(rows).to(self.query.device) for rows in (self.episodes.support, self.episodes.query)
+        )
+        return support, query, self.labels
 
     def held_out(self, metric: Metric) -> HeldOut:
         """Return what scores the queries for any hyper-parameters."""
@@ -243,10 +249,14 @@ class Pairs:
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return ((way, shot) for way in self.ways for shot in self.shots)
 
-    def tasks(self, way: int, shot: int) -> list[DomainTasks]:
-        """Return the episodes of each domain that has the classes and images; the same ones whenever asked."""
+    def tasks(self, way: int, shot: int, most: int = EPISODES) -> list[DomainTasks]:
+        """Return the episodes of each domain that has the classes and images; the same ones whenever asked.
+
+        They are `most` of all domains together, or somewhat more where each has FEWEST.
+        """
         able = self._able(way, shot)
-        return [self._episodes(bank, indices, x, way, shot, query, len(able)) for bank, indices, x, query in able]
+        each = max(most // max(len(able), 1), min(FEWEST, most // 5))
+        return [self._episodes(bank, indices, x, way, shot, query, each, len(able)) for bank, indices, x, query in able]
 
     def _able(self, way: int, shot: int) -> list[tuple[FeatureBank, list[np.ndarray], Expanded, int]]:
         """The domains with such episodes: the rows of the classes that are drawn, and the queries per class.
@@ -265,10 +275,10 @@ class Pairs:
         return found
 
     def _episodes(
-        self, bank: FeatureBank, indices: list[np.ndarray], x: Expanded, way: int, shot: int, query: int, domains: int
-    ) -> DomainTasks:
-        fitting = NUMBERS // (domains * way * (shot + query) * self.size)
-        count = max(1, min(max(EPISODES // domains, FEWEST), fitting))
+        self, bank: FeatureBank, indices: list[np.ndarray], x: Expanded, way: int, shot: int, query: int, count: int,
+        domains: int,
+    ) -> DomainTasks:  # fmt: skip
+        count = max(1, min(count, NUMBERS // (domains * way * (shot + query) * self.size)))
         (part,) = episode_batches(indices, way, shot, query, count=count, batch=count, seed=self.seed)
         labels = torch.from_numpy(part.labels[0]).to(self.device)
         return DomainTasks(bank, TaskSupport.even(x(part.support)), x(part.query), labels, part)
@@ -282,11 +292,14 @@ class _Search:
         self.reference = torch.stack([_class_mean(metric, task) for task in tasks])
         self.device = self.reference.device
         self.settings = start or self._starting(START if metric.plain else PAPER)
-        self.grids: dict[str, Sequence[Any]] = {"scale": DESCENT_GRID} if metric.plain else {}
-        if len(metric.groups) > 1 and metric.plain:
-            self.grids["level"] = LEVEL_GRID
-        if metric.space is not None and metric.plain:
-            self.grids |= {"domain": DOMAIN_GRID, "guidance": GUIDANCE_GRID}
+        self.grids: dict[str, Sequence[Any]] = {}  # in the order of how much depends on them
+        if metric.plain:
+            self.grids["domain"] = DOMAIN_GRID
+            if metric.space is not None:
+                self.grids["guidance"] = GUIDANCE_GRID
+            if len(metric.groups) > 1:
+                self.grids["level"] = LEVEL_GRID
+            self.grids["scale"] = DESCENT_GRID
 
     def run(self, note: Note) -> None:
         """Settle all hyper-parameters; `note` is told the score of each candidate, and what was chosen."""
