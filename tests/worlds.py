@@ -25,7 +25,7 @@ from metadiff_cli.commands.adapt.output import Outcome
 from metadiff_cli.commands.adapt.report import AdaptReport
 from metadiff_cli.commands.train import stages
 from metadiff_cli.core.checkpoints.file import load_checkpoint, save_checkpoint
-from metadiff_cli.core.checkpoints.model import save_model
+from metadiff_cli.core.checkpoints.model import Model, save_model
 from metadiff_cli.core.encoders.bank import FeatureBank
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import build_encoder
@@ -33,7 +33,7 @@ from metadiff_cli.core.method.adapt import MetaDiff, Sampling, TaskClassifier, T
 from metadiff_cli.core.method.denoisers import build_denoiser
 from metadiff_cli.core.method.metric import Metric
 from metadiff_cli.core.method.support import TaskSupport
-from metadiff_cli.core.method.task_space import identity_space
+from metadiff_cli.core.method.task_space import class_statistics, identity_space
 from metadiff_cli.core.training import fit
 from metadiff_cli.core.training.loop import Trainer
 
@@ -223,3 +223,11 @@ def restored(trainer: Trainer[Any, Any], fresh: Trained, path: Path) -> Trained:
     kept = load_checkpoint(path, "state")
     fresh.restore(kept.part, kept.header["plain"])
     return fresh
+
+
+def model_of_world() -> Model:
+    """A model of the features of `world`, never fitted; its encoder is not asked for anything but its device."""
+    statistics = class_statistics(list(world(40, IMAGES, seed=0)))
+    metadiff = MetaDiff(Metric((SIZE,), statistics.task_space()), targets=statistics.means.float())
+    header = {"classes": ["a"], "denoiser": {"kind": "analytic", "width": 8}}
+    return Model(small_encoder(), metadiff, {**header, "config": {"denoiser": {"kind": "unet", "width": 8}}})
