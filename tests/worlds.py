@@ -72,7 +72,7 @@ def invoke(*arguments: str | Path, stdin: str = "") -> Result:
 @contextlib.contextmanager
 def hasty() -> Iterator[None]:
     """A training in here fits and confirms on few episodes: that would be most of the time of a small one."""
-    few = mock.patch.multiple(fit, EPISODES=20, FEWEST=10, FEW=10)
+    few = mock.patch.multiple(fit, EPISODES=20, FEWEST=10, CHECKED=10)
     with few, mock.patch.object(stages, "CONFIRMING", 40):
         yield
 

@@ -154,9 +154,7 @@ def _with_confidences(metadiff: MetaDiff, pairs: "Pairs") -> MetaDiff:
     """
     fitted, corrected = metadiff.tuning.temperature, {}
     for pair in pairs:
-        factor = _factor(
-            metadiff, pairs.tasks(*pair, CHECKED)
-        )  # has no upper bound where every image is classified correctly
+        factor = _factor(metadiff, pairs.tasks(*pair, CHECKED))  # without bound where all images are correct
         corrected[pair] = min(max(factor * fitted.at(*pair), 1 / SHARPEST), SHARPEST)
     metadiff = metadiff.tuned(temperature=TaskTable.of(corrected))
     return metadiff.tuned(rejection=fit_rejection(metadiff, pairs))
@@ -249,12 +247,12 @@ class Pairs:
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return ((way, shot) for way in self.ways for shot in self.shots)
 
-    def tasks(self, way: int, shot: int, most: int = EPISODES) -> list[DomainTasks]:
+    def tasks(self, way: int, shot: int, most: int | None = None) -> list[DomainTasks]:
         """Return the episodes of each domain that has the classes and images; the same ones whenever asked.
 
-        They are `most` of all domains together, or somewhat more where each has FEWEST.
+        They are `most` (by default EPISODES) of all domains together, or somewhat more where each has FEWEST.
         """
-        able = self._able(way, shot)
+        able, most = self._able(way, shot), EPISODES if most is None else most
         each = max(most // max(len(able), 1), min(FEWEST, most // 5))
         return [self._episodes(bank, indices, x, way, shot, query, each, len(able)) for bank, indices, x, query in able]
 
