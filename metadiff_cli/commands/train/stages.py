@@ -261,7 +261,7 @@ def described(controls: Fitted) -> dict[str, Any]:
 def verdict(learned: dict[str, Any]) -> str:
     """One sentence on whether the learned part helped."""
     if learned["kind"] == "analytic":
-        return "none was asked for; the denoiser is the analytic one"
+        return "none was trained; the denoiser is the analytic one"
     if learned["gain"] is None:
         return "kept unmeasured, as there are no validation classes"
     gain = f"{learned['gain']:+.2f} ± {learned['ci95']:.2f} points over analytic on validation classes"
