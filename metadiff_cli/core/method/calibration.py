@@ -62,7 +62,7 @@ class Rejection:
 
 
 def best_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the factor T in 0.05..50 that minimises the cross-entropy of T * logits (M, N) against labels (M,)."""
+    """Return the factor T in 1e-4..1e3 that minimises the cross-entropy of T * logits (M, N) against labels (M,)."""
     low, high = math.log(1e-4), math.log(1e3)
     ratio = (math.sqrt(5) - 1) / 2
 

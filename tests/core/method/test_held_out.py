@@ -73,6 +73,14 @@ def test_folds_in_any_portions_give_the_same(monkeypatch: pytest.MonkeyPatch, at
     torch.testing.assert_close(HeldOut(metric, support).logits(settings), whole, atol=1e-4, rtol=0)
 
 
+def test_tasks_may_share_hyper_parameters() -> None:
+    """As the fit has it: one number for all, not one for each."""
+    for name in METRICS:
+        metric = METRICS[name]()
+        held = HeldOut(metric, support_of(metric, (3, 2), tasks=4))
+        torch.testing.assert_close(held.logits(settings_of(1)), held.logits(settings_of(4)), atol=1e-4, rtol=0)
+
+
 def test_what_is_kept_from_one_call_is_not_taken_for_another() -> None:
     """A choice goes through many hyper-parameters, and the products of those that stay are reused."""
     metric = METRICS["two groups"]()
