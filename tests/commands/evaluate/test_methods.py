@@ -35,8 +35,8 @@ def confidence(entry: Entry) -> float:
 
 
 def test_every_control_is_measured(cli: CLI, checkpoint: Path) -> None:
-    result = cli("evaluate", "-c", checkpoint, "--query", "3", "--episodes", "4", "--controls", ",".join(CONTROLS),
-                 "--transductive", "--json")  # fmt: skip
+    result = cli("evaluate", "-c", checkpoint, "--way", "3", "--query", "3", "--episodes", "3", "--controls",
+                 ",".join(CONTROLS), "--transductive", "--json")  # fmt: skip
     assert result.code == 0, result.err
     document = json.loads(result.out)
     assert set(document["methods"]) == {"metadiff", *CONTROLS} and document["protocol"] == "transductive"

@@ -20,6 +20,20 @@ def document(small_run: Path) -> dict[str, Any]:
     return {name: value for name, value in loaded.items() if name != "reliability"}
 
 
+def test_the_descent_is_drawn_as_two_curves(document: dict[str, Any], tmp_path: Path) -> None:
+    path = {"accuracy": [50.0, 61.5, 62.0], "loss": [3.0, 2.0, 1.5]}
+    write_evaluation_report(tmp_path / "e.html", {**document, "path": path})
+    page = Page(tmp_path / "e.html")
+    assert "Along the descent" in page.text and "support loss, nats" in page.text and "path.accuracy" not in page.text
+    assert [line["class"] for line in page.all("polyline", "curve")][:2] == ["curve s0", "curve s1"]
+
+
+def test_a_method_without_a_calibration_error_has_a_dash(document: dict[str, Any], tmp_path: Path) -> None:
+    methods = {name: {**m, "ece": None} for name, m in document["methods"].items()}
+    write_evaluation_report(tmp_path / "e.html", {**document, "methods": methods})
+    assert " - " in Page(tmp_path / "e.html").text and "ECE %" in Page(tmp_path / "e.html").text
+
+
 def test_a_real_run_gives_its_numbers_and_curves(small_run: Path, document: dict[str, Any], tmp_path: Path) -> None:
     with (small_run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -31,7 +45,7 @@ def test_a_real_run_gives_its_numbers_and_curves(small_run: Path, document: dict
         assert name in page.text
     for words in ("Difference to prototype", "Difference to analytic", "Training loss", "Gain over the analytic"):
         assert words in page.text
-    assert len(page.all("svg")) == 5 and "Reliability" not in page.text
+    assert len(page.all("svg")) == 6 and "Reliability" not in page.text
 
 
 def test_the_diagram_is_drawn_where_there_are_bins(document: dict[str, Any], tmp_path: Path) -> None:
@@ -51,7 +65,7 @@ def test_the_bins_of_a_real_run_are_drawn(small_run: Path, tmp_path: Path) -> No
 def test_the_only_method_and_hostile_names(document: dict[str, Any], tmp_path: Path) -> None:
     alone = {name: value for name, value in document["methods"]["metadiff"].items() if not name.startswith("paired")}
     write_evaluation_report(tmp_path / "e.html", {**document, "methods": {"metadiff": alone}})
-    assert len(Page(tmp_path / "e.html").all("svg")) == 1
+    assert len(Page(tmp_path / "e.html").all("svg")) == 2  # the accuracy, and the descent
     methods = {"metadiff": alone, HOSTILE: alone}
     write_evaluation_report(tmp_path / "e.html", {**document, "methods": methods, "split": HOSTILE}, [{HOSTILE: 1}] * 2)
     page = Page(tmp_path / "e.html")
@@ -84,4 +98,5 @@ def test_trajectories_are_drawn_where_there_are_some(document: dict[str, Any], t
     write_evaluation_report(tmp_path / "e.html", {**document, PICTURES: pictures})
     page = Page(tmp_path / "e.html")
     assert "Weights on their way" in page.text and "70 % of their variance" in page.text
+    assert "after each of 2 steps, for 1 draws" in page.text
     assert len(page.all("polyline", "trace")) == 2 and PICTURES not in page.text

@@ -16,6 +16,7 @@ from metadiff_cli.commands.pages.plots import (
     intervals,
     reliability,
     trajectories,
+    two_curves,
 )
 
 CALM = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is fine
@@ -63,6 +64,16 @@ def test_curves_stay_inside_and_bands_are_drawn(values: list[tuple[float, float]
     svg = curve([(i, y, half) for i, (y, half) in enumerate(values)], "step", "loss", zero=True)
     assert all(-1e-6 <= place <= WIDTH + 1e-6 for place in places(svg))
     assert ("polygon" in svg) == any(half > 0 for _, half in values)
+
+
+@CALM
+@given(st.lists(st.tuples(st.floats(0, 100), NUMBERS), min_size=1, max_size=40))
+def test_two_curves_stay_inside_with_an_axis_each(values: list[tuple[float, float]]) -> None:
+    first, second = ([pair[i] for pair in values] for i in (0, 1))
+    svg = two_curves(first, second, "step", ("accuracy", "loss"))
+    assert all(-1e-6 <= place <= WIDTH + 1e-6 for place in places(svg))
+    lines = list(ElementTree.fromstring(svg).iter("polyline"))
+    assert [len(e.attrib["points"].split()) for e in lines] == [len(values)] * 2
 
 
 def test_perfect_calibration_lies_on_the_diagonal() -> None:
