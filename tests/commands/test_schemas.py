@@ -19,6 +19,22 @@ def test_every_schema_is_one_and_refuses_an_empty_document(name: str) -> None:
         Draft202012Validator(SCHEMAS[name]).validate({"schema": name})
 
 
+def test_a_result_is_of_one_data_set_or_of_several() -> None:
+    schema = Draft202012Validator(SCHEMAS["metadiff.evaluate/1"])
+    common = {"schema": "metadiff.evaluate/1", "way": 5, "shot": 1, "query": 15, "episodes": 9, "seed": 0}
+    rows = {"metadiff": {"accuracy": 60.0, "ci95": 1.0, "ece": None}}
+    one = {**common, "protocol": "inductive", "split": "test", "methods": rows, "episodes_per_second": 1.0}
+    several = {**common, "protocol": "inductive", "mean": rows, "data": [{**one, "name": "a"}, {**one, "name": "b"}]}
+    for valid in (one, several):
+        schema.validate(valid)
+    unnamed = {**several, "data": [one, one]}
+    nested = {**several, "data": [{**several, "name": "a"}] * 2}
+    for invalid in ({**several, "methods": rows, "split": "test", "episodes_per_second": 1.0}, unnamed, nested,
+                    {**common, "protocol": "inductive"}, {**several, "data": [{**one, "name": "a"}]}):  # fmt: skip
+        with pytest.raises(ValidationError):
+            schema.validate(invalid)
+
+
 def test_documents_about_the_machine(cli: CLI) -> None:
     validate(cli("presets", "list", "--json"), "metadiff.presets/1")
     validate(cli("doctor", "--json"), "metadiff.doctor/1")

@@ -59,7 +59,7 @@ def evaluate(
         bool,
         option(
             COMPARISON, "--halves",
-            help="Fit guidance and calibration on one half of the classes, measure on the other half, and swap.",
+            help="Fit all settings on one half of the classes, measure on the other half, and swap.",
         ),
     ] = False,
     open_set: Annotated[
