@@ -1,8 +1,9 @@
 """Checkpoint files: one self-describing safetensors file each, written atomically.
 
-Format 1. A single metadata key, `metadiff`, holds sorted JSON: safetensors writes several keys in random order, so that
-equal weights would not give equal bytes. Every header has `format`, `kind` (one of KINDS) and `package` (the version
-that wrote it). What else a header holds depends on its kind: see model.py, classifier.py and baseline.py.
+Format 1. The metadata has two keys: `metadiff` holds sorted JSON, and `format` is `pt`, by which other programs know the
+tensors of PyTorch. safetensors writes several keys in random order, so they are sorted afterwards: equal weights give
+equal bytes. Our JSON has `format`, `kind` (one of KINDS) and `package` (the version that wrote it). What else it holds
+depends on its kind: see model.py, classifier.py and baseline.py.
 
 safetensors itself refuses files whose header does not fit their tensors. This module adds limits on sizes, and errors
 that name common mistakes.
@@ -29,6 +30,7 @@ from metadiff_cli.files import LFS_POINTER, atomic
 
 FORMAT = 1
 KEY = "metadiff"
+FRAMEWORK = {"format": "pt"}  # what transformers, timm and the Hub look for in the metadata
 MAX_FILE = 16 * 1024**3  # bytes; the largest encoders in use have 5 GB
 MAX_HEADER = 16 * 1024**2  # bytes; ours have some kilobytes
 
@@ -96,9 +98,22 @@ def save_checkpoint(path: Path, kind: str, tensors: dict[str, Tensor], header: d
     plain = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
     with atomic(path) as temporary:
         try:
-            save_file(plain, temporary, metadata={KEY: text})
+            save_file(plain, temporary, metadata={KEY: text, **FRAMEWORK})
         except SafetensorError as error:
             raise _system_error(error) from error
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Write the metadata of a safetensors file in the order of its keys, in place; everything else stays as it is."""
+    with path.open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the same keys and values in another order have the same length"
+        file.seek(8)
+        file.write(text.ljust(size))  # the format pads a header with spaces
 
 
 def _system_error(error: SafetensorError) -> OSError:

@@ -1,4 +1,4 @@
-"""Checkpoint files: exact round trip, equal bytes, one metadata key, nothing half-written, clear refusals."""
+"""Checkpoint files: exact round trip, equal bytes, metadata in one order, nothing half-written, clear refusals."""
 
 from pathlib import Path
 
@@ -30,8 +30,23 @@ def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "1", "encoder", TENSORS, HEADER)
     save_checkpoint(tmp_path / "2", "encoder", dict(reversed(TENSORS.items())), dict(reversed(HEADER.items())))
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
-    with safe_open(tmp_path / "1", framework="pt") as file:
-        assert set(file.metadata()) == {"metadiff"}
+
+
+def test_metadata_has_one_order(tmp_path: Path) -> None:
+    """safetensors alone would take one of two orders by chance, anew for each file."""
+    for number in range(10):
+        save_checkpoint(tmp_path / str(number), "encoder", TENSORS, HEADER)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    with safe_open(tmp_path / "0", framework="pt") as file:
+        assert set(file.metadata()) == {"format", "metadiff"} and file.metadata()["format"] == "pt"
+    assert (tmp_path / "0").read_bytes()[8:].startswith(b'{"__metadata__":{"format":"pt","metadiff":')
+
+
+@pytest.mark.parametrize("text", ["", "\"\\/", "\x00\x1f\x7f\n\t\b\f", "\u2028 \U0001f600 ß日", "x" * 10_000])
+def test_sorting_keeps_odd_text_and_tensors(tmp_path: Path, text: str) -> None:
+    save_checkpoint(tmp_path / "c", "encoder", {text or "a": torch.arange(7)}, {"note": text})
+    back = load_checkpoint(tmp_path / "c")
+    assert back.header["note"] == text and torch.equal(back.tensors[text or "a"], torch.arange(7))
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
