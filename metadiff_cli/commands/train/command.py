@@ -131,7 +131,7 @@ def metatrain(
 
       metadiff metatrain --preset glyphs-5w1s --report glyphs.html
 
-      metadiff metatrain -e lite0 --data ./birds --data ./signs --val-data ./food
+      metadiff metatrain --preset folder --data ./photos --val-data ./imgs
     """
     from metadiff_cli.commands.train.run import run_metatrain
 
