@@ -286,7 +286,7 @@ def test_settings_that_change_no_training_may_change(
 
 def test_settings_of_a_pretraining_count_for_that_alone(whole: Path, tmp_path: Path, cli: CLI) -> None:
     assert cli(*PRETRAIN, "--out", tmp_path / "run").code == 0
-    other = ["--set", "metatrain.steps=9", "--set", "denoiser.width=8", "--set", "features.mirror=true"]
+    other = ["--set", "metatrain.steps=9", "--set", "denoiser.width=8", "--set", "features.views=2"]
     again = cli(*PRETRAIN, *other, "--out", tmp_path / "run", "--resume")
     assert again.code == 0 and "going on after epoch 2 of 2" in again.err
     refused = cli(*PRETRAIN, "--set", "pretrain.batch=8", "--out", tmp_path / "run", "--resume")
