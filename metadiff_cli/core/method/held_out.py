@@ -61,20 +61,31 @@ class Folds:
         return self.fold >= 0
 
 
+def _by_content(support: TaskSupport) -> Tensor:
+    """For each place the image (B, n) of its class that takes it, in an order that follows from the images alone."""
+    order = support.x.sum(dim=-1).argsort(dim=1)
+    order = order.gather(1, support.labels[order].argsort(dim=1, stable=True))
+    places = torch.empty_like(order)
+    places[:, support.labels.argsort(stable=True)] = order
+    return places
+
+
 class HeldOut:
     """The held-out logits of B tasks with expanded features x (B, n, J), for any hyper-parameters."""
 
     def __init__(self, metric: Metric, support: TaskSupport, folds: Folds | None = None) -> None:
-        """`folds` None are those of the support, `Folds.of`."""
+        """`folds` None are those of the support, `Folds.of`, whatever the order of the images of a class."""
         self.metric, self.support = metric, support
+        self.places = _by_content(support) if folds is None else None
         self.folds = Folds.of(support.labels) if folds is None else folds
+        x = support.x if self.places is None else support.x.gather(1, self.places.unsqueeze(-1).expand_as(support.x))
         self.rows = self.folds.keep.any(dim=0).nonzero().squeeze(1)  # (m,): images that make classifiers
         self.keep = self.folds.keep[:, self.rows]  # (F, m)
         self.target = support.one_hot()[self.rows]  # (m, N)
         # images relative to their mean, so that the products of similar ones keep their digits; the mean of the base
         # classes is a further row, and a further one of those that domains are made of
-        mean = support.x.mean(dim=1, keepdim=True)
-        self.moved = torch.cat([support.x, metric.origin.to(mean).expand_as(mean)], dim=1) - mean  # (B, n + 1, J)
+        mean = x.mean(dim=1, keepdim=True)
+        self.moved = torch.cat([x, metric.origin.to(mean).expand_as(mean)], dim=1) - mean  # (B, n + 1, J)
         self.made_of = F.pad(self.rows, (0, 1), value=support.x.shape[1])  # (m + 1,)
         self._last: dict[int, tuple[TaskSettings, Tensor, Tensor]] = {}  # by part: cosines and what they are for
 
@@ -94,7 +105,9 @@ class HeldOut:
             logits = settings.scale * start + settings.scale**2 * (gram @ dual)
             here = self.folds.fold == torch.arange(first, first + len(keep), device=keep.device).unsqueeze(1)  # (F, n)
             found += (here.unsqueeze(-1) * logits).sum(dim=1)
-        return found
+        if self.places is None:
+            return found
+        return torch.empty_like(found).scatter_(1, self.places.unsqueeze(-1).expand_as(found), found)
 
     def loss(self, settings: TaskSettings) -> Tensor:
         """Return the cross-entropy (B,) in nats, summed over the images that are left out."""
