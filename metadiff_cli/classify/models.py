@@ -14,6 +14,7 @@ from metadiff_cli.core.encoders.lite import WHEELS
 from metadiff_cli.core.method.adapt import MetaDiff, Tuning
 from metadiff_cli.core.method.calibration import TaskTable
 from metadiff_cli.core.method.metric import Metric
+from metadiff_cli.data.hub import fetch
 from metadiff_cli.errors import ConfigError
 from metadiff_cli.files import checkpoint_path
 
@@ -21,8 +22,11 @@ VIEWS = 6  # of an image, where an encoder comes without a checkpoint that says
 
 
 def open_model(path: Path | None, device: torch.device, views: int | None = None) -> Model:
-    """The model of a checkpoint, None for that of the package, with other `views` if given. Raises CheckpointError."""
-    model = load_model(checkpoint_path(path), device)
+    """The model of a checkpoint, None for that of the package, with other `views` if given.
+
+    Raises CheckpointError, and for a checkpoint on the Hub what `fetch` raises.
+    """
+    model = load_model(checkpoint_path(fetch(path)), device)
     return model if views is None else replace(model, images=replace(model.images, views=views))
 
 

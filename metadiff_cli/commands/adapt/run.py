@@ -16,6 +16,7 @@ from metadiff_cli.commands.settings import start as start_device
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen, counted
 from metadiff_cli.core.method.rejection import require_rejection
+from metadiff_cli.data.hub import fetch, shown
 from metadiff_cli.data.sort import Sorter
 from metadiff_cli.errors import DataError
 from metadiff_cli.files import checkpoint_path
@@ -34,7 +35,7 @@ def run(given: Options, screen: Screen) -> None:
         screen.note(text)
     unlabeled = None if given.unlabeled is None else find_queries([str(given.unlabeled)], option="--unlabeled")
     builder = Builder(config, sampling_of(given, config, screen), start_device(config), screen)
-    start = builder.start(given, support, len(queries.items))
+    start = builder.start(replace(given, checkpoint=fetch(given.checkpoint, screen.note)), support, len(queries.items))
     if given.reject is not None:
         require_rejection(start.model.metadiff)
     classes = _classes(support, start)
@@ -85,7 +86,7 @@ def _predict(given: Options, ready: Ready, queries: Queries, sorting: Sorting | 
 
 def _model_source(given: Options, ready: Ready) -> str:
     """Where the model comes from: the name of an encoder, or the path of a checkpoint."""
-    return ready.classifier.model.images.name if given.encoders else str(checkpoint_path(given.checkpoint))
+    return ready.classifier.model.images.name if given.encoders else shown(checkpoint_path(given.checkpoint))
 
 
 def _write_report(path: Path, given: Options, predictions: Predictions, config: Config, source: str, bar: bool) -> None:

@@ -20,6 +20,7 @@ from metadiff_cli.core.checkpoints.baseline import Baseline, load_baseline
 from metadiff_cli.core.checkpoints.file import read_header
 from metadiff_cli.core.checkpoints.model import Model, load_model
 from metadiff_cli.core.evaluation.evaluate import Protocol
+from metadiff_cli.data.hub import fetch
 from metadiff_cli.data.open import Source, open_source
 from metadiff_cli.errors import ConfigError, DataError, GateError
 from metadiff_cli.files import checkpoint_path
@@ -64,7 +65,7 @@ def run(
         check_page(request.report)
     earlier = None if request.compare_to is None else compare.read_result(request.compare_to)
     config = model_config(file, settings, flags, used=(*USED, *EPISODES), note=screen.note)
-    path = checkpoint_path(request.checkpoint)
+    path = checkpoint_path(fetch(request.checkpoint, screen.note))
     _check(request, controls, baseline=read_header(path)["kind"] == "baseline")
     protocol = request.protocol(config)
     if earlier is not None:

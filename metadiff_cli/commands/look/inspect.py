@@ -9,6 +9,7 @@ import yaml
 from metadiff_cli.commands.train.card import card_lines
 from metadiff_cli.console import Screen
 from metadiff_cli.core.checkpoints.file import read_header
+from metadiff_cli.data.hub import fetch
 from metadiff_cli.errors import CheckpointError, DataError
 from metadiff_cli.files import checkpoint_path
 
@@ -20,7 +21,7 @@ MAX_DOCUMENT = 16 * 2**20  # bytes of a JSON document; a result has a few kiloby
 
 def show_file(file: Path | None, screen: Screen, *, as_json: bool) -> None:
     """Print the contents of a file, or of the packaged checkpoint. Raises DataError or CheckpointError."""
-    file = checkpoint_path(file)
+    file = checkpoint_path(fetch(file, screen.note))
     held = read_document(file) if file.suffix.lower() == ".json" else read_model(file)
     if as_json:
         screen.json({"schema": "metadiff.inspect/1", "file": str(file), **held})

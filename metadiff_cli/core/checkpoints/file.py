@@ -1,9 +1,9 @@
 """Checkpoint files: one self-describing safetensors file each, written atomically.
 
-Format 1. The metadata has two keys: `metadiff` holds sorted JSON, and `format` is `pt`, by which other programs know the
-tensors of PyTorch. safetensors writes several keys in random order, so they are sorted afterwards: equal weights give
-equal bytes. Our JSON has `format`, `kind` (one of KINDS) and `package` (the version that wrote it). What else it holds
-depends on its kind: see model.py, classifier.py and baseline.py.
+Format 1. The metadata has two keys: `metadiff` holds sorted JSON, and `format` is `pt`, by which other programs know
+the tensors of PyTorch. safetensors writes several keys in random order, so they are sorted afterwards: equal weights
+give equal bytes. Our JSON has `format`, `kind` (one of KINDS) and `package` (the version that wrote it). What else it
+holds depends on its kind: see model.py, classifier.py and baseline.py.
 
 safetensors itself refuses files whose header does not fit their tensors. This module adds limits on sizes, and errors
 that name common mistakes.

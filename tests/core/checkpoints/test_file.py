@@ -42,7 +42,7 @@ def test_metadata_has_one_order(tmp_path: Path) -> None:
     assert (tmp_path / "0").read_bytes()[8:].startswith(b'{"__metadata__":{"format":"pt","metadiff":')
 
 
-@pytest.mark.parametrize("text", ["", "\"\\/", "\x00\x1f\x7f\n\t\b\f", "\u2028 \U0001f600 ß日", "x" * 10_000])
+@pytest.mark.parametrize("text", ["", '"\\/', "\x00\x1f\x7f\n\t\b\f", "\u2028 \U0001f600 ß日", "x" * 10_000])
 def test_sorting_keeps_odd_text_and_tensors(tmp_path: Path, text: str) -> None:
     save_checkpoint(tmp_path / "c", "encoder", {text or "a": torch.arange(7)}, {"note": text})
     back = load_checkpoint(tmp_path / "c")
