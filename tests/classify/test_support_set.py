@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from metadiff_cli.classify.images import Encoded, digest_of
 from metadiff_cli.classify.support_set import SupportSet, pool_of, require_classes, support_of
+from metadiff_cli.core.method.metric import Metric
 from metadiff_cli.errors import DataError
 
 
@@ -59,9 +60,9 @@ def test_one_class_is_nothing_to_tell_apart() -> None:
 
 
 def test_a_task_has_its_means_and_counts() -> None:
-    task = support_of([example("a", 1), example("b", 2), example("b", 3)]).task()
-    assert task.z.shape == (1, 3, 3) and task.count.tolist() == [[1.0], [2.0]]
-    assert torch.equal(task.means[0], torch.tensor([[1.0] * 3, [2.5] * 3]))
+    task = support_of([example("a", 1), example("b", 2), example("b", 3)]).task(Metric((3,)))
+    assert task.x.shape == (1, 3, 3) and task.counts.tolist() == [1, 2]
+    assert torch.equal(task.means()[0], torch.tensor([[1.0] * 3, [2.5] * 3]))
 
 
 def test_broken_images_are_left_out_and_listed() -> None:

@@ -9,7 +9,7 @@ from metadiff_cli.config.load import resolve, to_yaml
 from metadiff_cli.errors import ConfigError
 
 
-@pytest.mark.parametrize("setting", ["data.size=64", "features.mirror=false", "pretrain.epochs=3", "card.data=x"])
+@pytest.mark.parametrize("setting", ["data.size=64", "features.views=1", "pretrain.epochs=3", "card.data=x"])
 def test_a_setting_of_training_is_refused(setting: str) -> None:
     with pytest.raises(
         ConfigError, match=rf"--set {setting.split('=')[0]} has no effect here.*can be set: seed, sampler"

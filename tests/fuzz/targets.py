@@ -42,7 +42,7 @@ def read_any(path: Path) -> None:
         load_model(path, device)
         check(checkpoint.header.get("config"))  # type: ignore[arg-type]
     elif checkpoint.kind == "encoder":
-        load_encoder(path, device, mirror=True)
+        load_encoder(path, device, views=2)
     elif checkpoint.kind == "classifier":
         load_classifier(path, device)
 

@@ -12,24 +12,49 @@ from tests.worlds import small_encoder
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
 
 
-def features_of(pixels: Tensor, mirror: bool, shift: int) -> Tensor:
-    return small_encoder(16, mirror=mirror, shift=shift).encode(pixels)
+def features_of(pixels: Tensor, views: int, shift: int = 0) -> Tensor:
+    return small_encoder(16, views=views, shift=shift).encode(pixels)
 
 
-@pytest.mark.parametrize("mirror", [False, True])
-def test_moved_images_are_views_whose_edges_are_repeated(mirror: bool) -> None:
+@pytest.mark.parametrize("views", [1, 2])
+def test_moved_images_are_views_whose_edges_are_repeated(views: int) -> None:
     padded = np.pad(PIXELS, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")
     places = [(y, x) for y in (0, 4, 8) for x in (0, 4, 8)]
     moved = [torch.from_numpy(padded[:, y : y + 16, x : x + 16].copy()) for y, x in places]
-    views = moved + [view.flip(2) for view in moved] if mirror else moved
-    mean = torch.stack([features_of(view, False, 0) for view in views]).mean(dim=0)
-    found = features_of(torch.from_numpy(PIXELS), mirror, 4)
+    views_of = moved + [view.flip(2) for view in moved] if views == 2 else moved
+    mean = torch.stack([features_of(view, 1) for view in views_of]).mean(dim=0)
+    found = features_of(torch.from_numpy(PIXELS), views, 4)
     assert torch.allclose(found, torch.nn.functional.normalize(mean, dim=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("views", [5, 6])
+def test_corners_are_views_in_the_size_of_their_pixels(views: int) -> None:
+    encoder = small_encoder(28, "resnet10", views=views)
+    pixels = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (2, 28, 28, 3), dtype=np.uint8))
+    assert encoder.corner == 20 and encoder.groups == (512, 512)
+    parts = [pixels, *([pixels.flip(2)] if views == 6 else [])]
+    parts += [pixels[:, y : y + 20, x : x + 20] for y in (0, 8) for x in (0, 8)]
+    single = [small_encoder(part.shape[1], "resnet10", views=1).encode(part) for part in parts]
+    mean = torch.stack(single).mean(dim=0).unflatten(1, (2, 512))
+    found = encoder.encode(pixels).unflatten(1, (2, 512))
+    assert torch.allclose(found, torch.nn.functional.normalize(mean, dim=2), atol=1e-5)
+    assert torch.allclose(found.norm(dim=2), torch.ones(2, 2))
+
+
+def test_corners_are_enlarged_for_an_encoder_that_takes_one_size() -> None:
+    """conv4 flattens its maps: its features of a smaller image would be fewer."""
+    found = features_of(torch.from_numpy(PIXELS), 5)
+    assert found.shape == (3, 64) and not torch.allclose(found, features_of(torch.from_numpy(PIXELS), 1))
+
+
+def test_maps_of_a_single_point_have_no_spread() -> None:
+    assert small_encoder(16, "resnet10").groups == (512,)
+    assert small_encoder(16, "resnet10").encode(torch.from_numpy(PIXELS)).shape == (3, 512)
 
 
 def test_the_key_tells_apart_whatever_features_depend_on() -> None:
     encoders = [small_encoder(), small_encoder(32), small_encoder(shift=3), small_encoder(shift=4)]
-    encoders += [small_encoder(mirror=False), small_encoder(seed=1), small_encoder(name="resnet10")]
+    encoders += [small_encoder(views=1), small_encoder(views=6), small_encoder(seed=1), small_encoder(name="resnet10")]
     assert len({encoder.key for encoder in encoders}) == len(encoders)
     assert small_encoder().key == small_encoder().key
 

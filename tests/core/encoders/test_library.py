@@ -109,9 +109,9 @@ def test_densenet_files_with_names_of_old(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_has_all_that_it_takes(squeezenet: Path, tmp_path: Path) -> None:
-    made = with_statistics(pretrained_encoder(SQUEEZE, 64, squeezenet), CPU, mirror=True)
+    made = with_statistics(pretrained_encoder(SQUEEZE, 64, squeezenet), CPU, views=2)
     save_encoder(tmp_path / "e.safetensors", made, {})
-    back = load_encoder(tmp_path / "e.safetensors", CPU, mirror=True)
+    back = load_encoder(tmp_path / "e.safetensors", CPU, views=2)
     pixels = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(back.encode(pixels), made.encode(pixels)) and back.key == made.key
     assert (back.name, back.size, back.mean) == ("torchvision:squeezenet1_1.IMAGENET1K_V1", 64, (0.485, 0.456, 0.406))
@@ -122,10 +122,10 @@ def test_a_checkpoint_has_all_that_it_takes(squeezenet: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("encoder", ["torchvision:vit_h_14", "torchvision:squeezenet1_1", "torchvision:googlenet"])
 def test_a_header_that_names_another_network(encoder: str, squeezenet: Path, tmp_path: Path) -> None:
     tensors = {f"encoder.net.{name}": t for name, t in list(read_weights(squeezenet).items())[:3]}
-    image = {"size": 518, "mean": [0.5] * 3, "std": [0.5] * 3, "mirror": False}
+    image = {"size": 518, "mean": [0.5] * 3, "std": [0.5] * 3, "views": 1}
     save_checkpoint(tmp_path / "e.safetensors", "encoder", tensors, {"encoder": encoder, "image": image})
     with pytest.raises(CheckpointError if "google" not in encoder else ConfigError):
-        load_encoder(tmp_path / "e.safetensors", CPU, mirror=False)
+        load_encoder(tmp_path / "e.safetensors", CPU, views=1)
 
 
 def test_shapes_are_known_without_memory_for_them() -> None:
