@@ -20,6 +20,7 @@ COMMANDS = [
     "evaluate",
     "export",
     "inspect",
+    "card",
     "presets",
     "data",
     "config",

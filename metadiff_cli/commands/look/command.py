@@ -1,4 +1,4 @@
-"""The signatures of the commands that look around: inspect, presets, config, data, cache, doctor; and of export."""
+"""The signatures of the commands that look around: inspect, presets, config, data, cache, doctor; export and card."""
 
 from pathlib import Path
 from typing import Annotated
@@ -95,6 +95,38 @@ def inspect(
     from metadiff_cli.commands.look.inspect import show_file
 
     show_file(file, Screen(), as_json=as_json)
+
+
+def card(
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FILE",
+            parser=path_option,
+            help=shown("A checkpoint or a saved classifier.", "the checkpoint in the package"),
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, path(options.PLACES, "--out", "-o", metavar="FILE", default="stdout", help="File to write.")
+    ] = None,
+    overwrite: Annotated[bool, option(options.PLACES, "--overwrite", help="Replace an existing file.")] = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write the model card of a checkpoint, for the Hugging Face Hub.
+
+    It is Markdown with a YAML head: library, task, licence, data sets, and the
+    accuracy that was measured at the end of the training. Upload it as
+    README.md beside the checkpoint.
+
+    Examples:
+
+      metadiff card runs/mini/checkpoint.safetensors
+
+      metadiff card runs/mini/checkpoint.safetensors --out README.md
+    """
+    from metadiff_cli.commands.look.card import write_card
+
+    write_card(file, out, Screen(quiet=quiet), overwrite=overwrite)
 
 
 @presets.command("list")
