@@ -41,8 +41,8 @@ MACHINE = ("CUDA", "NVIDIA", "HIP", "MPS", "allocate memory", "out of memory")
 
 # of the tables of the tuning: the lowest and the highest value
 BOUNDS = {
-    "guidance": (1e-3, LARGEST), "level": (0.0, 1.0), "domain": (0.0, 1.0), "scale": (1e-2, 1e3), "prior": (1e-6, LARGEST),
-    "temperature": (1e-5, 1e4),
+    "guidance": (1e-3, LARGEST), "level": (0.0, 1.0), "domain": (0.0, 1.0), "scale": (1e-2, 1e3),
+    "prior": (1e-6, LARGEST), "temperature": (1e-5, 1e4),
 }  # fmt: skip
 
 Number = Annotated[float, Field(ge=0, le=LARGEST)]
@@ -277,7 +277,7 @@ def image_encoder(checkpoint: Checkpoint, device: torch.device) -> ImageEncoder:
 
 
 def _installed(header: EncoderHeader) -> Encoder:
-    """The encoder whose weights are installed. Raises ValueError if the file is another one than the checkpoint names."""
+    """The encoder whose weights are installed. Raises ValueError for other weights than the checkpoint names."""
     if header.encoder not in LITE:
         raise ValueError(f"{header.encoder!r:.80} has no installed weights")
     encoder = pretrained_encoder(header.encoder, header.image.size)
