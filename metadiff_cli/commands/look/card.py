@@ -25,9 +25,9 @@ LICENCES = (
 )  # fmt: skip
 SHOWN = 50  # classes of a classifier that the card names
 USES = {  # how each kind of file is used, from the command line and from Python
-    "model": ("metadiff adapt --checkpoint {} --support ./imgs --query ./q", "FewShotClassifier.from_pretrained({!r})"),
-    "classifier": ("metadiff adapt --classifier {} --query ./q", "FewShotClassifier.load({!r})"),
-    "encoder": ("metadiff adapt --encoder {} --support ./imgs --query ./q", "FewShotClassifier(encoder={!r})"),
+    "model": ("metadiff adapt --checkpoint {} --support ./imgs --query ./q", 'FewShotClassifier.from_pretrained("{}")'),
+    "classifier": ("metadiff adapt --classifier {} --query ./q", 'FewShotClassifier.load("{}")'),
+    "encoder": ("metadiff adapt --encoder {} --support ./imgs --query ./q", 'FewShotClassifier(encoder="{}")'),
     "baseline": ("metadiff evaluate --checkpoint {} --data DIR", ""),
 }
 
@@ -98,7 +98,8 @@ def _body(path: Path, header: Mapping[str, Any]) -> Iterator[str]:
     kind, card = header["kind"], header.get("card", {})
     yield f"# {_name(path, header)}"
     yield ""
-    yield f"{KINDS[kind].partition(' (')[0].capitalize()} of metadiff, which learns image classes from a few images each."
+    what = KINDS[kind].partition(" (")[0].capitalize()
+    yield f"{what} of metadiff, which learns image classes from a few images each."
     yield ""
     command, python = USES[kind]
     yield from ("```sh", "pip install metadiff", command.format(path.name), "```", "")
@@ -116,8 +117,8 @@ def _body(path: Path, header: Mapping[str, Any]) -> Iterator[str]:
         classes = header["classes"]
         named = ", ".join(map(_line, classes[:SHOWN]))
         yield from (f"**Classes** ({len(classes)}). {named}{', ...' if len(classes) > SHOWN else ''}", "")
-    yield f"Encoder: `{_line(header.get('encoder', 'none'))}`. Written by metadiff {_line(header['package'])}; "
-    yield f"this card by metadiff {__version__}."
+    yield f"Encoder: `{_line(header.get('encoder', 'none'))}`."
+    yield f"Written by metadiff {_line(header['package'])}; this card by metadiff {__version__}."
 
 
 def _table(metrics: Mapping[str, Any]) -> Iterator[str]:
