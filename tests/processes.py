@@ -47,10 +47,10 @@ def end(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]
 
 
 def torchrun(command: Sequence[str | Path], count: int = 2) -> subprocess.CompletedProcess[str]:
-    """The command line by torchrun itself."""
+    """The command line, with few episodes to fit on as by `invoke`, by torchrun itself."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return subprocess.run(
-        [*launcher, "-m", "metadiff_cli", *map(str, command)], cwd=ROOT, text=True, capture_output=True,
+        [*launcher, "-m", "tests.hasty", *map(str, command)], cwd=ROOT, text=True, capture_output=True,
         timeout=SECONDS, env={**os.environ, **settings()},
     )  # fmt: skip
 
