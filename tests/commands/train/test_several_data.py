@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jsonschema import Draft202012Validator
 
 from metadiff_cli.commands.train import stages
 from metadiff_cli.config.schema import Config
 from metadiff_cli.core.checkpoints.file import read_header
 from metadiff_cli.core.checkpoints.model import load_model
 from metadiff_cli.core.method.denoisers import UNetDenoiser
-from tests.worlds import CPU, Result, paint
+from tests.worlds import CPU, SCHEMAS, Result, paint
 
 CLI = Callable[..., Result]
 FEW = [
@@ -108,6 +109,7 @@ def test_one_data_set_with_validation_data_trains_its_encoder(sets: dict[str, Pa
 def test_the_plan_knows_all_sets(sets: dict[str, Path], train: Callable[..., Result], tmp_path: Path) -> None:
     data = ["--data", sets["birds"], "--data", sets["signs"], "--val-data", sets["food"], "--dry-run"]
     plan = json.loads(train(*data, "--json").out)
+    Draft202012Validator(SCHEMAS["metadiff.plan/1"]).validate(plan)
     further = [(of["name"], {split: found["classes"] for split, found in of["splits"].items()})
                for of in plan["further_data"]]  # fmt: skip
     assert plan["data"]["splits"].keys() == {"train"} and plan["data"]["splits"]["train"]["classes"] == 12
