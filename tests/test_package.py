@@ -3,7 +3,9 @@
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,29 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = out.glob("*.whl")
     return file
+
+
+def test_wheel_and_sdist_pass_twine(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("twine", reason="twine is not installed; it is in the extra [dev]")
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    checked = [sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(sdist)]
+    done = subprocess.run(checked, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("PASSED") == 2, done.stdout + done.stderr
+    names = tarfile.open(sdist).getnames()
+    assert {"tests/worlds.py", "docs/start.md", "NOTICE", "presets/photos.yaml"} <= {n.split("/", 1)[-1] for n in names}
+
+
+def test_the_metadata_of_the_wheel(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+    about = message_from_bytes(archive.read(name))
+    assert about["Name"] == "metadiff" and about["Version"] == __version__ and about["Author"] and about["Keywords"]
+    kinds = about.get_all("Classifier") or []
+    assert all(f"Programming Language :: Python :: 3.{minor}" in kinds for minor in (11, 12, 13, 14))
+    assert set(about.get_all("Provides-Extra") or []) >= {"docs", "hub", "fast", "heic", "onnx", "timm", "dev"}
+    assert set(about.get_all("License-File") or []) == {"LICENSE", "NOTICE"}
 
 
 def test_presets_come_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:
