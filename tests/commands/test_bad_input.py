@@ -98,6 +98,7 @@ def test_broken_training_images_are_named_and_counted(cli: CLI, tmp_path: Path) 
 def test_unknown_preset(cli: CLI, tmp_path: Path) -> None:
     result = cli("metatrain", "--preset", "glyphs-5w1", "--out", tmp_path / "run")
     assert_refused(result, 2, "glyphs-5w1", "did you mean 'glyphs-5w1s'")
+    assert_refused(cli("metatrain", "--preset", "", "--out", tmp_path / "run"), 2, "unknown preset ''")
 
 
 def test_unknown_keys_are_reported_together(cli: CLI, tmp_path: Path) -> None:

@@ -6,9 +6,8 @@ from typing import Annotated
 import typer
 
 from metadiff_cli.commands import options
-from metadiff_cli.commands.adapt.options import Options
 from metadiff_cli.commands.options import PLACES, SAMPLER, option, path
-from metadiff_cli.commands.paths import path_text
+from metadiff_cli.commands.parsing import path_text
 from metadiff_cli.console import Screen
 
 INPUT, OUTPUT, SORTING, TOGETHER = "Input", "Output", "Sorting", "Unlabelled images"
@@ -158,6 +157,7 @@ def adapt(
 
       metadiff adapt -S ./imgs -Q ./q --reject auto
     """
+    from metadiff_cli.commands.adapt.checks import Options
     from metadiff_cli.commands.adapt.run import run
 
     given = Options(

@@ -5,7 +5,6 @@ from typing import Annotated
 import typer
 
 from metadiff_cli.commands import completions, options
-from metadiff_cli.commands.train.request import Request
 
 
 def pretrain(
@@ -49,7 +48,7 @@ def pretrain(
 
       metadiff pretrain --preset folder --data ./photos --encoder conv4
     """
-    from metadiff_cli.commands.train.run import run_pretrain
+    from metadiff_cli.commands.train.run import Request, run_pretrain
 
     flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
     flags |= {"encoder": encoder, "pretrain.epochs": epochs}
@@ -107,7 +106,7 @@ def metatrain(
 
       metadiff metatrain --preset glyphs-5w1s --report glyphs.html
     """
-    from metadiff_cli.commands.train.run import run_metatrain
+    from metadiff_cli.commands.train.run import Request, run_metatrain
 
     flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
     run_metatrain(Request(

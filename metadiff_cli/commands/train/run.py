@@ -1,7 +1,9 @@
 """What `metadiff pretrain` and `metadiff metatrain` do, from the options to the printed result."""
 
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ from metadiff_cli.commands.train.encoder import (
     validation_way,
 )
 from metadiff_cli.commands.train.plan import show_plan
-from metadiff_cli.commands.train.request import Request
 from metadiff_cli.commands.train.run_folder import CHECKPOINT, ENCODER, RESULT, Run, open_run
 from metadiff_cli.commands.train.stages import train_metadiff, verdict
 from metadiff_cli.commands.train.training import Start, Training, begin
@@ -33,6 +34,29 @@ from metadiff_cli.core.device import CPU
 from metadiff_cli.core.training.distributed import Group, joined
 from metadiff_cli.data.open import find_data
 from metadiff_cli.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for: the options of both commands, then those that `metatrain` alone has."""
+
+    preset: str | None
+    config: Path | None
+    settings: Sequence[str]
+    flags: Mapping[str, object]  # options that are configuration keys; None where one is not given
+    data: Path | None
+    out: Path | None
+    overwrite: bool
+    resume: bool
+    init_from: Path | None
+    dry_run: bool
+    as_json: bool
+    quiet: bool
+    verbose: bool
+    encoder: str | None = None
+    encoder_weights: Path | None = None
+    method: str = "metadiff"
+    report: Path | None = None
 
 
 def run_pretrain(request: Request) -> None:
