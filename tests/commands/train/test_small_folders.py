@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from metadiff_cli.commands.train import episodes
+from metadiff_cli.commands.train import small_folders
 from metadiff_cli.config.load import resolve
 from metadiff_cli.config.schema import Config
 from metadiff_cli.core.checkpoints.file import read_header
@@ -40,7 +40,7 @@ def folder(place: Path, counts: dict[str, int]) -> Path:
 def fit(config: Config, *stages: str, **splits: list[int]) -> tuple[Config, list[str]]:
     notes: list[str] = []
     named = {split: {f"{split}-{i}": count for i, count in enumerate(counts)} for split, counts in splits.items()}
-    return episodes.fitted(config, named, stages, notes.append), notes
+    return small_folders.fitted(config, named, stages, notes.append), notes
 
 
 def test_enough_data_change_nothing() -> None:
