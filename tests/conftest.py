@@ -19,6 +19,7 @@ def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["METADIFF_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["METADIFF_DATA_DIR"] = str(tmp_path_factory.mktemp("data"))
     torch.set_num_threads(1)  # tensors are small, and threads that share a core wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
     yield
     os.environ.update(kept)
 

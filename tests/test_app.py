@@ -38,7 +38,7 @@ def test_results_that_have_no_place_to_go_are_an_error(tmp_path: Path) -> None:
     assert full.returncode == 1 and "No space left on device" in full.stderr
 
 
-@pytest.mark.parametrize("command", ["presets list", "presets list --json", "--help", "config show"])
+@pytest.mark.parametrize("command", ["presets list", "presets list --json", "--help", "config show", "inspect"])
 def test_a_reader_that_has_seen_enough_is_no_failure(command: str, tmp_path: Path) -> None:
     done = shell(f"{COMMAND} {command} | head -1; echo ${{PIPESTATUS[0]}}", tmp_path)
     assert done.stdout.splitlines()[-1] == "0" and done.stderr == ""

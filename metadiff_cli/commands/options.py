@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from metadiff_cli.commands import completions
-from metadiff_cli.commands.paths import path_option
+from metadiff_cli.commands.parsing import path_option
 from metadiff_cli.errors import ConfigError
 
 COMMON, PLACES, TRAINING, SAMPLER = "Common", "Places", "Training", "Sampler"  # groups of the help

@@ -115,7 +115,7 @@ def layers(
     environ: Mapping[str, str] | None = None,
 ) -> list[Layer]:
     """All layers but the flags, in rising precedence. Raises ConfigError."""
-    found: list[Layer] = [(f"preset {preset}", read_preset(preset))] if preset else []
+    found: list[Layer] = [] if preset is None else [(f"preset {preset}", read_preset(preset))]
     found += [(f"--config {file}", read_yaml(file))] if file else []
     found += environment_layers(os.environ if environ is None else environ)
     return found + [("--set", _dotted(*_split_setting(text))) for text in settings]

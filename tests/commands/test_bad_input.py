@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from metadiff_cli import files
 from metadiff_cli.commands.look import inspect
 from metadiff_cli.core.checkpoints.file import load_checkpoint, save_checkpoint
-from tests.worlds import COLOURS, SMALL, Result, paint
+from tests.worlds import COLOURS, Result, paint
 
 CLI = Callable[..., Result]
 
@@ -98,6 +98,7 @@ def test_broken_training_images_are_named_and_counted(cli: CLI, tmp_path: Path) 
 def test_unknown_preset(cli: CLI, tmp_path: Path) -> None:
     result = cli("metatrain", "--preset", "glyphs-5w1", "--out", tmp_path / "run")
     assert_refused(result, 2, "glyphs-5w1", "did you mean 'glyphs-5w1s'")
+    assert_refused(cli("metatrain", "--preset", "", "--out", tmp_path / "run"), 2, "unknown preset ''")
 
 
 def test_unknown_keys_are_reported_together(cli: CLI, tmp_path: Path) -> None:
@@ -211,9 +212,3 @@ def test_an_unforeseen_error_is_one_line(cli: CLI, monkeypatch: pytest.MonkeyPat
 def test_an_interrupt_is_exit_code_130(cli: CLI, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
     monkeypatch.setattr(inspect, "read_header", failing(KeyboardInterrupt()))
     assert cli("inspect", checkpoint).code == 130
-
-
-def test_validation_classes_too_few_for_selection(cli: CLI, tmp_path: Path) -> None:
-    result = cli("metatrain", "--preset", "glyphs-5w1s", "--out", tmp_path / "run", *SMALL,
-                 "--set", "evaluation.way=9")  # fmt: skip
-    assert_refused(result, 3, "9-way", "8")

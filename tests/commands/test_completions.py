@@ -4,6 +4,7 @@ from metadiff_cli.commands import completions
 from metadiff_cli.commands.look.cache import KINDS
 from metadiff_cli.config import schema
 from metadiff_cli.config.load import preset_names
+from metadiff_cli.core.encoders import networks
 from metadiff_cli.data.folders import SPLITS
 
 
@@ -20,6 +21,6 @@ def test_completion_of_names() -> None:
 
 
 def test_the_lists_repeat_what_is_defined_elsewhere() -> None:
-    assert completions.ENCODERS == schema.ENCODERS
+    assert completions.ENCODERS == schema.ENCODERS == tuple(networks.ENCODERS)
     assert tuple(KINDS) == completions.CACHE_KINDS
     assert (*SPLITS, "all") == completions.SPLITS

@@ -3,8 +3,6 @@
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -102,21 +100,6 @@ def test_defaults_in_the_help_are_those_of_the_configuration(flag: str) -> None:
     said = f"[default: {value:g}]" if isinstance(value, float) else f"[default: {value}]"
     options = [option for _, option in OPTIONS if flag in option.opts]
     assert options and all(said in option.help for option in options)
-
-
-LIGHT = """
-import sys, typer, typer.rich_utils
-before = set(sys.modules)
-from metadiff_cli.commands.evaluate import command
-from metadiff_cli.commands.look import command
-names = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(*sorted(names & {"torch", "numpy", "PIL", "pydantic", "yaml", "jinja2", "platformdirs"}))
-"""
-
-
-def test_signatures_import_nothing_heavy() -> None:
-    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
 
 
 # Examples that cannot end well here, with the reason as a comment and the exit code of the MetaDiffError they end with.

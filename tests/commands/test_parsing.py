@@ -1,4 +1,4 @@
-"""All options of all commands: one value once, and no empty path."""
+"""All options of all commands: one value once, and no empty path; paths as people write them."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 import typer
 
 from metadiff_cli.app import app
+from metadiff_cli.commands.parsing import path_option, path_text
 from tests.worlds import Result
 
 CLI = Callable[..., Result]
@@ -24,16 +25,13 @@ def commands(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
 
 def takes_path(command: Any, name: str) -> bool:
     """Whether a parameter is a path, or a list of paths."""
-    hint = get_type_hints(command.callback)[name]
-    return Path in (hint, *get_args(hint), *(inner for part in get_args(hint) for inner in get_args(part)))
+    *_, option = get_args(get_type_hints(command.callback, include_extras=True)[name])
+    return getattr(option, "parser", None) in (path_option, path_text)
 
 
 COMMANDS = list(commands(typer.main.get_command(app)))
 PARAMETERS = [(words, command, p) for words, command in COMMANDS for p in command.params if p.name != "help"]
-NOT_YET = {("refit",)}  # their own options do not use the common parser of paths
-PATHS = [
-    (words, command, p) for words, command, p in PARAMETERS if takes_path(command, p.name) and words not in NOT_YET
-]
+PATHS = [(words, command, p) for words, command, p in PARAMETERS if takes_path(command, p.name)]
 SINGLE = [
     (words, command, p)
     for words, command, p in PARAMETERS
@@ -43,6 +41,17 @@ SINGLE = [
 
 def name_of(value: Any) -> str:
     return " ".join(value) if isinstance(value, tuple) else getattr(value, "name", "")
+
+
+def hints(hint: Any) -> set[Any]:
+    """A type and those that it is made of."""
+    return {hint}.union(*map(hints, get_args(hint)))
+
+
+def test_every_path_is_parsed_as_one() -> None:
+    paths = {(words, p.name) for words, _, p in PATHS}
+    for words, command, p in PARAMETERS:
+        assert (words, p.name) in paths or Path not in hints(get_type_hints(command.callback)[p.name])
 
 
 def called_with(words: tuple[str, ...], command: Any, given: Any, *values: str) -> list[str]:
@@ -64,7 +73,7 @@ def called_with(words: tuple[str, ...], command: Any, given: Any, *values: str) 
 def test_an_empty_path_is_a_usage_error(cli: CLI, words: tuple[str, ...], command: Any, given: Any) -> None:
     result = cli(*called_with(words, command, given, ""))
     assert result.code == 2 and "the path is empty" in result.err and result.out == ""
-    assert given.opts[0].upper() in result.err.upper()
+    assert (given.metavar if given.param_type_name == "argument" else given.opts[0]) in result.err
 
 
 @pytest.mark.parametrize(("words", "command", "given"), SINGLE, ids=name_of)
@@ -76,3 +85,27 @@ def test_two_values_of_one_option_are_refused(cli: CLI, words: tuple[str, ...], 
 def test_flags_and_lists_may_be_repeated(cli: CLI) -> None:
     shown = cli("config", "show", "--json", "--json", "--set", "seed=1", "--set", "encoder=resnet12")
     assert shown.code == 0 and '"seed": 1' in shown.out and "resnet12" in shown.out
+
+
+def test_a_path_is_taken_as_it_is() -> None:
+    for text in (".", "a b", "~backup", "a/~/b", "-"):
+        assert path_option(text) == Path(text)
+
+
+def test_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert path_option("~/x/y") == tmp_path / "x" / "y" and path_option("~") == tmp_path
+
+
+def test_no_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", fail)
+    with pytest.raises(typer.BadParameter, match="needs a home folder"):
+        path_option("~/x")
+
+
+def test_an_empty_path_is_refused() -> None:
+    with pytest.raises(typer.BadParameter, match="the path is empty"):
+        path_option("")

@@ -12,8 +12,8 @@ from metadiff_cli.classify.classifier import Classifier, adapt
 from metadiff_cli.classify.images import Encoded, encode_images
 from metadiff_cli.classify.models import installed_encoders, model_of_encoder, open_model
 from metadiff_cli.classify.support_set import Pool, SupportSet, pool_of, read_support
+from metadiff_cli.commands.adapt.checks import Options
 from metadiff_cli.commands.adapt.inputs import Queries
-from metadiff_cli.commands.adapt.options import Options
 from metadiff_cli.commands.settings import accelerated
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen

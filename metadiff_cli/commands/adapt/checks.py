@@ -1,16 +1,16 @@
-"""Checks of `metadiff adapt` before it reads anything: of its options, and of the places that it writes to.
+"""The options of `metadiff adapt`, and the checks before it reads anything: of them, and of the places it writes to.
 
 An option that has no effect is an error, because whoever gives it expects one.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from metadiff_cli.classify.classifier import default_steps, narrow_draws
 from metadiff_cli.commands.adapt.inputs import Queries
-from metadiff_cli.commands.adapt.options import Options
 from metadiff_cli.commands.adapt.output import WRITERS
 from metadiff_cli.commands.pages.page import check_page
 from metadiff_cli.commands.settings import check_new
@@ -26,6 +26,56 @@ NAMES = {
     "seed": "--seed", "sampler.steps": "--steps", "sampler.samples": "--samples",
     "sampler.temperature": "--temperature", "sampler.guidance": "--guidance",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was given on the command line, by the names of the options; None where an option was not given.
+
+    `more` are arguments without an option. `flags` are the options that set a key of the configuration, by that key.
+    """
+
+    query: list[str]
+    more: list[str]
+    null: bool
+    support: Path | None
+    classifier: Path | None
+    checkpoint: Path | None
+    encoder: str | None
+    encoder_weights: Path | None
+    views: int | None
+    format: str | None
+    as_json: bool
+    top_k: int | None
+    reject_below: float | None
+    reject: str | None
+    labelled: bool
+    strict: bool
+    sort_into: Path | None
+    move: bool
+    transductive: bool
+    unlabeled: Path | None
+    save: Path | None
+    report: Path | None
+    overwrite: bool
+    config: Path | None
+    set: list[str]
+    flags: Mapping[str, object]
+
+    @property
+    def output(self) -> str:
+        """The format of the output."""
+        return "json" if self.as_json else self.format or "table"
+
+    @property
+    def encoders(self) -> list[str]:
+        """The encoders to choose from; none where a checkpoint or a saved classifier has one."""
+        return [name.strip() for name in (self.encoder or "").split(",") if name.strip()]
+
+    @property
+    def adapts(self) -> bool:
+        """Whether a classifier is adapted, rather than used as it was saved."""
+        return self.classifier is None or self.support is not None or self.transductive or self.unlabeled is not None
 
 
 def check_options(given: Options) -> None:

@@ -6,9 +6,8 @@ from typing import Annotated
 import typer
 
 from metadiff_cli.commands import completions, options
-from metadiff_cli.commands.adapt.options import Options
 from metadiff_cli.commands.options import PLACES, SAMPLER, option, path
-from metadiff_cli.commands.paths import path_text
+from metadiff_cli.commands.parsing import path_text
 from metadiff_cli.console import Screen
 
 INPUT, OUTPUT, SORTING, TOGETHER = "Input", "Output", "Sorting", "Unlabelled images"
@@ -195,6 +194,7 @@ def adapt(
 
       metadiff adapt -S ./imgs -Q ./q --encoder lite0,lite2
     """
+    from metadiff_cli.commands.adapt.checks import Options
     from metadiff_cli.commands.adapt.run import run
 
     given = Options(

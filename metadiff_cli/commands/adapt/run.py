@@ -4,9 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from metadiff_cli.commands.adapt.build import Builder, Found, Ready, Start, check_sentences
-from metadiff_cli.commands.adapt.checks import check_folders, check_labels, check_options, check_outputs, sampling_of
+from metadiff_cli.commands.adapt.checks import (
+    Options,
+    check_folders,
+    check_labels,
+    check_options,
+    check_outputs,
+    sampling_of,
+)
 from metadiff_cli.commands.adapt.inputs import Queries, find_queries
-from metadiff_cli.commands.adapt.options import Options
 from metadiff_cli.commands.adapt.output import WRITERS, Writing
 from metadiff_cli.commands.adapt.predict import Predictions
 from metadiff_cli.commands.adapt.report import AdaptReport, write_report

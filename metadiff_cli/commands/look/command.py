@@ -7,8 +7,7 @@ import typer
 
 from metadiff_cli.commands import completions, options
 from metadiff_cli.commands.options import option, path, shown
-from metadiff_cli.commands.parsing import Commands
-from metadiff_cli.commands.paths import path_option
+from metadiff_cli.commands.parsing import Commands, path_option
 from metadiff_cli.console import Screen
 
 GETTING, READING = "Getting it", "Reading"  # groups of the help

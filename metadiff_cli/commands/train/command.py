@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from metadiff_cli.commands import completions, options
-from metadiff_cli.commands.train.request import Data, Request
 
 
 def pretrain(
@@ -50,7 +49,8 @@ def pretrain(
 
       metadiff pretrain --preset folder --data ./photos --encoder conv4
     """
-    from metadiff_cli.commands.train.run import run_pretrain
+    from metadiff_cli.commands.train.data import Data
+    from metadiff_cli.commands.train.run import Request, run_pretrain
 
     flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
     flags |= {"encoder": encoder, "pretrain.epochs": epochs}
@@ -133,7 +133,8 @@ def metatrain(
 
       metadiff metatrain --preset folder --data ./photos --val-data ./imgs
     """
-    from metadiff_cli.commands.train.run import run_metatrain
+    from metadiff_cli.commands.train.data import Data
+    from metadiff_cli.commands.train.run import Request, run_metatrain
 
     flags = options.runtime_flags(seed, device, threads, num_workers, batch_size)
     run_metatrain(Request(

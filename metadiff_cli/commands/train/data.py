@@ -1,10 +1,9 @@
 """The data sets of a training: one or several with base classes, and further ones for validation alone."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from metadiff_cli.commands.train.request import Data
 from metadiff_cli.config.schema import Config, is_pretrained
 from metadiff_cli.data.cache import DecodedSplit
 from metadiff_cli.data.folders import Dataset, all_classes, require_split
@@ -12,6 +11,19 @@ from metadiff_cli.data.open import Reporter, Source, find_data, open_source
 from metadiff_cli.errors import ConfigError
 
 Decode = Callable[[], DecodedSplit]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The folders of --data and --val-data. Without any, the data set is in its usual place."""
+
+    base: Sequence[Path] = ()
+    validation: Sequence[Path] = ()
+
+    @property
+    def first(self) -> Path | None:
+        """The first folder with base classes."""
+        return self.base[0] if self.base else None
 
 
 def folders_of(data: Data, config: Config) -> list[Path]:

@@ -1,8 +1,9 @@
 """What `metadiff pretrain` and `metadiff metatrain` do, from the options to the printed result."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from metadiff_cli.commands.evaluate.report import write_evaluation_report
 from metadiff_cli.commands.evaluate.table import show_result
 from metadiff_cli.commands.pages.page import check_page
 from metadiff_cli.commands.train.baselines import train_baseline
-from metadiff_cli.commands.train.data import check_data, folders_of
+from metadiff_cli.commands.train.data import Data, check_data, folders_of
 from metadiff_cli.commands.train.encoder import (
     check_encoder,
     image_size,
@@ -22,7 +23,6 @@ from metadiff_cli.commands.train.encoder import (
     validation_way,
 )
 from metadiff_cli.commands.train.plan import show_plan
-from metadiff_cli.commands.train.request import Request
 from metadiff_cli.commands.train.run_folder import CHECKPOINT, ENCODER, RESULT, Run, open_run
 from metadiff_cli.commands.train.stages import train_metadiff, verdict
 from metadiff_cli.commands.train.training import Start, Training, begin
@@ -34,6 +34,29 @@ from metadiff_cli.core.checkpoints.model import load_encoder
 from metadiff_cli.core.device import CPU
 from metadiff_cli.core.training.distributed import Group, joined
 from metadiff_cli.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for: the options of both commands, then those that `metatrain` alone has."""
+
+    preset: str | None
+    config: Path | None
+    settings: Sequence[str]
+    flags: Mapping[str, object]  # options that are configuration keys; None where one is not given
+    data: Data
+    out: Path | None
+    overwrite: bool
+    resume: bool
+    init_from: Path | None
+    dry_run: bool
+    as_json: bool
+    quiet: bool
+    verbose: bool
+    encoder: str | None = None
+    encoder_weights: Path | None = None
+    method: str = "metadiff"
+    report: Path | None = None
 
 
 def run_pretrain(request: Request) -> None:

@@ -12,9 +12,9 @@ from metadiff_cli.commands.evaluate.measure import measure
 from metadiff_cli.commands.settings import sampling_of
 from metadiff_cli.commands.train.card import model_card
 from metadiff_cli.commands.train.encoder import find_encoder
-from metadiff_cli.commands.train.episodes import measured_split
 from metadiff_cli.commands.train.resume import Update, follow, show_step
 from metadiff_cli.commands.train.run_folder import CHECKPOINT, STATE
+from metadiff_cli.commands.train.small_folders import measured_split
 from metadiff_cli.commands.train.training import Base, Training
 from metadiff_cli.core.checkpoints.model import Model, save_model
 from metadiff_cli.core.encoders.bank import FeatureBank

@@ -11,10 +11,9 @@ import torch
 
 from metadiff_cli.commands.evaluate.methods import feature_bank
 from metadiff_cli.commands.settings import start as start_device
-from metadiff_cli.commands.train.data import open_sources
-from metadiff_cli.commands.train.episodes import FEWEST, drawn_splits, fitted, too_small
-from metadiff_cli.commands.train.request import Data
+from metadiff_cli.commands.train.data import Data, open_sources
 from metadiff_cli.commands.train.run_folder import Run, depends
+from metadiff_cli.commands.train.small_folders import FEWEST, drawn_splits, fitted, too_small
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.baselines.learners import ON_IMAGES

@@ -82,9 +82,7 @@ class ClassStatistics:
             for within, between in zip(self.within, self.between, strict=True)
         ]
         precision = torch.cat([values for _, values in solved])
-        return TaskSpace(
-            self.means.mean(dim=0).float(), tuple(_rounded(b) for b, _ in solved), precision.float()
-        )
+        return TaskSpace(self.means.mean(dim=0).float(), tuple(_rounded(b) for b, _ in solved), precision.float())
 
     @property
     def groups(self) -> tuple[int, ...]:

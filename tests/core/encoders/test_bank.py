@@ -156,3 +156,9 @@ def test_features_that_are_not_finite_are_refused(
     with pytest.raises(DataError, match="not finite"):
         build(encoder, tmp_path, lambda done, total: None)
     assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_images_per_pass_follow_the_device_unless_given(encoder: ImageEncoder) -> None:
+    """On a CPU large batches take memory and are no faster."""
+    assert Encoding(encoder).batch == 32 and Encoding(encoder, 7).batch == 7
+    assert Encoding(replace(encoder, device=torch.device("cuda"))).batch == 256
