@@ -36,8 +36,9 @@ def test_wheel_and_sdist_pass_twine(wheel: Path, tmp_path: Path) -> None:
     checked = [sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(sdist)]
     done = subprocess.run(checked, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("PASSED") == 2, done.stdout + done.stderr
-    names = tarfile.open(sdist).getnames()
-    assert {"tests/worlds.py", "docs/start.md", "NOTICE", "presets/photos.yaml"} <= {n.split("/", 1)[-1] for n in names}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"tests/worlds.py", "docs/start.md", "NOTICE", "presets/photos.yaml"} <= names
 
 
 def test_the_metadata_of_the_wheel(wheel: Path) -> None:
