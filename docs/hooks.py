@@ -8,6 +8,7 @@ import ast
 import inspect
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 import typer
 from pydantic import BaseModel
 
-from metadiff_cli.app import app
-from metadiff_cli.config.schema import Config
-
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the reference is that of this checkout, whatever is installed
+
+from metadiff_cli.app import app  # noqa: E402
+from metadiff_cli.config.schema import Config  # noqa: E402
+
 API = ROOT / "metadiff_cli" / "api.py"
 BESIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")  # in the root of the repository
 PYTHON = "<!-- reference: FewShotClassifier -->"  # a line of docs/python.md
@@ -35,9 +38,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Fill in the reference of the Python class, and turn links out of docs/ to the pages above. Called by MkDocs."""
-    for name in (*BESIDE, "README.md"):
-        page = "index.md" if name == "README.md" else name.lower()
-        markdown = re.sub(rf"\]\(\.\./{re.escape(name)}(#[\w-]*)?\)", rf"]({page}\1)", markdown)
+    markdown = re.sub(r"\]\(\.\./README\.md(#[\w-]*)?\)", "](index.md)", markdown)
+    for name in BESIDE:
+        markdown = markdown.replace(f"](../{name}", f"]({name.lower()}")
     return markdown.replace(PYTHON, python_reference())
 
 
@@ -46,8 +49,10 @@ def generated() -> dict[str, str]:
     pages = {"reference/commands.md": commands_reference(), "reference/settings.md": settings_reference()}
     for name in BESIDE:
         # links of such a file are relative to the root, and so to a folder above docs/
-        text = (ROOT / name).read_text(encoding="utf-8")
-        pages[name.lower()] = re.sub(r"\]\(docs/([\w-]+\.md)", r"](\1", text)
+        text = re.sub(r"\]\(docs/([\w-]+\.md)", r"](\1", (ROOT / name).read_text(encoding="utf-8"))
+        for other in BESIDE:
+            text = text.replace(f"]({other}", f"]({other.lower()}")
+        pages[name.lower()] = text
     return pages
 
 
