@@ -11,7 +11,6 @@ support's cross-entropy (descent.py).
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -106,9 +105,9 @@ class TaskClassifier:
     domain: Tensor
     weights: Tensor
 
-    @cached_property
+    @property
     def parts(self) -> Tensor:
-        """The weights r (B, P) of the parts of the joint feature."""
+        """The weights r (B, P) of the parts of the joint feature. (Kept nowhere: an exporter traces stand-ins.)"""
         return self.metric.weights(self.settings)
 
     @property
