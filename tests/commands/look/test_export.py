@@ -14,7 +14,7 @@ import torch
 from jsonschema import Draft202012Validator
 
 from metadiff_cli.core.checkpoints import onnx as export
-from metadiff_cli.core.checkpoints.classifier import load_classifier
+from metadiff_cli.core.checkpoints.classifier import load_classifier, settings_header
 from metadiff_cli.data.images import load_square
 from tests.worlds import COLOURS, Result, invoke, paint
 
@@ -67,7 +67,7 @@ def test_the_file_says_what_it_is(classifier: Path, graph: tuple[Path, dict[str,
     kept = session.get_modelmeta().custom_metadata_map
     facts = json.loads(kept["metadiff"])
     assert json.loads(kept["classes"]) == list(saved.classes) == document["classes"]
-    assert facts["calibration"] == {"scale": saved.task.scale, "guidance": saved.task.single_guidance()}
+    assert facts["settings"] == settings_header(saved.task.settings)
     assert facts["image"]["size"] == saved.images.size == session.get_inputs()[0].shape[1]
     Draft202012Validator(json.loads((resources("metadiff_cli.schemas") / "export-1.json").read_text())).validate(
         document
