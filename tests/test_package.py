@@ -147,8 +147,8 @@ def test_no_cells_of_the_core_draw() -> None:
         ), path
 
 
-def test_the_preset_table_of_the_readme_is_current() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_table_of_presets_is_current() -> None:
+    text = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
     for name in preset_names():
         values = read_preset(name)
         assert f"| `{name}` | {values['kind']} | {values['summary']} | {values['expect']} |" in text
