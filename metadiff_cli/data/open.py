@@ -12,7 +12,7 @@ from metadiff_cli.data.cache import DecodedSplit, decode_split
 from metadiff_cli.data.folders import Dataset, Split, require_split
 from metadiff_cli.data.glyphs import glyph_dataset
 from metadiff_cli.data.scan import check_folder
-from metadiff_cli.errors import DataError
+from metadiff_cli.errors import ConfigError, DataError
 from metadiff_cli.files import cache_dir, data_dir
 
 BROKEN_SHOWN = 5  # broken images that are named; the others are counted
@@ -106,11 +106,15 @@ def open_source(
 def find_data(config: Config, given: Path | None) -> Path:
     """The folder of the data set; glyphs need none.
 
-    Raises DataError when no folder was given and the data set is not in its usual place.
+    Raises DataError when no folder was given and the data set is not in its usual place, ConfigError when one was given
+    for glyphs.
     """
     name = config.data.name
     place = given or data_dir(name)
     if config.data.layout == "glyphs":
+        if given is not None:
+            hint = "leave out --data, or take a preset for images in folders, such as `folder`"
+            raise ConfigError("--data has no effect: glyphs are drawn", hint=hint)
         return place
     if given is None and not place.exists():
         if name not in KNOWN:
