@@ -24,6 +24,7 @@ from metadiff_cli.config.schema import Config  # noqa: E402
 
 API = ROOT / "metadiff_cli" / "api.py"
 BESIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")  # in the root of the repository
+ANY = 2**60  # a limit that large is none that a person meets
 PYTHON = "<!-- reference: FewShotClassifier -->"  # a line of docs/python.md
 
 
@@ -142,7 +143,8 @@ def value(schema: dict[str, Any]) -> str:
     kind = {"integer": "whole number", "boolean": "true or false", "string": "text", "array": "list"}
     text = kind.get(schema["type"], schema["type"])
     bounds = {"minimum": "from {}", "exclusiveMinimum": "above {}", "maximum": "to {}", "exclusiveMaximum": "below {}"}
-    return " ".join([text, *(words.format(f"{schema[key]:,}") for key, words in bounds.items() if key in schema)])
+    said = [words.format(f"{schema[key]:,}") for key, words in bounds.items() if abs(schema.get(key, ANY)) < ANY]
+    return " ".join([text, *said])
 
 
 def comments(section: type[BaseModel]) -> dict[str, str]:

@@ -1,6 +1,10 @@
-"""README and docs/: commands and options that exist, links that lead somewhere, pictures that stand for themselves."""
+"""README and docs/: commands that parse, links that lead somewhere, pictures that stand alone, and the site."""
 
+import importlib.util
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +14,17 @@ import pytest
 import typer
 from PIL import Image
 
-from metadiff_cli import __version__
+from metadiff_cli import FewShotClassifier, __version__
 from metadiff_cli.app import app
+from metadiff_cli.config.load import flat
+from metadiff_cli.config.schema import Config
 from tests.benchmarks.__main__ import build_parser
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in ("adapt", "train", "evaluate", "results"))]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *DOCS]
+WITH_COMMANDS = {"README.md", "index.md", "start.md", "adapt.md", "train.md", "evaluate.md", "share.md", "pipelines.md"}
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -27,25 +35,32 @@ def options(command: Any) -> set[str]:
 
 
 def written(page: Path) -> Iterator[list[str]]:
-    """The words of each `metadiff ...` line of a page, also behind a pipe or a path."""
+    """The words of each line of code that runs metadiff, also behind a pipe, a path or a launcher."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    for line in re.findall(r"^(?:.*(?:\||&&) |.*/bin/)?metadiff ([a-z].*)$", text, re.M):
-        yield line.split()
+    # an odd number of fences before a piece means that it is code, after the name of its language
+    code = "\n".join(block for block in text.split("\n```")[1::2] if block.startswith("sh\n"))
+    launchers = r"(?:.*(?:\||&&) |.*/bin/|uvx --from \S+ |docker run .* |torchrun .*-m )?"
+    for line in re.findall(rf"^{launchers}metadiff(?:_cli)? ([a-z].*)$", code, re.M):
+        yield shlex.split(line.partition(" > ")[0], comments=True)
 
 
 @every_page
-def test_commands_and_their_options_exist(page: Path) -> None:
+def test_commands_parse(page: Path) -> None:
+    """Typer takes each command line with all its options and values; nothing is run."""
     lines = list(written(page))
-    assert lines or page.name == "results.md"
+    assert lines or page.name not in WITH_COMMANDS
     for words in lines:
         command: Any = typer.main.get_command(app)
         while words and words[0] in getattr(command, "commands", {}):
             command = command.commands[words.pop(0)]
         assert not hasattr(command, "commands"), words
-        assert {word for word in words if re.fullmatch(r"--[a-z-]+|-[a-zA-Z0-9]", word)} <= options(command), words
+        command.make_context("metadiff", list(words))
 
 
-LAUNCHERS = {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--ntasks-per-node"}  # torchrun, srun
+LAUNCHERS = {  # options of torchrun and srun, pip and uvx, docker, mkdocs, ruff
+    "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--ntasks-per-node", "--index-url", "--from",
+    "--tag", "--rm", "--volume", "--strict", "--check",
+}  # fmt: skip
 
 
 @every_page
@@ -68,9 +83,56 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not heading or heading in anchors, target
 
 
-def test_every_page_is_linked_from_the_readme() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert all(f"(docs/{page.name})" in text for page in (ROOT / "docs").glob("*.md"))
+def test_every_page_is_in_the_navigation_and_on_the_first_page() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    named = set(re.findall(r": ([\w/-]+\.md)$", text, re.M))
+    assert named == {page.name for page in DOCS} | set(hooks().generated())
+    first = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert all(f"({page.name})" in first for page in DOCS if page.name not in ("index.md", "architecture.md"))
+
+
+def hooks() -> Any:
+    """docs/hooks.py, which MkDocs loads by its path."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module
+
+
+def test_the_reference_has_every_command_option_and_setting() -> None:
+    pages = hooks().generated()
+    commands, root = pages["reference/commands.md"], typer.main.get_command(app)
+    assert all(f"`{option}" in commands for option in options(root) if option.startswith("-") and option != "--help")
+    for name, command in hooks().commands(root, "metadiff"):
+        assert f"\n## {name}\n" in commands and (command.help or "").split("\n")[0].replace("\\[", "[") in commands
+    settings = pages["reference/settings.md"]
+    assert all(f"| `{key}` |" in settings for key in flat(Config().model_dump()))
+    assert "number from 0 to 1" in settings and "`one-cycle`, `cosine`" in settings and "above 0 or null" in settings
+    assert "averaged: 1 the whole image" in settings  # a comment above its field
+
+
+def test_the_python_page_has_every_public_method() -> None:
+    text = hooks().on_page_markdown((ROOT / "docs" / "python.md").read_text(encoding="utf-8"))
+    public = [name for name in vars(FewShotClassifier) if not name.startswith("_")]
+    assert "predict_proba" in public and all(f"\n### {name}\n" in text for name in public)
+    assert all(f"- `{name}`: " in text for name in FewShotClassifier().get_params())
+
+
+def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="mkdocs-material is not installed; it is the extra [docs]")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > len(DOCS)
+    for page in pages:
+        loaded = re.findall(
+            r"<(?:script|link|img|iframe|source)[^>]*(?:src|href)=[\"']?([^\"' >]+)", page.read_text("utf-8")
+        )
+        assert not [target for target in loaded if re.match(r"(https?:)?//", target)], page
 
 
 def test_the_citation_has_this_version() -> None:
@@ -80,7 +142,7 @@ def test_the_citation_has_this_version() -> None:
 @pytest.mark.parametrize("picture", sorted((ROOT / "docs" / "images").iterdir()), ids=lambda path: path.name)
 def test_pictures_are_small_and_load_nothing(picture: Path) -> None:
     assert picture.stat().st_size < 300_000
-    assert f"docs/images/{picture.name}" in README.read_text(encoding="utf-8")
+    assert any(f"images/{picture.name}" in page.read_text(encoding="utf-8") for page in PAGES)
     if picture.suffix == ".svg":
         text = picture.read_text(encoding="utf-8")
         ElementTree.fromstring(text)
