@@ -11,7 +11,7 @@ from metadiff_cli._version import __version__
 from metadiff_cli.commands.settings import check_new
 from metadiff_cli.commands.train.card import ORDER
 from metadiff_cli.console import Screen
-from metadiff_cli.core.checkpoints.file import KINDS, read_header
+from metadiff_cli.core.checkpoints.file import KINDS, damaged, read_header, reason_of
 from metadiff_cli.data.benchmarks import KNOWN
 from metadiff_cli.data.hub import fetch, shown
 from metadiff_cli.errors import CheckpointError
@@ -49,11 +49,18 @@ def write_card(file: Path | None, out: Path | None, screen: Screen, *, overwrite
 
 
 def hub_card(path: Path, header: Mapping[str, Any]) -> str:
-    """The card in Markdown, with its YAML head. Raises CheckpointError for the state of an unfinished training."""
+    """The card in Markdown, with its YAML head.
+
+    Raises CheckpointError for the state of an unfinished training, and for a header of another form.
+    """
     if header["kind"] not in USES:
         raise CheckpointError(f"{path} is {KINDS[header['kind']]}", hint="give a checkpoint.safetensors")
-    head = yaml.safe_dump(card_head(path, header), sort_keys=False, allow_unicode=True)
-    return f"---\n{head}---\n\n" + "\n".join(_body(path, header)) + "\n"
+    try:
+        head = yaml.safe_dump(card_head(path, header), sort_keys=False, allow_unicode=True)
+        body = "\n".join(_body(path, header))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise damaged(path, reason_of(error)) from error
+    return f"---\n{head}---\n\n{body}\n"
 
 
 def card_head(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import yaml
 
 from metadiff_cli.commands.look.card import hub_card
 from metadiff_cli.core.checkpoints.file import read_header, save_checkpoint
+from metadiff_cli.errors import CheckpointError
 from tests.worlds import Result
 
 CLI = Callable[..., Result]
@@ -99,3 +100,11 @@ def test_the_state_of_a_training_has_none(cli: CLI, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "s.safetensors", "state", {}, {})
     refused = cli("card", tmp_path / "s.safetensors")
     assert refused.code == 4 and "unfinished training" in refused.err
+
+
+@pytest.mark.parametrize(
+    "changes", [{"card": 1}, {"metrics": {"methods": 1}}, {"metrics": {"methods": {"a": {}}}}, {"config": []}]
+)
+def test_a_header_of_another_form_is_told(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="is damaged"):
+        card_of(tmp_path, **changes)
