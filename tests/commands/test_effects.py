@@ -20,7 +20,13 @@ from tests.worlds import COLOURS, Result, invoke, paint
 
 CLI = Callable[..., Result]
 OUTPUT_ONLY = {"--quiet", "--verbose"}  # what else is printed, never the results
-SPEED_ONLY = {"--device": "cpu", "--threads": "1", "--num-workers": "2", "--batch-size": "7"}  # how fast, never what
+SPEED_ONLY = {
+    "--device": "cpu",
+    "--threads": "1",
+    "--num-workers": "2",
+    "--batch-size": "7",
+    "--backend": "torch",
+}  # how fast, never what
 FLAG = ""  # the value of an option that takes none
 UNSTABLE = ("episodes_per_second", "newest")  # parts of documents that differ from run to run
 RECORDS = ("manifest.json", "result.json", "metrics.csv", "config.yaml")  # files of a run that tell times and machine
@@ -51,7 +57,7 @@ ADAPT = Walk(
         "--top-k": "1", "--reject-below": "0.99", "--reject": "auto", "--sort-into": "sorted", "--unlabeled": "photos",
         "--checkpoint": "gone.safetensors", "--save": "new.safetensors", "--report": "new.html",
         "--steps": "3", "--samples": "2", "--temperature": "1", "--guidance": "2", "--config": "own.yaml",
-        "--set": "seed=5", "--seed": "5",
+        "--set": "seed=5", "--seed": "5", "--encoder": "lite0", "--encoder-weights": "saved.safetensors", "--views": "1",
     },
     {
         "--overwrite": {"--save": "saved.safetensors"}, "--json": {"--format": "table"},
@@ -83,6 +89,7 @@ METATRAIN = Walk(
 )  # fmt: skip
 OTHERS = {
     "inspect": Walk({"": "run/checkpoint.safetensors"}, {}),
+    "card": Walk({"": "run/checkpoint.safetensors"}, {"--out": "new.md"}, {"--overwrite": {"--out": "there.onnx"}}),
     "doctor": Walk({}, {}),
     "export": Walk(
         {"": "saved.safetensors", "--onnx": "a.onnx"}, {"--onnx": "b.onnx"}, {"--overwrite": {"--onnx": "there.onnx"}}

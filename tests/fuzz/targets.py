@@ -17,11 +17,15 @@ def small_classifier(path: Path) -> Path:
     from metadiff_cli.core.checkpoints.classifier import StoredClassifier, StoredImages, save_classifier
     from metadiff_cli.core.checkpoints.model import load_model
     from metadiff_cli.core.method.adapt import TaskClassifier
+    from metadiff_cli.core.method.metric import TaskSettings
     from tests.worlds import small_model
 
     model = load_model(small_model(path.with_name("base.safetensors")), torch.device("cpu"))
     classes, size = ("a", "ß", "日本"), model.images.feature_size
-    task = TaskClassifier(model.metadiff.space, torch.randn(1, 1, 3, size), 4.0, 10.0)
+    metric = model.metadiff.metric
+    one, wide = torch.ones(1), sum(metric.parts)
+    settings = TaskSettings(4 * one, 0 * one, one, 2 * one, 3.0, 0.1)
+    task = TaskClassifier(metric, settings, torch.randn(1, 1, wide), torch.randn(1, 1, 3, wide))
     support = StoredImages(torch.randn(4, size), tuple(bytes([i]) * 32 for i in range(4)))
     names = ("a/1", "a/2", "b/1", "c/1")
     save_classifier(path, StoredClassifier(model, task, classes, support, np.array([0, 0, 1, 2]), names))

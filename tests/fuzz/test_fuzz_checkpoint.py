@@ -80,7 +80,11 @@ def test_the_sound_ones_are_read(sound: Sound, classifier: Sound, tmp_path: Path
 
 
 def test_a_classifier_with_a_scale_or_names_that_are_none_is_refused(classifier: Sound, tmp_path: Path) -> None:
-    for place, value in ((("scale",), float("inf")), (("guidance",), "4"), (("support", 0), 7), (("support",), "abcd")):
+    odd: tuple[tuple[tuple[Any, ...], Any], ...] = (
+        (("settings", "scale"), float("inf")), (("settings", "guidance"), "4"), (("support", 0), 7),
+        (("support",), "abcd"),
+    )  # fmt: skip
+    for place, value in odd:
         (tmp_path / "x").write_bytes(classifier.bytes(inner=replaced(classifier.inner, place, value, drop=False)))
         with pytest.raises(CheckpointError):
             read_any(tmp_path / "x")
@@ -165,7 +169,7 @@ HEADERS: dict[str, dict[tuple[Any, ...], Any]] = {
     "a denoiser of terabytes": {("denoiser", "width"): 16_384},
     "a denoiser beyond the limits": {("denoiser", "width"): 10**9},
     "a huge image": {("image", "size"): 10**6},
-    "a scale that overflows": {("tuning", "calibration", "log_scales"): [[1e5]]},
+    "a scale that overflows": {("tuning", "scale", "values"): [[1e5]]},
     "no number": {("tuning", "guidance"): "1"},
     "not finite": {("image", "mean"): [float("nan")] * 3},
     "no deviation": {("image", "std"): [0, 1, 1]},

@@ -64,9 +64,9 @@ class Predictions:
         return ((image, None if image.features is None else next(scores)) for image in batch)
 
     def _scores(self, z: torch.Tensor) -> list[Scores]:
-        probabilities = self.ready.classifier.probabilities(z).tolist()
-        rejector = self.ready.rejector
-        margins = [None] * len(z) if rejector is None else rejector.margins(z.unsqueeze(0))[0].tolist()
+        classifier, rejector = self.ready.classifier, self.ready.rejector
+        probabilities = classifier.probabilities(z).tolist()
+        margins = [None] * len(z) if rejector is None else rejector.margins(classifier.expanded(z))[0].tolist()
         return list(zip(probabilities, margins, strict=True))
 
     def _decided(self, query: Query, image: Encoded, scores: Scores | None) -> Outcome:

@@ -73,7 +73,7 @@ def test_stages_are_shares_of_the_image_size() -> None:
 
 
 SIZES = {  # of images in the stages of a preset's training, in pixels
-    "folder": [64, 84], "photos": [42, 60, 84], "mini-5w1s": [48, 64, 84], "tiered-5w5s": [48, 64, 84],
+    "folder": [64, 84], "mini-5w1s": [48, 64, 84], "tiered-5w5s": [48, 64, 84],
     "mini-5w5s-resnet12": [56, 70, 84], "glyphs-5w1s": [],
 }  # fmt: skip
 
