@@ -76,7 +76,7 @@ CheckpointFile = Annotated[
     Path | None,
     path(
         PLACES, "--checkpoint", "-c", metavar="FILE", default="the one in the package",
-        help="The checkpoint.safetensors of a run.",
+        help="The checkpoint.safetensors of a run, or hf://USER/REPO/FILE@REVISION.",
     ),
 ]  # fmt: skip
 Report = Annotated[
