@@ -23,6 +23,7 @@ LICENCES = (
     "mit", "apache-2.0", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0",
     "cc-by-nc-sa-4.0", "gpl-3.0", "lgpl-3.0", "mpl-2.0",
 )  # fmt: skip
+SEVERAL = "the mean over them"  # in a line of the protocol that names several data sets
 SHOWN = 50  # classes of a classifier that the card names
 USES = {  # how each kind of file is used, from the command line and from Python
     "model": ("metadiff adapt --checkpoint {} --support ./imgs --query ./q", 'FewShotClassifier.from_pretrained("{}")'),
@@ -70,12 +71,19 @@ def card_head(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     head: dict[str, Any] = {"library_name": "metadiff", "pipeline_tag": TASK["type"]}
     head |= {"license": licence} if licence in LICENCES else {"license": "other", "license_name": "see-the-model-card"}
     head["tags"] = ["metadiff", "few-shot-learning", header["kind"], _slug(str(header.get("encoder", "")))]
-    dataset = header.get("config", {}).get("data", {}).get("name")
-    if dataset in KNOWN:
+    dataset = _dataset(header)
+    if dataset is not None:
         head["datasets"] = [dataset]
     if results := _results(header, dataset):
         head["model-index"] = [{"name": name, "results": results}]
     return head
+
+
+def _dataset(header: Mapping[str, Any]) -> str | None:
+    """The name of the data set, None for a folder of one's own and for several data sets."""
+    name = header.get("config", {}).get("data", {}).get("name")
+    several = any(SEVERAL in line for line in header.get("card", {}).get("protocol", []))
+    return name if name in KNOWN and not several else None
 
 
 def _results(header: Mapping[str, Any], dataset: str | None) -> list[dict[str, Any]]:
@@ -87,12 +95,12 @@ def _results(header: Mapping[str, Any], dataset: str | None) -> list[dict[str, A
     measured = methods.get("metadiff") or next(iter(methods.values()))
     episodes = f"{metrics['way']}-way {metrics['shot']}-shot"
     values = [{
-        "type": "accuracy", "value": measured["accuracy"],
-        "name": f"{episodes} accuracy in %, 95 % interval ± {measured['ci95']}",
+        "type": "accuracy", "value": round(measured["accuracy"], 2),
+        "name": f"{episodes} accuracy in %, 95 % interval ± {measured['ci95']:.2f}",
     }]  # fmt: skip
     if measured.get("ece") is not None:
-        values.append({"type": "ece", "value": measured["ece"], "name": f"{episodes} calibration error in %"})
-    data = {"type": _slug(dataset or "folder"), "name": dataset or "folder", "split": metrics["split"]}
+        values.append({"type": "ece", "value": round(measured["ece"], 2), "name": f"{episodes} calibration error in %"})
+    data = {"type": dataset or "custom", "name": dataset or "see the protocol in the card", "split": metrics["split"]}
     return [{"task": dict(TASK), "dataset": {**data, "args": _episodes(metrics)}, "metrics": values}]
 
 
@@ -118,7 +126,7 @@ def _body(path: Path, header: Mapping[str, Any]) -> Iterator[str]:
         yield ""
     for key in ORDER:
         if key in card:
-            yield from (f"**{key.capitalize()}.** {_sentence(card[key])}", "")
+            yield from _entry(key.capitalize(), card[key])
     yield from _table(header.get("metrics", {}))
     if kind == "classifier":
         classes = header["classes"]
@@ -153,9 +161,12 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-") or "none"
 
 
-def _sentence(value: object) -> str:
-    lines = value if isinstance(value, list) else [value]
-    return "; ".join(map(_line, lines)).rstrip(".") + "."
+def _entry(key: str, value: object) -> Iterator[str]:
+    """One entry of the stored card: a sentence, or a list."""
+    if isinstance(value, list):
+        yield from (f"**{key}:**", "", *(f"- {_line(line)}" for line in value), "")
+    else:
+        yield from (f"**{key}.** {_line(value).rstrip('.')}.", "")
 
 
 def _line(value: object) -> str:

@@ -9,6 +9,8 @@ import torch
 import yaml
 
 from metadiff_cli.commands.look.card import hub_card
+from metadiff_cli.commands.train.card import model_card
+from metadiff_cli.config.schema import Config
 from metadiff_cli.core.checkpoints.file import read_header, save_checkpoint
 from metadiff_cli.errors import CheckpointError
 from tests.worlds import Result
@@ -43,7 +45,7 @@ def test_the_head_has_what_the_hub_reads(tmp_path: Path) -> None:
     (result,) = model["results"]
     assert model["name"] == "metadiff-mini-5w1s" and result["metrics"][0]["value"] == 60.82
     assert result["dataset"]["split"] == "val" and result["dataset"]["args"]["episodes"] == 1000
-    assert "| prototype | 60.33 ± 0.34 |  |" in body and "**Protocol.** one; two." in body
+    assert "| prototype | 60.33 ± 0.34 |  |" in body and "**Protocol:**\n\n- one\n- two\n" in body
 
 
 def test_the_library_of_the_hub_reads_the_results(tmp_path: Path) -> None:
@@ -73,6 +75,15 @@ def test_a_header_decides_neither_about_the_table_nor_about_html(tmp_path: Path)
     head, body = card_of(tmp_path, card={"summary": hostile}, metrics={**HEADER["metrics"], "methods": methods})
     assert "<script" not in body and "| x &#124; y --- &lt;script> |" in body and "**Summary.** x &#124; y" in body
     assert head["license"] == "other"
+
+
+def test_several_data_sets_are_not_named_as_one(tmp_path: Path) -> None:
+    sets = [{"name": "food", "methods": METHODS}, {"name": "signs", "methods": METHODS}]
+    result = {"mean": METHODS, "data": sets, "protocol": "inductive", **HEADER["metrics"]}
+    stored = model_card(Config(), "lite0", 224, 0, [result], "none")
+    head, body = card_of(tmp_path, card=stored)
+    assert "datasets" not in head and "food, signs" in body
+    assert head["model-index"][0]["results"][0]["dataset"]["type"] == "custom"
 
 
 def test_names_of_support_images_stay_at_home(tmp_path: Path) -> None:
