@@ -270,7 +270,7 @@ def _process(metadiff: MetaDiff, support: TaskSupport, sampling: Sampling, pool:
         logits, usual = held.logits(settings)[:, rows], float(settings.temperature[0])
         settings = replace(settings, temperature=task_temperatures(logits, support.one_hot()[rows], usual))
     middle = support.means().mean(dim=1, keepdim=True)
-    domain = torch.lerp(metric.origin.expand_as(middle), middle, settings.domain.view(-1, 1, 1))
+    domain = torch.lerp(metric.origin.to(middle).expand_as(middle), middle, settings.domain.view(-1, 1, 1))
     process = _Process(metadiff, support, sampling, TaskClassifier(metric, settings, domain, middle.unsqueeze(0)))
     if pool is not None and pool.shape[1] > 0:
         process.guided_by(pool, metadiff.tuning.pool)
