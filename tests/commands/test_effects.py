@@ -57,7 +57,8 @@ ADAPT = Walk(
         "--top-k": "1", "--reject-below": "0.99", "--reject": "auto", "--sort-into": "sorted", "--unlabeled": "photos",
         "--checkpoint": "gone.safetensors", "--save": "new.safetensors", "--report": "new.html",
         "--steps": "3", "--samples": "2", "--temperature": "1", "--guidance": "2", "--config": "own.yaml",
-        "--set": "seed=5", "--seed": "5", "--encoder": "lite0", "--encoder-weights": "saved.safetensors", "--views": "1",
+        "--set": "seed=5", "--seed": "5", "--encoder": "lite0", "--encoder-weights": "saved.safetensors",
+        "--views": "6",
     },
     {
         "--overwrite": {"--save": "saved.safetensors"}, "--json": {"--format": "table"},
@@ -83,6 +84,7 @@ METATRAIN = Walk(
     {"--config": "tiny.yaml", "--out": "new"},
     {
         **TRAIN, "--encoder": "gone.safetensors", "--encoder-weights": "there.onnx", "--method": "none-of-them",
+        "--val-data": "photos",
         "--init-from": "run/checkpoint.safetensors", "--report": "new.html",
     },
     AGAIN,
