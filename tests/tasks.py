@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import Tensor
 
+from metadiff_cli.config.schema import DenoiserConfig, MetatrainConfig
 from metadiff_cli.core.encoders.bank import FeatureBank
-from metadiff_cli.core.method.adapt import MetaDiff, Sampling, TaskClassifier, adapt_tasks, seeds_of
+from metadiff_cli.core.method.adapt import MetaDiff, Sampling, TaskClassifier, Tuning, adapt_tasks, seeds_of
 from metadiff_cli.core.method.calibration import TaskTable
 from metadiff_cli.core.method.metric import Metric, TaskSettings
 from metadiff_cli.core.method.support import TaskSupport
-from metadiff_cli.core.method.task_space import class_statistics
+from metadiff_cli.core.method.task_space import class_statistics, cross_fitted
+from metadiff_cli.core.training.metatrain import MetaTrainer, deal, images_needed, pools_of
+from tests.worlds import CPU
 
 ONE, TWO = (24,), (16, 8)  # sizes of the groups of features
 
@@ -144,3 +147,18 @@ class Slow:
     def logits(self, weights: Tensor, x: Tensor) -> Tensor:
         """s phi W' (n, N) of x (n, J)."""
         return self.settings.scale * self.embed(x) @ weights.T
+
+
+def trainer_of(
+    bank: FeatureBank, config: MetatrainConfig, kind: str = "unet", device: torch.device = CPU
+) -> MetaTrainer:
+    """A trainer of a small denoiser on one data set, as `metatrain` makes it."""
+    sets, groups = [[len(rows) for rows in bank.class_indices()]], (bank.features.shape[1],)
+    parts = deal(sets, images_needed(config), kind, seed=0)
+    statistics, others = cross_fitted(bank.by_class(), groups, parts)
+    others = others if kind == "unet" else {0: statistics}
+    return MetaTrainer(
+        bank, pools_of(sets, parts), {part: of.task_space() for part, of in others.items()}, statistics.task_space(),
+        DenoiserConfig.model_validate({"kind": kind, "width": 16}), config, means=statistics.means, tuning=Tuning(),
+        seed=0, device=device,
+    )  # fmt: skip

@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from metadiff_cli.config.schema import (
     ENCODERS,
-    DenoiserConfig,
     FrozenBaseline,
     ImageBaseline,
     MetatrainConfig,
@@ -29,12 +28,11 @@ from metadiff_cli.core.encoders.networks import build_encoder
 from metadiff_cli.core.evaluation import openset
 from metadiff_cli.core.evaluation.evaluate import Scores
 from metadiff_cli.core.method.denoisers import build_denoiser
-from metadiff_cli.core.method.diffusion import Noise, Schedule, ddim, ddpm, finish
+from metadiff_cli.core.method.diffusion import Noise, Schedule, Weights, ddim, ddpm
 from metadiff_cli.core.method.support import support_stats
-from metadiff_cli.core.method.task_space import fit_task_space
-from metadiff_cli.core.training.metatrain import MetaTrainer
 from metadiff_cli.core.training.pretrain import Pixels, Pretrainer
 from tests.gpu import GPU, FakeGpu, Waited
+from tests.tasks import trainer_of
 
 CLASSES, SIDE, SIZE = 8, 32, 12
 CPU = torch.device("cpu")
@@ -130,10 +128,8 @@ def test_pretraining(gpu: FakeGpu, no_gradients: Zeros, encoder: str, how: dict[
 
 @pytest.mark.parametrize("kind", ["unet", "paper"])
 def test_metatraining(gpu: FakeGpu, no_gradients: Zeros, kind: str) -> None:
-    bank = features()
-    space = fit_task_space(list(bank.by_class()))
-    config = MetatrainConfig(batch=3, ways=(3, 5), shots=(1, 3), query=2)
-    trainer = MetaTrainer(bank, space, DenoiserConfig(kind=kind, width=16), config, seed=0, device=GPU)
+    config = MetatrainConfig(batch=3, ways=(2, 2), shots=(1, 2), query=2)
+    trainer = trainer_of(features(), config, kind, GPU)
     no_gradients(trainer.module)
     with gpu.nobody_waits():
         for _ in range(2):
@@ -167,14 +163,20 @@ def test_gradient_based(gpu: FakeGpu, no_gradients: Zeros, method: str) -> None:
 def test_sampling(gpu: FakeGpu, kind: str, method: str) -> None:
     denoiser = build_denoiser(kind, SIZE, 16).to(GPU).eval()
     stats = support_stats(torch.zeros(2, 5, 1, SIZE, device=GPU), torch.ones(SIZE, device=GPU))
+
+    def denoise(weights: Weights, abar: float) -> Weights:
+        assert weights.v is not None
+        return Weights(denoiser(weights.v, torch.full((1,), abar, device=GPU), stats), weights.dual)
+
     with gpu.nobody_waits():
         noise = Noise([0, 1], torch.arange(5).expand(2, -1), SIZE, 1.0, GPU)
-        start = noise.draw()
+        start = Weights(noise.draw(), torch.zeros(2, 5, 5, device=GPU))
         if method == "ddim":
-            found = finish(ddim(denoiser, start, Schedule(), 10, stats))
+            *_, last = ddim(denoise, start, Schedule(), 10)
         else:
-            found = finish(ddpm(denoiser, start, Schedule(), 10, stats, noise.draw))
-    assert found.shape == (2, 5, SIZE) and found.device == GPU
+            *_, last = ddpm(denoise, start, Schedule(), 10, noise.draw)
+    assert last.estimate.v is not None
+    assert last.estimate.v.shape == (2, 5, SIZE) and last.estimate.v.device == GPU
 
 
 def test_scores_are_counted_without_float64(gpu: FakeGpu) -> None:
@@ -186,7 +188,7 @@ def test_scores_are_counted_without_float64(gpu: FakeGpu) -> None:
 
 
 def test_features(gpu: FakeGpu) -> None:
-    encoder = ImageEncoder(build_encoder("conv4").to(GPU), "conv4", SIDE, (0.5,) * 3, (0.25,) * 3, True, GPU)
+    encoder = ImageEncoder(build_encoder("conv4").to(GPU), "conv4", SIDE, (0.5,) * 3, (0.25,) * 3, 6, GPU)
     with gpu.nobody_waits():
         z = encoder.encode(torch.from_numpy(images()[0]))
     assert z.device == GPU and z.shape == (40, encoder.feature_size)

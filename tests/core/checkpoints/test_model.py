@@ -110,7 +110,7 @@ def test_an_encoder_file_is_no_model_and_a_state_is_neither(tmp_path: Path) -> N
         ("level", 1.5),
         ("domain", -0.1),
         ("prior", 1e9),
-        ("temperature", float("inf")),
+        ("temperature", 1e300),
         ("scale", 0.0),
     ],
 )
