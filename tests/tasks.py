@@ -155,8 +155,8 @@ def trainer_of(
     """A trainer of a small denoiser on one data set, as `metatrain` makes it."""
     sets, groups = [[len(rows) for rows in bank.class_indices()]], (bank.features.shape[1],)
     parts = deal(sets, images_needed(config), kind, seed=0)
-    statistics, others = cross_fitted(bank.by_class(), groups, parts)
-    others = others if kind == "unet" else {0: statistics}
+    statistics = class_statistics(bank.by_class(), groups)
+    others = cross_fitted(bank.by_class(), groups, parts)[1] if kind == "unet" else {0: statistics}
     return MetaTrainer(
         bank, pools_of(sets, parts), {part: of.task_space() for part, of in others.items()}, statistics.task_space(),
         DenoiserConfig.model_validate({"kind": kind, "width": 16}), config, means=statistics.means, tuning=Tuning(),

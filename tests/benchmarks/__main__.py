@@ -13,7 +13,7 @@ import torch
 
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError
-from tests.benchmarks import adapting, images, large, learning, soak
+from tests.benchmarks import adapting, images, large, learning, method, soak
 from tests.benchmarks.common import TINY, Report, Sizes
 
 BENCHMARKS: dict[str, Callable[[Sizes], Report]] = {
@@ -21,6 +21,10 @@ BENCHMARKS: dict[str, Callable[[Sizes], Report]] = {
     "memory": learning.memory,
     "sampling": adapting.sampling,
     "evaluation": adapting.evaluation,
+    "episodes": method.episodes,
+    "latency": method.latency,
+    "many-classes": method.many_classes,
+    "flat": method.flat,
     "extraction": images.extraction,
     "pretraining": images.pretraining,
     "adapt": images.adapting,

@@ -10,16 +10,16 @@ from torch import Tensor
 from metadiff_cli.core.encoders.bank import FeatureBank
 from metadiff_cli.core.evaluation.episodes import sample_episode
 from metadiff_cli.core.evaluation.evaluate import (
-    Lengths,
     Protocol,
     Scores,
     evaluate,
-    lengths_for,
+    expanded,
     mean_interval,
     method_of,
     run_through,
 )
-from metadiff_cli.core.method.adapt import MetaDiff, Sampling, Tuning
+from metadiff_cli.core.method.adapt import MetaDiff, Sampling
+from metadiff_cli.core.method.metric import Metric
 from tests.benchmarks.common import CPU, Ratio, Report, Sizes, feature_bank, rates
 from tests.benchmarks.learning import metadiff_trainer
 
@@ -34,11 +34,11 @@ class Timed:
 
 def trained_learner(sizes: Sizes) -> MetaDiff:
     """A U-Net denoiser after a short training, so that the path of the sampler is not that of the closed form."""
-    trainer = metadiff_trainer(sizes, 1000)
+    trainer, space = metadiff_trainer(sizes, 1000)
     for _ in range(sizes.train_steps):
         trainer._train_step(1e-3)
         trainer.step += 1
-    return MetaDiff(trainer.space, trainer.averaged(), True, Tuning())
+    return MetaDiff(Metric(space.groups, space), trainer.averaged(), True)
 
 
 def sampling(sizes: Sizes) -> Report:
@@ -74,11 +74,11 @@ def _difference(first: str, second: str, values: Tensor) -> str:
 
 
 def _timed(metadiff: MetaDiff, bank: FeatureBank, how: Sampling, episodes: int, sizes: Sizes) -> Timed:
-    """Timed after a first run with a single step, which makes the lengths that `evaluate` has made once too."""
+    """The features are expanded before, and a first run with a single step is not timed."""
     protocol = Protocol(sizes.way, sizes.shot, sizes.query, episodes)
-    lengths = Lengths(metadiff.space, bank, CPU)
-    method = method_of(metadiff, how, protocol, lengths=lengths)
-    run_through(evaluate(bank, {"m": method_of(metadiff, Sampling(1), protocol, lengths=lengths)}, protocol, CPU))
+    x = expanded(metadiff.metric, bank, CPU)
+    method = method_of(metadiff, bank, how, protocol, CPU, x)
+    run_through(evaluate(bank, {"m": method_of(metadiff, bank, Sampling(1), protocol, CPU, x)}, protocol, CPU))
     started = time.perf_counter()
     scores = run_through(evaluate(bank, {"m": method}, protocol, CPU))
     return Timed(100 * torch.cat(scores["m"].accuracy), episodes / (time.perf_counter() - started))
@@ -88,13 +88,11 @@ def evaluation(sizes: Sizes) -> Report:
     """Episodes per second of `evaluate` on cached features, beside the same tasks one at a time."""
     bank, metadiff = feature_bank(sizes, seed=1), trained_learner(sizes)
     protocol = Protocol(sizes.way, sizes.shot, sizes.query, sizes.episodes)
-    method, indices = method_of(metadiff, Sampling(), protocol), bank.class_indices()
-    lengths = lengths_for(metadiff.space, bank, protocol, CPU)
-    batched = method_of(metadiff, Sampling(), protocol, lengths=lengths)
+    method, indices = method_of(metadiff, bank, Sampling(), protocol, CPU), bank.class_indices()
     results: dict[str, Tensor] = {}
 
     def together() -> int:
-        scores = run_through(evaluate(bank, {"m": batched}, protocol, CPU))
+        scores = run_through(evaluate(bank, {"m": method}, protocol, CPU))
         results["together"] = torch.cat(scores["m"].accuracy)
         return sizes.episodes
 

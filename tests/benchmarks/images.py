@@ -21,9 +21,9 @@ from metadiff_cli.core.device import autocast, keep_freed_memory
 from metadiff_cli.core.encoders.bank import build_bank
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import build_encoder
-from metadiff_cli.core.method.adapt import MetaDiff, Tuning
-from metadiff_cli.core.method.denoisers import AnalyticDenoiser
-from metadiff_cli.core.method.task_space import fit_task_space
+from metadiff_cli.core.method.adapt import MetaDiff
+from metadiff_cli.core.method.metric import Metric
+from metadiff_cli.core.method.task_space import class_statistics
 from metadiff_cli.core.training.pretrain import MOMENTUM, Pretrainer
 from metadiff_cli.data.benchmarks import open_dataset
 from metadiff_cli.data.cache import decode_images, decode_split
@@ -54,7 +54,7 @@ def frozen_encoder(sizes: Sizes, side: int | None = None) -> ImageEncoder:
     """
     torch.manual_seed(0)
     encoder = build_encoder(sizes.encoder).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return ImageEncoder(encoder, sizes.encoder, side or sizes.image, (0.5,) * 3, (0.25,) * 3, True, CPU)
+    return ImageEncoder(encoder, sizes.encoder, side or sizes.image, (0.5,) * 3, (0.25,) * 3, 2, CPU)
 
 
 def extraction(sizes: Sizes) -> Report:
@@ -197,13 +197,13 @@ def _checkpoint(sizes: Sizes, place: Path) -> Path:
     encoder = frozen_encoder(sizes)
     g = torch.Generator().manual_seed(0)
     classes = [torch.randn(8, encoder.feature_size, generator=g) / encoder.feature_size**0.5 for _ in range(10)]
-    learner = MetaDiff(fit_task_space(classes), AnalyticDenoiser(), False, Tuning())
+    metadiff = MetaDiff(Metric(encoder.groups, class_statistics(classes, encoder.groups).task_space()))
     header = {
         "config": Config(encoder=sizes.encoder).model_dump(mode="json", exclude={"runtime"}),
         "classes": [str(i) for i in range(10)],
         "denoiser": {"kind": "analytic", "width": 8},
     }
-    save_model(place / "checkpoint.safetensors", encoder, learner, header)
+    save_model(place / "checkpoint.safetensors", encoder, metadiff, header)
     return place / "checkpoint.safetensors"
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.benchmarks.common import CPU, Ratio, Report, Sizes, class_names
+from tests.benchmarks.common import Ratio, Report, Sizes, class_names
 
 PER_FOLDER = 100  # images
 MEMORY = 1500.0  # MB that a large folder may take
@@ -126,18 +126,14 @@ def _some_pixels(sizes: Sizes) -> Any:
 
 def _first_step(place: Path, sizes: Sizes) -> dict[str, float]:
     """In the fresh process: what `metatrain` does between a bank that is there and the end of the first step."""
-    from metadiff_cli.config.schema import DenoiserConfig, MetatrainConfig
+    from metadiff_cli.config.schema import MetatrainConfig
     from metadiff_cli.core.encoders.bank import FeatureBank
-    from metadiff_cli.core.method.task_space import class_statistics
-    from metadiff_cli.core.training.metatrain import MetaTrainer
+    from tests.benchmarks.learning import trainer_on
 
     features = np.load(place / "bank.npy", mmap_mode="r")
     labels = np.repeat(np.arange(sizes.large_classes), sizes.large_per_class)
     bank = FeatureBank(features, labels, class_names(sizes.large_classes))
-    statistics = class_statistics(bank.by_class())
-    space = statistics.task_space()
-    config = MetatrainConfig(batch=sizes.batch, steps=1, query=sizes.query)
-    trainer = MetaTrainer(bank, space, DenoiserConfig(), config, seed=0, device=CPU, means=statistics.means)
+    trainer, _ = trainer_on(bank, MetatrainConfig(batch=sizes.batch, steps=1, query=sizes.query))
     next(iter(trainer.run(lambda denoiser: None)))
     return {"processor": time.process_time(), "wall": time.time() - float(os.environ["STARTED"])}
 

@@ -10,10 +10,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,17 +23,23 @@ from torch import Tensor
 from metadiff_cli.config.schema import DenoiserConfig, FrozenBaseline, ImageBaseline, MetatrainConfig
 from metadiff_cli.core.baselines.learners import FrozenLearner, Head, build_image_learner
 from metadiff_cli.core.baselines.train import InnerTrainer
+from metadiff_cli.core.encoders.bank import FeatureBank
 from metadiff_cli.core.encoders.networks import build_encoder
 from metadiff_cli.core.method.adapt import MetaDiff, Sampling, Tuning, adapt_tasks
 from metadiff_cli.core.method.diffusion import Schedule
-from metadiff_cli.core.method.task_space import fit_task_space
-from metadiff_cli.core.training.metatrain import MetaTrainer
+from metadiff_cli.core.method.metric import Metric
+from metadiff_cli.core.method.support import TaskSupport
+from metadiff_cli.core.method.task_space import TaskSpace, class_statistics, cross_fitted
+from metadiff_cli.core.training.metatrain import MetaTrainer, deal, images_needed, pools_of
 from tests.benchmarks.common import CPU, Ratio, Report, Sizes, feature_bank, pixel_bank, rates
 
 MAML_STEPS = 5
 KINDS = ("metadiff", "anil", "anil-autograd", "maml")
 MEMORY_STEPS = 2
 EXACT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: freed tensors go back at once
+
+
+Spaces = tuple[TaskSpace, dict[int, TaskSpace], Tensor]
 
 
 class AutogradHead(Head):
@@ -50,17 +56,50 @@ class AutogradHead(Head):
         return weight, bias
 
 
-def metadiff_trainer(sizes: Sizes, inner: int) -> MetaTrainer:
-    """MetaDiff with T = `inner` diffusion steps."""
-    bank = feature_bank(sizes)
-    space = fit_task_space([torch.from_numpy(bank.features[rows]) for rows in bank.class_indices()])
-    config = MetatrainConfig(
+def trainer_on(
+    bank: FeatureBank, config: MetatrainConfig, spaces: Spaces | None = None
+) -> tuple[MetaTrainer, TaskSpace]:
+    """A trainer of the denoiser on one data set, as `metatrain` makes it, and the space of its tasks."""
+    parts = parts_of(bank, config)
+    space, others, means = spaces or spaces_of(bank, parts)
+    pools = pools_of([[len(rows) for rows in bank.class_indices()]], parts)
+    trainer = MetaTrainer(
+        bank, pools, others, space, DenoiserConfig(), config, means=means, tuning=Tuning(), seed=0, device=CPU
+    )
+    return trainer, space
+
+
+def parts_of(bank: FeatureBank, config: MetatrainConfig) -> list[int]:
+    """The part of each class that is left out of the statistics of its tasks."""
+    return deal([[len(rows) for rows in bank.class_indices()]], images_needed(config), DenoiserConfig().kind, seed=0)
+
+
+def spaces_of(bank: FeatureBank, parts: Sequence[int]) -> Spaces:
+    """The task space of all classes, those without each part, and the class means."""
+    statistics, others = cross_fitted(bank.by_class(), (), parts)
+    return statistics.task_space(), {part: of.task_space() for part, of in others.items()}, statistics.means
+
+
+def meta_config(sizes: Sizes) -> MetatrainConfig:
+    """Tasks of the ways and shots of the sizes."""
+    return MetatrainConfig(
         batch=sizes.batch, query=sizes.query, ways=(sizes.way, sizes.way), shots=(sizes.shot, sizes.shot)
     )
-    trainer = MetaTrainer(bank, space, DenoiserConfig(), config, seed=0, device=CPU)
+
+
+@cache
+def known_spaces(sizes: Sizes) -> Spaces:
+    """Those of the bank of the sizes: they take longer than a training step, and depend on no steps."""
+    bank = feature_bank(sizes)
+    return spaces_of(bank, parts_of(bank, meta_config(sizes)))
+
+
+def metadiff_trainer(sizes: Sizes, inner: int) -> tuple[MetaTrainer, TaskSpace]:
+    """MetaDiff with T = `inner` diffusion steps, and the space of its tasks."""
+    trainer, space = trainer_on(feature_bank(sizes), meta_config(sizes), known_spaces(sizes))
     trainer.schedule = Schedule(inner)
-    trainer.abar = trainer.schedule.abar.float()
-    return trainer
+    trainer.abar = torch.tensor(trainer.schedule.abar)
+    return trainer, space
 
 
 def anil_trainer(sizes: Sizes, inner: int, autograd: bool = False) -> InnerTrainer:
@@ -92,7 +131,7 @@ TRAINERS: dict[str, Callable[[Sizes, int], InnerTrainer]] = {
 def stepper(kind: str, sizes: Sizes, inner: int) -> Callable[[], int]:
     """One training step of a kind; returns its number of tasks."""
     if kind == "metadiff":
-        ours = metadiff_trainer(sizes, inner)
+        ours, _ = metadiff_trainer(sizes, inner)
 
         def step() -> int:
             ours._train_step(1e-4)
@@ -112,13 +151,13 @@ def stepper(kind: str, sizes: Sizes, inner: int) -> Callable[[], int]:
 
 def adapters(sizes: Sizes, inner: int) -> dict[str, Callable[[], int]]:
     """One adaptation of one task: ours with S = T = `inner` sampling steps, ANIL's with as many inner steps."""
-    ours, theirs = metadiff_trainer(sizes, inner), anil_trainer(sizes, inner)
-    learner = MetaDiff(ours.space, ours.module.eval(), True, Tuning(), schedule=ours.schedule)
+    (ours, space), theirs = metadiff_trainer(sizes, inner), anil_trainer(sizes, inner)
+    metadiff = MetaDiff(Metric(space.groups, space), ours.averaged(), True, schedule=ours.schedule)
     z = torch.from_numpy(ours.bank.features[: sizes.way * sizes.shot]).view(1, sizes.way, sizes.shot, -1)
-    ranks = torch.arange(sizes.way).unsqueeze(0)
+    support, ranks = TaskSupport.even(metadiff.metric.expand(z)), torch.arange(sizes.way).unsqueeze(0)
 
     def sample() -> int:
-        adapt_tasks(learner, z, Sampling(steps=inner, guidance=1.0), ranks=ranks, seeds=[0])
+        adapt_tasks(metadiff, support, Sampling(steps=inner, guidance=1.0), ranks=ranks, seeds=[0])
         return 1
 
     theirs.module.eval()

@@ -1,28 +1,27 @@
-"""Memory of a step of meta-training as the number of its inner steps grows, beside MAML through the same encoder."""
+"""Memory as the number of inner steps grows: of meta-training, beside MAML through the same encoder, and of adaptation."""
 
 import weakref
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from metadiff_cli.config.schema import ENCODERS, DenoiserConfig, ImageBaseline, MetatrainConfig
+from metadiff_cli.config.schema import ImageBaseline, MetatrainConfig
 from metadiff_cli.core.baselines.learners import build_image_learner
 from metadiff_cli.core.encoders.bank import FeatureBank
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import build_encoder
+from metadiff_cli.core.method.adapt import MetaDiff, Sampling, adapt_tasks
 from metadiff_cli.core.method.diffusion import Schedule
-from metadiff_cli.core.method.task_space import TaskSpace
-from metadiff_cli.core.training.metatrain import MetaTrainer
+from metadiff_cli.core.method.support import TaskSupport
+from tests.benchmarks.learning import trainer_on
 
 STEPS, MAML_STEPS = (1, 5, 10, 50, 100), (1, 5, 10)
 WAY, QUERY = 5, 5  # of the one task of a step, with one support image a class
-IMAGES = 2 * QUERY  # of a class: the targets are the mean of those that the task leaves
 META = torch.device("meta")
 Series = dict[str, list[tuple[int, float]]]  # megabytes against inner steps, by name
 
@@ -60,28 +59,32 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= self.sizes.pop(key)
 
 
-def training_memory(images: ImageEncoder, space: TaskSpace, bank: FeatureBank) -> Series:
+def training_memory(images: ImageEncoder, bank: FeatureBank) -> Series:
     """Of one 5-way 1-shot task: MetaDiff's training with T of STEPS, MAML's with MAML_STEPS inner steps.
 
     MAML's tensors are on the device "meta": they have their sizes and no values, so this takes neither time nor memory.
-    Encoders of other libraries are left out there.
     """
     with torch.random.fork_rng(devices=[]):
-        series: Series = {"MetaDiff": [(steps, _metadiff(space, bank, steps, images.device)) for steps in STEPS]}
-        if images.name in ENCODERS:
-            series["MAML"] = [(steps, _maml(images, steps)) for steps in MAML_STEPS]
-    return series
+        return {
+            "MetaDiff": [(steps, _metadiff(bank, steps)) for steps in STEPS],
+            "MAML": [(steps, _maml(images, steps)) for steps in MAML_STEPS],
+        }
 
 
-def _metadiff(space: TaskSpace, bank: FeatureBank, steps: int, device: torch.device) -> float:
-    rows = [rows[:IMAGES] for rows in bank.class_indices()[:WAY]]
-    labels = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
-    few = FeatureBank(bank.features[np.concatenate(rows)], labels, bank.classes[: len(rows)])
-    query = min(QUERY, min(len(r) for r in rows) - 1)
-    config = MetatrainConfig(batch=1, ways=(len(rows), len(rows)), shots=(1, 1), query=query)
-    trainer = MetaTrainer(few, space, DenoiserConfig(), config, seed=0, device=device)
+def adaptation_memory(metadiff: MetaDiff, support: TaskSupport, steps: int) -> float:
+    """Megabytes that adaptation with S steps takes at most, beyond the support."""
+    ranks = torch.arange(support.ways).expand(len(support.x), -1)
+    live = LiveTensors()
+    with live:
+        adapt_tasks(metadiff, support, Sampling(steps), ranks=ranks, seeds=[0] * len(support.x))
+    return live.megabytes
+
+
+def _metadiff(bank: FeatureBank, steps: int) -> float:
+    config = MetatrainConfig(batch=1, ways=(WAY, WAY), shots=(1, 1), query=QUERY)
+    trainer, _ = trainer_on(bank, config)
     trainer.schedule = Schedule(steps)
-    trainer.abar = trainer.schedule.abar.float().to(device)
+    trainer.abar = torch.tensor(trainer.schedule.abar)
     trainer._train_step(1e-4)  # the first one makes the state of the optimiser
     live = LiveTensors()
     with live:

@@ -1,16 +1,12 @@
-"""Memory of a training step against its inner steps."""
-
-from dataclasses import replace
+"""Memory of training and adaptation against their inner steps."""
 
 import numpy as np
 import pytest
 import torch
 
-from metadiff_cli.core.encoders.image_encoder import ImageEncoder
-from metadiff_cli.core.encoders.networks import build_encoder
-from metadiff_cli.core.method.task_space import fit_task_space
-from tests.benchmarks.memory import LiveTensors, training_memory
-from tests.worlds import CPU, bank_of
+from tests.benchmarks.memory import LiveTensors, adaptation_memory, training_memory
+from tests.tasks import METRICS, bank_of, features, support_of, tuned
+from tests.worlds import small_encoder
 
 
 def test_what_is_alive_at_once_is_counted() -> None:
@@ -37,16 +33,21 @@ def test_what_autograd_keeps_is_alive() -> None:
         assert live.now == 4000  # the gradient
 
 
-def test_our_memory_stays_and_that_of_maml_grows() -> None:
-    bank = bank_of(8, seed=0)
-    space = fit_task_space(list(bank.by_class()))
-    images = ImageEncoder(build_encoder("conv4"), "conv4", 32, (0.5,) * 3, (0.25,) * 3, True, CPU)
+def test_the_memory_of_training_stays_and_that_of_maml_grows() -> None:
+    bank = bank_of(features(8, 12, 0))
     before = torch.random.get_rng_state()
-    found = {name: dict(points) for name, points in training_memory(images, space, bank).items()}
+    found = {name: dict(points) for name, points in training_memory(small_encoder(32), bank).items()}
     assert torch.equal(before, torch.random.get_rng_state())
     assert max(found["MetaDiff"].values()) == pytest.approx(min(found["MetaDiff"].values()), rel=0.01)
     steps = sorted(found["MAML"])
     slopes = np.diff([found["MAML"][s] for s in steps]) / np.diff(steps)
     assert found["MAML"][steps[-1]] > 2 * found["MAML"][steps[0]]
     assert slopes == pytest.approx(slopes[0], rel=0.05)
-    assert set(training_memory(replace(images, name="timm:resnet10t"), space, bank)) == {"MetaDiff"}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_memory_of_adaptation_stays(name: str) -> None:
+    metric = METRICS[name]()
+    support = support_of(metric, (5, 3, 1), tasks=4)
+    few, many = (adaptation_memory(tuned(metric), support, steps) for steps in (10, 1000))
+    assert many == pytest.approx(few, rel=0.01) and few > 0.01

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metadiff_cli.core.method.adapt import TaskClassifier
-from metadiff_cli.core.method.held_out import HeldOut
+from metadiff_cli.core.method.held_out import MOST, HeldOut
 from metadiff_cli.core.method.support import TaskSupport
 
 FEWEST_TO_SUSPECT = 3  # images per class: of two images that differ, nobody can tell which one is wrong
@@ -50,6 +50,9 @@ def check_support(
 
     None when every class has one image.
     """
+    if len(support.labels) > MOST:
+        rows = support.thinned(MOST)
+        support, paths = support.take(rows), [paths[row] for row in rows.tolist()]
     held = HeldOut(task.metric, support)
     held_out, labels, counts = held.folds.left_out.cpu(), support.labels.cpu(), support.counts.cpu()
     if not bool(held_out.any()):

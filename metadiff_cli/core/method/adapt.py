@@ -29,7 +29,7 @@ from metadiff_cli.core.method.guidance import (
     doubted_guidance,
     pool_evidence,
 )
-from metadiff_cli.core.method.held_out import HeldOut
+from metadiff_cli.core.method.held_out import HeldOut, holdable
 from metadiff_cli.core.method.metric import Metric, TaskSettings
 from metadiff_cli.core.method.support import SupportStats, TaskSupport, count_of
 
@@ -264,11 +264,12 @@ def _process(metadiff: MetaDiff, support: TaskSupport, sampling: Sampling, pool:
     metric = metadiff.metric
     settings = fitted_settings(metadiff, support, sampling.guidance)
     if len(support.labels) > support.ways:  # some class has an image to hold out
-        held = HeldOut(metric, support)
+        some = holdable(support)
+        held = HeldOut(metric, some)
         settings = chosen_by(held, settings, keep_guidance=sampling.guidance is not None)
         rows = held.folds.left_out
         logits, usual = held.logits(settings)[:, rows], float(settings.temperature[0])
-        settings = replace(settings, temperature=task_temperatures(logits, support.one_hot()[rows], usual))
+        settings = replace(settings, temperature=task_temperatures(logits, some.one_hot()[rows], usual))
     middle = support.means().mean(dim=1, keepdim=True)
     domain = torch.lerp(metric.origin.to(middle).expand_as(middle), middle, settings.domain.view(-1, 1, 1))
     process = _Process(metadiff, support, sampling, TaskClassifier(metric, settings, domain, middle.unsqueeze(0)))

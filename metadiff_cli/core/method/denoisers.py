@@ -90,7 +90,7 @@ class Frame(nn.Module):
 def _inverse(basis: Tensor) -> Tensor:
     """A^-1, taken on the CPU, as not every device has float64."""
     inverse: Tensor = torch.linalg.inv(basis.cpu().double())
-    return inverse.to(basis)
+    return inverse.to(basis.dtype).to(basis.device)
 
 
 class UNetDenoiser(nn.Module):

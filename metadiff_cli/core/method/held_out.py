@@ -21,7 +21,8 @@ from metadiff_cli.core.method.metric import SHORTEST, Metric, TaskSettings
 from metadiff_cli.core.method.support import TaskSupport
 
 FOLDS, FEW_FOLDS = 5, 2  # the second for a support of more than MANY images
-MANY = 1000
+MANY = 400
+MOST = 1000  # images of a support that are held out: time grows with their cube
 STEPS = 6  # of descent: the logits of six are those of the minimum to two digits
 AT_ONCE = 20_000_000  # entries of the Gram matrices of folds that are in memory at once
 
@@ -68,6 +69,11 @@ def _by_content(support: TaskSupport) -> Tensor:
     places = torch.empty_like(order)
     places[:, support.labels.argsort(stable=True)] = order
     return places
+
+
+def holdable(support: TaskSupport) -> TaskSupport:
+    """Return the support itself, or MOST of its images where there are more: enough to choose and to estimate by."""
+    return support if len(support.labels) <= MOST else support.take(support.thinned(MOST))
 
 
 class HeldOut:

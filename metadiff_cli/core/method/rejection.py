@@ -19,7 +19,7 @@ from torch import Tensor
 
 from metadiff_cli.core.method.adapt import MetaDiff, TaskClassifier
 from metadiff_cli.core.method.calibration import Rejection
-from metadiff_cli.core.method.held_out import HeldOut
+from metadiff_cli.core.method.held_out import HeldOut, holdable
 from metadiff_cli.core.method.support import TaskSupport
 from metadiff_cli.errors import CheckpointError
 
@@ -48,7 +48,7 @@ def rejector_of(metadiff: MetaDiff, classifier: TaskClassifier, support: TaskSup
 
     Raises CheckpointError when the checkpoint has no fitted threshold.
     """
-    table = require_rejection(metadiff).offsets
+    table, support = require_rejection(metadiff).offsets, holdable(support)
     base = base_weights(metadiff, classifier)
     scores, alone = support_scores(classifier, support, base)
     counts = support.counts

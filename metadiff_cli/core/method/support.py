@@ -45,6 +45,14 @@ class TaskSupport:
         share = self.one_hot() / self.counts.clamp_min(1)
         return share.T @ self.x
 
+    def thinned(self, most: int) -> Tensor:
+        """Return the rows of about `most` images or fewer: an equal number of each class, all of a small one."""
+        each = max(2, most // self.ways)
+        order = torch.argsort(self.labels, stable=True)
+        first = torch.cumsum(self.counts, 0) - self.counts
+        place = torch.arange(len(order), device=order.device) - first[self.labels[order]]  # of an image in its class
+        return order[place < each].sort().values
+
     def take(self, rows: Tensor | Sequence[int]) -> "TaskSupport":
         """Return the support with the images in `rows` alone; every class keeps one or more."""
         rows = torch.as_tensor(rows, device=self.labels.device)
