@@ -29,7 +29,7 @@ from metadiff_cli.core.method.adapt import MetaDiff, Sampling, Tuning, adapt_tas
 from metadiff_cli.core.method.diffusion import Schedule
 from metadiff_cli.core.method.metric import Metric
 from metadiff_cli.core.method.support import TaskSupport
-from metadiff_cli.core.method.task_space import TaskSpace, class_statistics, cross_fitted
+from metadiff_cli.core.method.task_space import TaskSpace, cross_fitted
 from metadiff_cli.core.training.metatrain import MetaTrainer, deal, images_needed, pools_of
 from tests.benchmarks.common import CPU, Ratio, Report, Sizes, feature_bank, pixel_bank, rates
 

@@ -1,4 +1,4 @@
-"""Memory as the number of inner steps grows: of meta-training, beside MAML through the same encoder, and of adaptation."""
+"""Memory as inner steps grow: of adaptation, and of meta-training beside MAML through the same encoder."""
 
 import weakref
 from functools import partial
