@@ -142,7 +142,9 @@ def test_the_number_of_threads_changes_no_more_than_rounding(threads: Callable[[
         p = probabilities(metadiff, classifier, bank.take(np.arange(96)))
         found.append((torch.from_numpy(z), p, trainer._train_step(1e-3)))
     for other in found[1:]:
-        assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(found[0], other, strict=True))
+        assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(found[0][:2], other[:2], strict=True))
+        # noise is drawn in the basis of the task space, of which directions with the same precision are free
+        assert torch.allclose(found[0][2], other[2], rtol=0.05)
 
 
 def test_the_batch_of_the_encoder_changes_no_more_than_rounding() -> None:

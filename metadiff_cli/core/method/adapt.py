@@ -202,7 +202,8 @@ class _Process:
 
     def run(self, noise: Noise) -> Tensor:
         """Return the classifier W (B, N, J) of one sample."""
-        *_, last = self.steps(noise)
+        for step in self.steps(noise):
+            last = step  # alone: memory does not grow with the number of steps
         return self.classifier(last)
 
     def steps(self, noise: Noise) -> Iterator[SamplerStep]:

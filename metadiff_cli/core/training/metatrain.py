@@ -183,8 +183,9 @@ class MetaTrainer(Trainer[MetaStep, MetaValidation]):
         self.frame: Frame | None = None
         self.frames: dict[int, Frame] = {}
         if denoiser.kind == "unet":
-            self.frame = Frame(space.to(device))
-            self.frames = {part: Frame(of, self.frame.references) for part, of in self.spaces.items()}
+            frame = Frame(space)  # made where the spaces are, as not every device can invert a matrix
+            self.frames = {part: Frame(of, frame.references).to(device) for part, of in spaces.items()}
+            self.frame = frame.to(device)
         with default_noise(seeded_noise(seed, CPU), CPU):
             self.module = build_denoiser(denoiser.kind, bank.features.shape[1], denoiser.width).to(device)
         self.part = group.slice_of(config.batch, "metatrain.batch")  # this process's tasks of a step
