@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from metadiff_cli.core.method import held_out
-from metadiff_cli.core.method.held_out import FEW_FOLDS, FOLDS, MANY, Folds, HeldOut
+from metadiff_cli.core.method.held_out import FEW_FOLDS, FOLDS, MANY, Folds, HeldOut, holdable
 from metadiff_cli.core.method.support import TaskSupport
-from tests.tasks import METRICS, Slow, metric_of, settings_of, support_of
+from tests.tasks import METRICS, Slow, adapted, metric_of, settings_of, support_of, tuned
 
 COUNTS = [(3, 3), (1, 2, 5, 3), (7, 1, 2)]
 
@@ -152,3 +152,17 @@ def test_a_fold_leaves_some_images_out_and_never_a_class(counts: Sequence[int]) 
 def test_many_images_are_in_few_folds() -> None:
     labels = torch.arange(20).repeat(MANY // 20 + 1)
     assert len(Folds.of(labels[:MANY]).keep) == FOLDS and len(Folds.of(labels).keep) == FEW_FOLDS
+
+
+def test_of_very_many_images_some_choose_and_all_adapt(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = metric_of()
+    support = support_of(metric, (9, 2, 6))
+    assert holdable(support) is support
+    monkeypatch.setattr(held_out, "MOST", 12)
+    assert holdable(support).counts.tolist() == [4, 2, 4]
+    found = adapted(tuned(metric), support)
+    chosen = adapted(tuned(metric), holdable(support)).settings
+    assert torch.equal(found.settings.guidance, chosen.guidance)
+    torch.testing.assert_close(found.settings.temperature, chosen.temperature)
+    middle = support.means().mean(dim=1)[0]
+    torch.testing.assert_close(found.domain[0, 0], 0.8 * middle + 0.2 * metric.origin, atol=1e-4, rtol=1e-4)

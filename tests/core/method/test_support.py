@@ -43,3 +43,12 @@ def test_the_order_of_support_images_does_not_matter() -> None:
     v = torch.randn(1, 3, 5, 4, generator=torch.Generator().manual_seed(0))
     a, b = support_stats(v, torch.ones(4)), support_stats(v[:, :, torch.tensor([4, 2, 0, 1, 3])], torch.ones(4))
     assert torch.allclose(a.mean, b.mean, atol=1e-6) and torch.equal(a.count, b.count)
+
+
+def test_a_thinned_support_has_as_many_of_each_class_as_there_are() -> None:
+    labels = torch.tensor([0] * 9 + [1] * 2 + [2] * 6)[torch.randperm(17, generator=torch.Generator().manual_seed(0))]
+    support = TaskSupport(torch.arange(17.0).view(1, 17, 1), labels)
+    rows = support.thinned(12)
+    assert support.take(rows).counts.tolist() == [4, 2, 4] and rows.tolist() == sorted(set(rows.tolist()))
+    assert support.take(support.thinned(3)).counts.tolist() == [2, 2, 2]  # two of each, so that one can be held out
+    assert support.thinned(1000).tolist() == list(range(17))
