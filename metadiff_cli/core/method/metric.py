@@ -106,8 +106,8 @@ class Metric:
     def embed(self, x: Tensor, domain: Tensor, weights: Tensor) -> Tensor:
         """Return phi (B, n, J) of x (B, n, J), relative to the domain (B, 1, J), with weights (B, P)."""
         moved = x - domain
-        factors = (weights.sqrt().unsqueeze(1) / self._lengths(moved)).split(1, dim=-1)  # P of (B, n, 1)
-        return torch.cat([part * f for part, f in zip(self.split(moved), factors, strict=True)], dim=-1)
+        factors = (weights.sqrt().unsqueeze(1) / self._lengths(moved)).unbind(dim=-1)  # P of (B, n)
+        return torch.cat([part * f.unsqueeze(-1) for part, f in zip(self.split(moved), factors, strict=True)], dim=-1)
 
     def logits(self, x: Tensor, domain: Tensor, weights: Tensor, classifier: Tensor) -> Tensor:
         """Return phi . w (B, n, N) of x (B, n, J) and a classifier w (B, N, J), without making phi."""
