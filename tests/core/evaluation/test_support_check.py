@@ -107,3 +107,5 @@ def test_suspects_are_those_of_clear_odds_the_clearest_first() -> None:
     odds = probabilities.amax(dim=1) / probabilities[torch.arange(36), labels]
     wanted = [str(i) for i in odds.argsort(descending=True).tolist() if odds[i] > SUSPECT_ODDS]
     assert check is not None and wanted and [s.path for s in check.suspects] == wanted
+    confidences = [float(probabilities[int(path)].max()) for path in wanted]
+    assert [s.confidence for s in check.suspects] == pytest.approx(confidences, abs=1e-4)
