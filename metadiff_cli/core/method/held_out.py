@@ -23,7 +23,7 @@ from metadiff_cli.core.method.support import TaskSupport
 FOLDS, FEW_FOLDS = 5, 2  # the second for a support of more than MANY images
 MANY = 400
 MOST = 1000  # images of a support that are held out: time grows with their cube
-STEPS = 6  # of descent: the logits of six are those of the minimum to two digits
+STEPS = 6  # of descent: nearly as far toward the minimum as the ten steps of the sampler
 AT_ONCE = 20_000_000  # entries of the Gram matrices of folds that are in memory at once
 
 
