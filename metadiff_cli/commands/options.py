@@ -127,7 +127,7 @@ NumWorkers = Annotated[
 BatchSize = Annotated[
     int | None,
     option(
-        COMMON, "--batch-size", metavar="N", min=1, default="32, on a GPU 256",
+        COMMON, "--batch-size", metavar="N", min=1, default="32 or fewer, on a GPU 256",
         help="Images per forward pass of the encoder.",
     ),
 ]  # fmt: skip

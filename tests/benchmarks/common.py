@@ -46,7 +46,7 @@ class Sizes:
     episodes: int = 600
     draw_episodes: int = 10
     method_features: int = 512  # of `episodes`, `latency`, `many-classes` and `flat`
-    method_episodes: int = 500
+    method_episodes: int = 1000
     method_classes: int = 200
     method_images: int = 20
     large_images: tuple[int, ...] = (1_000, 10_000, 100_000)

@@ -24,6 +24,7 @@ from metadiff_cli.files import atomic, release, sweep, writable
 
 Progress = Callable[[int, int], None]
 BATCH, GPU_BATCH = 32, 256  # images per pass of the encoder
+PIXELS = 300_000  # per pass on the CPU, where the maps of more take memory and save no time
 SHARD = 2048  # images per file while a bank is made: an interruption loses the work on one file
 
 
@@ -125,12 +126,13 @@ def every_other(bank: FeatureBank, first: int) -> FeatureBank:
 class Encoding:
     """Turns pixels into features in passes of at most `batch` images.
 
-    Without a `batch` it is BATCH on the CPU, where more images take more memory and no less time, and GPU_BATCH
-    elsewhere. A pass that does not fit into the memory of the device is halved, and so are all passes after it.
+    Without a `batch` it is BATCH on the CPU, or fewer where images are large (see PIXELS), and GPU_BATCH elsewhere. A
+    pass that does not fit into the memory of the device is halved, and so are all passes after it.
     """
 
     def __init__(self, encoder: ImageEncoder, batch: int | None = None) -> None:
-        usual = BATCH if encoder.device.type == "cpu" else GPU_BATCH
+        few = max(1, min(BATCH, PIXELS // encoder.size**2))
+        usual = few if encoder.device.type == "cpu" else GPU_BATCH
         self.encoder, self.batch = encoder, batch or usual
 
     def __call__(self, pixels: np.ndarray) -> Tensor:
