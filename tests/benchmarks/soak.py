@@ -21,7 +21,7 @@ from typing import Any
 from tests.benchmarks.common import Ratio, Report, Sizes, write_images
 from tests.benchmarks.learning import resident_megabytes
 
-CLASSES, SHOTS, QUERIES, SIDE = 5, 2, 10, 64
+CLASSES, SHOTS, QUERIES, SIDE = 5, 2, 5, 64
 EVERY = 0.25  # seconds between two looks at a training
 KEPT = 10.0  # MB that may come and go
 TRAINING = ["data.glyphs.train=12", "data.glyphs.val=8", "data.glyphs.test=8", "data.glyphs.images_per_class=12",
@@ -63,7 +63,7 @@ def _growth(values: Sequence[float]) -> float:
 def _command(what: str, place: Path) -> list[str]:
     data = str(place / "data")
     if what == "adapt":
-        return ["adapt", "--support", data, "--query", str(place / "query"), "--json"]
+        return ["adapt", "--support", data, "--query", str(place / "query"), "--views", "1", "--json"]
     return ["evaluate", "--data", data, "--split", "all", "--episodes", "20", "--query", "5", "--json"]
 
 
