@@ -134,22 +134,23 @@ class EfficientNetLite(nn.Module):
         super().__init__()
         self._conv_stem, self._bn0 = SameConv(3, STEM, 3, 2), _norm(STEM)
         blocks, inputs = [], STEM
-        self.ends: list[int] = []  # for each stage, the number of its last block
-        self.widths: list[int] = []
+        self.described: list[int] = []  # the last block of each stage that gives features, by its number
+        self.below = 0  # how many features these give
         for stage, (expansion, channels, count, kernel, stride) in enumerate(STAGES):
             outputs = _rounded(channels * width)
             for block in range(count if stage in FIXED else math.ceil(count * depth)):
                 blocks.append(InvertedResidual(inputs, outputs, expansion, kernel, stride if block == 0 else 1))
                 inputs = outputs
-            self.ends.append(len(blocks) - 1)
-            self.widths.append(outputs)
+            if stage in DESCRIBED:
+                self.described.append(len(blocks) - 1)
+                self.below += 2 * outputs
         self._blocks = nn.ModuleList(blocks)
         self._conv_head, self._bn1 = SameConv(inputs, HEAD, 1), _norm(HEAD)
 
     @property
     def groups(self) -> tuple[int, int]:
         """The sizes of the groups of features that `describe` gives: of the head, and of the stages below."""
-        return HEAD, 2 * sum(self.widths[stage] for stage in DESCRIBED)
+        return HEAD, self.below
 
     def forward(self, images: Tensor) -> Tensor:
         return self.describe(images)[:, :HEAD]
@@ -159,7 +160,7 @@ class EfficientNetLite(nn.Module):
         x, below = F.relu6(self._bn0(self._conv_stem(images))), []
         for number, block in enumerate(self._blocks):
             x = block(x)
-            if number in [self.ends[stage] for stage in DESCRIBED]:
+            if number in self.described:
                 mean = x.mean(dim=(2, 3))
                 spread = (x - mean[..., None, None]).square().mean(dim=(2, 3)).sqrt()
                 below += [F.normalize(mean, dim=1), F.normalize(spread, dim=1)]

@@ -160,7 +160,8 @@ def adapt_tasks(
     """Return the classifiers of tasks, from expanded features of their support (B, n, J).
 
     `ranks` (B, N) are the positions of the classes in an order that does not depend on how they are given; `seeds` are
-    one per task. `pool` (B, P, J) are unlabelled images of the same tasks. (Design, sections 2 and 2b.)
+    one per task. `pool` (B, P, J) are unlabelled images of the same tasks. Without statistics of classes there is
+    nothing to draw, and a noise temperature has no effect. (Design, sections 2 and 2b.)
     """
     process = _process(metadiff, support, sampling, pool)
     noise = Noise(seeds, ranks, sum(metadiff.metric.groups), sampling.temperature, support.x.device)
@@ -183,22 +184,27 @@ def trace_tasks(
 class _Process:
     """The reverse process of B tasks: what it is conditioned on, and where it stands."""
 
-    def __init__(self, metadiff: MetaDiff, support: TaskSupport, sampling: Sampling, task: TaskClassifier) -> None:
+    def __init__(
+        self, metadiff: MetaDiff, support: TaskSupport, sampling: Sampling, task: TaskClassifier, pool: Tensor | None
+    ) -> None:
         self.metadiff, self.sampling, self.task = metadiff, sampling, task
         self.phi = task.embed(support.x)  # (B, n, J)
         self.gram: Gram = gram_of(self.phi)
         self.target = support.one_hot()
         self.evidence = Evidence(support.means(), count_of(support.counts))
         self.denoiser = metadiff.denoiser_for(support.shots)
-        self.guide: Callable[[Weights], Evidence] | None = None
+        self.pool = None if pool is None or pool.shape[1] == 0 else pool
+
+    def _begin(self) -> None:
+        """Stand where a sample begins: nothing of the one before has a part in it."""
+        self.guide = None if self.pool is None else self._guide(self.pool)
         self.start = self._start(self.evidence, None)
         self.estimate = self.phi.new_zeros(*self.phi.shape[:2], self.target.shape[1])  # of the dual, after a step
 
-    def guided_by(self, pool: Tensor, how: PoolGuidance) -> None:
-        """Let unlabelled images (B, P, J) guide the process."""
-        phi = self.task.embed(pool)
-        update = pool_evidence(self.evidence, pool, how)
-        self.guide = lambda weights: update(self.task.sharpness * (phi @ self._classifier(weights.dual).mT))
+    def _guide(self, pool: Tensor) -> Callable[[Weights], Evidence]:
+        """What unlabelled images (B, P, J) add to the evidence, by the classifier of a step."""
+        phi, update = self.task.embed(pool), pool_evidence(self.evidence, pool, self.metadiff.tuning.pool)
+        return lambda weights: update(self.task.sharpness * (phi @ self._classifier(weights.dual).mT))
 
     def run(self, noise: Noise) -> Tensor:
         """Return the classifier W (B, N, J) of one sample."""
@@ -209,10 +215,10 @@ class _Process:
     def steps(self, noise: Noise) -> Iterator[SamplerStep]:
         """Run one sample of the reverse process."""
         schedule, sampling = self.metadiff.schedule, self.sampling
+        self._begin()
         v = None
         if self.task.metric.space is not None:
             v = noise.draw() / schedule.abar[schedule.steps] ** 0.5
-        self.estimate = torch.zeros_like(self.estimate)
         weights = Weights(v, self.estimate)
         if sampling.method == "ddpm":
             return ddpm(self._denoise, weights, schedule, sampling.steps, noise.draw)
@@ -273,10 +279,8 @@ def _process(metadiff: MetaDiff, support: TaskSupport, sampling: Sampling, pool:
         settings = replace(settings, temperature=task_temperatures(logits, some.one_hot()[rows], usual))
     middle = support.means().mean(dim=1, keepdim=True)
     domain = torch.lerp(metric.origin.to(middle).expand_as(middle), middle, settings.domain.view(-1, 1, 1))
-    process = _Process(metadiff, support, sampling, TaskClassifier(metric, settings, domain, middle.unsqueeze(0)))
-    if pool is not None and pool.shape[1] > 0:
-        process.guided_by(pool, metadiff.tuning.pool)
-    return process
+    task = TaskClassifier(metric, settings, domain, middle.unsqueeze(0))  # its weights are what the process gives
+    return _Process(metadiff, support, sampling, task, pool)
 
 
 def fitted_settings(metadiff: MetaDiff, support: TaskSupport, guidance: float | None = None) -> TaskSettings:

@@ -20,8 +20,8 @@ from metadiff_cli.core.method.descent import Gram, InnerProblem
 from metadiff_cli.core.method.metric import SHORTEST, Metric, TaskSettings
 from metadiff_cli.core.method.support import TaskSupport
 
-FOLDS, FEW_FOLDS = 5, 2  # the second for a support of more than MANY images
-MANY = 400
+FOLDS = 5
+FEW_FOLDS, MANY = 2, 400  # folds of a support of more than so many images
 MOST = 1000  # images of a support that are held out: time grows with their cube
 STEPS = 6  # of descent: nearly as far toward the minimum as the ten steps of the sampler
 AT_ONCE = 20_000_000  # entries of the Gram matrices of folds that are in memory at once
@@ -43,10 +43,8 @@ class Folds:
         counts = torch.bincount(labels)
         order = torch.argsort(labels, stable=True)
         first = torch.cumsum(counts, 0) - counts
-        place = torch.empty_like(labels)
-        place[order] = (
-            torch.arange(len(labels), device=labels.device) - first[labels[order]]
-        )  # of an image in its class
+        place = torch.empty_like(labels)  # of an image in its class
+        place[order] = torch.arange(len(labels), device=labels.device) - first[labels[order]]
         number = min(int(counts.max()), FOLDS if len(labels) <= MANY else FEW_FOLDS)
         fold = torch.where(counts[labels] > 1, place % max(number, 1), -1)
         return cls((fold.unsqueeze(0) != torch.arange(number, device=labels.device).unsqueeze(1)).float(), fold)

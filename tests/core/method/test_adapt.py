@@ -284,6 +284,8 @@ def test_a_pool_has_its_effect_in_the_first_step_already(name: str, steps: int) 
         adapted(nothing, support, Sampling(steps), pool=pool).weights, without, atol=1e-4, rtol=0
     )
     assert torch.equal(adapted(metadiff, support, Sampling(steps), pool=pool[:, :0]).weights, without)
+    first, second = adapted(metadiff, support, Sampling(steps, samples=2), pool=pool).weights
+    assert torch.equal(first, second)  # what the first sample found out about the pool is not carried over
 
 
 @pytest.mark.parametrize("counts", [(57, 3, 0, 0, 0), (76, 1, 1, 1, 1), (285, 15, 0, 0, 0), (12, 12, 12, 12, 12)])
