@@ -34,7 +34,7 @@ from metadiff_cli.core.method.denoisers import build_denoiser
 from metadiff_cli.core.method.metric import Metric
 from metadiff_cli.core.method.support import TaskSupport
 from metadiff_cli.core.method.task_space import class_statistics, identity_space
-from metadiff_cli.core.training import fit
+from metadiff_cli.core.training import validation
 from metadiff_cli.core.training.loop import Trainer
 
 Trained = TypeVar("Trained", bound=Trainer[Any, Any])
@@ -72,7 +72,7 @@ def invoke(*arguments: str | Path, stdin: str = "") -> Result:
 @contextlib.contextmanager
 def hasty() -> Iterator[None]:
     """A training in here fits and confirms on few episodes: that would be most of the time of a small one."""
-    few = mock.patch.multiple(fit, EPISODES=20, FEWEST=10, CHECKED=10)
+    few = mock.patch.multiple(validation, EPISODES=20, FEWEST=10, CHECKED=10)
     with few, mock.patch.object(stages, "CONFIRMING", 40):
         yield
 

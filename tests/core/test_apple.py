@@ -20,7 +20,8 @@ from metadiff_cli.core.method.calibration import Rejection, TaskTable
 from metadiff_cli.core.method.metric import Metric
 from metadiff_cli.core.method.rejection import rejector_of
 from metadiff_cli.core.method.support import TaskSupport
-from metadiff_cli.core.training.fit import Pairs, fit_rejection
+from metadiff_cli.core.training.fit import fit_rejection
+from metadiff_cli.core.training.validation import ValidationTasks
 from tests.apple import MPS, AppleGpu
 from tests.tasks import METRICS, adapted, bank_of, features, support_of, tuned
 from tests.worlds import CPU
@@ -107,8 +108,8 @@ def test_evaluation_with_every_method(name: str) -> None:
 
 
 def test_a_threshold_is_fitted_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metadiff_cli.core.training.fit.WAYS", (3,))
-    monkeypatch.setattr("metadiff_cli.core.training.fit.SHOTS", (1, 2))
+    monkeypatch.setattr("metadiff_cli.core.training.validation.WAYS", (3,))
+    monkeypatch.setattr("metadiff_cli.core.training.validation.SHOTS", (1, 2))
     metadiff = model(METRICS["two groups"](), MPS)
-    pairs = Pairs(metadiff.metric, [bank_of(features(6, 5, 0, metadiff.metric.groups))], MPS, 0)
+    pairs = ValidationTasks(metadiff.metric, [bank_of(features(6, 5, 0, metadiff.metric.groups))], MPS, 0)
     assert fit_rejection(metadiff, pairs).offsets.shots == (1, 2)

@@ -6,8 +6,8 @@ costs arithmetic on small matrices. The score is the mean gain over the class me
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,33 +17,21 @@ from torch import Tensor
 
 from metadiff_cli.core.encoders.bank import FeatureBank
 from metadiff_cli.core.evaluation.controls import ANALYTIC, CONTROLS, ControlSettings, Fitted, fit_control
-from metadiff_cli.core.evaluation.episodes import Episodes, episode_batches
-from metadiff_cli.core.evaluation.evaluate import Protocol, evaluate, expanded, mean_interval, method_of, run_through
+from metadiff_cli.core.evaluation.evaluate import Protocol, evaluate, mean_interval, method_of, run_through
 from metadiff_cli.core.method.adapt import (
     MetaDiff,
     Sampling,
-    TaskClassifier,
     Tuning,
-    adapt_tasks,
-    ranks_of,
-    seeds_of,
 )
 from metadiff_cli.core.method.calibration import Rejection, TaskTable, best_temperature
 from metadiff_cli.core.method.descent import NO_DESCENT
 from metadiff_cli.core.method.guidance import GUIDANCE_GRID, LEVEL_GRID, Usual, shift_of
-from metadiff_cli.core.method.held_out import Folds, HeldOut
+from metadiff_cli.core.method.held_out import HeldOut
 from metadiff_cli.core.method.metric import Metric, TaskSettings, cosine_logits
 from metadiff_cli.core.method.rejection import RATE, rejector_of
-from metadiff_cli.core.method.support import TaskSupport, count_of
+from metadiff_cli.core.method.support import count_of
 from metadiff_cli.core.method.task_space import ClassStatistics
-from metadiff_cli.errors import DataError
-
-WAYS, SHOTS = (5, 10, 20), (1, 2, 5, 10)
-QUERIES = 75  # of a task, at most
-EPISODES, FEWEST = 400, 60  # of all domains together, and of each one at least
-CHECKED = 100  # episodes of all domains together for temperatures, rejection and the controls
-NUMBERS = 250_000_000  # in the features of the episodes that are in memory at once
-SEED = 7919  # added to the seed: these episodes are neither those of selection nor those of the final table
+from metadiff_cli.core.training.validation import DomainTasks, ValidationTasks, adapted
 
 SHRINKAGE = ((0.5, 0.3), (0.8, 0.3), (0.95, 0.3))  # within and between: a longer training wants more within
 DOMAIN_GRID = (0.0, 0.5, 1.0)
@@ -59,7 +47,6 @@ SHARPEST = 1000.0  # the largest temperature
 LOSS, BURDEN = 0.2, 3.0  # points below the class mean that a domain may lose, and what further ones count more
 
 Note = Callable[[str], None]
-Expanded = Callable[[np.ndarray], Tensor]
 
 
 def _unheard(text: str) -> None:
@@ -113,8 +100,8 @@ def choose_shrinkage(
     totals = []
     for within, between in SHRINKAGE:
         metric = Metric(statistics.groups, statistics.task_space(within, between).to(device))
-        pairs = Pairs(metric, banks, device, seed)
-        searches = [_Search(metric, pairs.tasks(pairs.ways[0], shot)) for shot in pairs.shots[::2]]
+        validation = ValidationTasks(metric, banks, device, seed)
+        searches = [_Search(metric, validation.tasks(validation.ways[0], shot)) for shot in validation.shots[::2]]
         totals.append(sum(search.score(search.settings) for search in searches) / len(searches))
         note(f"shrinkage {within:g} within classes and {between:g} between: {totals[-1]:+.2f}")
     return SHRINKAGE[int(np.argmax(totals))]
@@ -128,36 +115,36 @@ def fit_tuning(
     `note` is told the score of each candidate, and what was chosen for each combination of ways and shots.
     """
     metric = metadiff.metric
-    pairs = Pairs(metric, banks, device, seed)
+    validation = ValidationTasks(metric, banks, device, seed)
     found: dict[tuple[int, int], TaskSettings] = {}
-    for way, shot in pairs:
-        search = _Search(metric, pairs.tasks(way, shot), found.get((pairs.ways[0], shot)) or _last(found))
+    for way, shot in validation:
+        search = _Search(metric, validation.tasks(way, shot), found.get((validation.ways[0], shot)) or _last(found))
         search.run(partial(_note_of, note, f"{way}-way {shot}-shot"))
         found[way, shot] = search.settings
     metadiff = metadiff.tuned(
-        usual=_usual(metric, pairs),
+        usual=_usual(metric, validation),
         **{name: TaskTable.of({pair: float(getattr(s, name)) for pair, s in found.items()}) for name in START},
     )
-    metadiff = _with_confidences(metadiff, pairs)
-    return metadiff.tuning, fit_controls(metadiff, pairs)
+    metadiff = _with_confidences(metadiff, validation)
+    return metadiff.tuning, fit_controls(metadiff, validation)
 
 
 def fit_confidences(metadiff: MetaDiff, banks: Sequence[FeatureBank], device: torch.device, *, seed: int) -> Tuning:
     """Return the tuning with temperatures and rejection fitted anew, as a learned denoiser needs it."""
-    return _with_confidences(metadiff, Pairs(metadiff.metric, banks, device, seed)).tuning
+    return _with_confidences(metadiff, ValidationTasks(metadiff.metric, banks, device, seed)).tuning
 
 
-def _with_confidences(metadiff: MetaDiff, pairs: "Pairs") -> MetaDiff:
+def _with_confidences(metadiff: MetaDiff, validation: ValidationTasks) -> MetaDiff:
     """The same with its temperatures corrected by a factor, and with the rejection that follows from them.
 
     Temperatures that were fitted for the hyper-parameters alone do not know the choice for each task.
     """
     fitted, corrected = metadiff.tuning.temperature, {}
-    for pair in pairs:
-        factor = _factor(metadiff, pairs.tasks(*pair, CHECKED))  # without bound where all images are correct
+    for pair in validation:
+        factor = _factor(metadiff, validation.few_tasks(*pair))  # without bound where all images are correct
         corrected[pair] = min(max(factor * fitted.at(*pair), 1 / SHARPEST), SHARPEST)
     metadiff = metadiff.tuned(temperature=TaskTable.of(corrected))
-    return metadiff.tuned(rejection=fit_rejection(metadiff, pairs))
+    return metadiff.tuned(rejection=fit_rejection(metadiff, validation))
 
 
 def _note_of(note: Note, what: str, text: str) -> None:
@@ -168,7 +155,7 @@ def _last(found: dict[tuple[int, int], TaskSettings]) -> TaskSettings | None:
     return list(found.values())[-1] if found else None
 
 
-def fit_rejection(metadiff: MetaDiff, pairs: "Pairs") -> Rejection:
+def fit_rejection(metadiff: MetaDiff, validation: ValidationTasks) -> Rejection:
     """Return the offsets of the threshold below which RATE of the images of a task's own classes fall.
 
     No unknown image is needed. Fit last: the threshold depends on all other tuning.
@@ -176,110 +163,27 @@ def fit_rejection(metadiff: MetaDiff, pairs: "Pairs") -> Rejection:
     none = Rejection(TaskTable.constant(0.0), RATE)
     fitted = metadiff.tuned(rejection=none)
     offsets: dict[tuple[int, int], float] = {}
-    for way in sorted({2, *pairs.ways}):
-        for shot in pairs.shots:
+    for way in sorted({2, *validation.ways}):
+        for shot in validation.shots:
             margins = []
-            for task in pairs.tasks(way, shot, CHECKED):
+            for task in validation.few_tasks(way, shot):
                 classifier = adapted(fitted, task)
                 margins.append(rejector_of(fitted, classifier, task.support).margins(task.query).flatten())
             offsets[way, shot] = float(torch.cat(margins).quantile(RATE))
     return Rejection(TaskTable.of(offsets), RATE)
 
 
-def fit_controls(metadiff: MetaDiff, pairs: "Pairs") -> Fitted:
+def fit_controls(metadiff: MetaDiff, validation: ValidationTasks) -> Fitted:
     """Return what was fitted for each control, and the temperatures of the posterior mean without descent."""
     found: dict[str, list[ControlSettings]] = {name: [] for name in (*CONTROLS, ANALYTIC)}
-    for way, shot in pairs:
-        tasks = pairs.tasks(way, shot, CHECKED)
+    for way, shot in validation:
+        tasks = validation.few_tasks(way, shot)
         domains = [task.plain() for task in tasks]
         for name in CONTROLS:
             found[name].append(fit_control(name, metadiff.metric, domains, way, shot))
         temperature = _factor(metadiff.without_descent(TaskTable.constant(1.0)), tasks)
         found[ANALYTIC].append(ControlSettings(way, shot, temperature=temperature))
     return {name: tuple(settings) for name, settings in found.items()}
-
-
-@dataclass(frozen=True)
-class DomainTasks:
-    """Episodes of one domain: support and query (B, M, J) as expanded features, labels (M,) of the queries."""
-
-    bank: FeatureBank
-    support: TaskSupport
-    query: Tensor
-    labels: Tensor
-    episodes: Episodes
-
-    def plain(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return support (B, N, K, D), query (B, M, D) and labels as features z."""
-        support, query = (
-            self.bank.take(rows).to(self.query.device) for rows in (self.episodes.support, self.episodes.query)
-        )
-        return support, query, self.labels
-
-    def held_out(self, metric: Metric) -> HeldOut:
-        """Return what scores the queries for any hyper-parameters."""
-        x = torch.cat([self.support.x, self.query], dim=1)
-        labels = torch.cat([self.support.labels, self.labels])
-        query = torch.arange(len(labels), device=labels.device) >= len(self.support.labels)
-        return HeldOut(metric, TaskSupport(x, labels), Folds.apart(query))
-
-
-class Pairs:
-    """The combinations of ways and shots that the banks of some domains have images for, and their episodes.
-
-    Each combination has episodes of one domain or more. Raises DataError where none of the banks has two classes of two
-    images.
-    """
-
-    def __init__(self, metric: Metric, banks: Sequence[FeatureBank], device: torch.device, seed: int) -> None:
-        self.size, self.seed, self.device = sum(metric.parts), seed + SEED, device
-        self.banks = [(bank, bank.class_indices(), expanded(metric, bank, device)) for bank in banks]
-        # what half of the domains have classes for: a fit on one of many says little about others
-        most = sorted(len(indices) for _, indices, _ in self.banks)[len(banks) // 2]
-        self.shots, self.ways = list(SHOTS), list[int]()
-        while not self.ways:
-            if not self.shots:
-                raise DataError("a fit needs two validation classes of two images", hint="add images")
-            ways = [way for way in WAYS if way <= most] or [most]
-            self.ways = [way for way in ways if way > 1 and all(self._able(way, shot) for shot in self.shots)]
-            self.shots = self.shots if self.ways else self.shots[:-1]
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((way, shot) for way in self.ways for shot in self.shots)
-
-    def tasks(self, way: int, shot: int, most: int | None = None) -> list[DomainTasks]:
-        """Return the episodes of each domain that has the classes and images; the same ones whenever asked.
-
-        They are `most` (by default EPISODES) of all domains together, or somewhat more where each has FEWEST.
-        """
-        able, most = self._able(way, shot), EPISODES if most is None else most
-        each = max(most // max(len(able), 1), min(FEWEST, most // 5))
-        return [self._episodes(bank, indices, x, way, shot, query, each, len(able)) for bank, indices, x, query in able]
-
-    def _able(self, way: int, shot: int) -> list[tuple[FeatureBank, list[np.ndarray], Expanded, int]]:
-        """The domains with such episodes: the rows of the classes that are drawn, and the queries per class.
-
-        Half of the classes or more are drawn; those with fewer images than these are not.
-        """
-        found = []
-        for bank, indices, x in self.banks:
-            if len(indices) < way:
-                continue
-            sizes = sorted((len(rows) for rows in indices), reverse=True)
-            room = sizes[max(way, math.ceil(len(sizes) / 2)) - 1] - shot
-            query = min(QUERIES // 5, max(1, QUERIES // way), room)
-            if query > 0:
-                found.append((bank, [rows for rows in indices if len(rows) >= shot + query], x, query))
-        return found
-
-    def _episodes(
-        self, bank: FeatureBank, indices: list[np.ndarray], x: Expanded, way: int, shot: int, query: int, count: int,
-        domains: int,
-    ) -> DomainTasks:  # fmt: skip
-        count = max(1, min(count, NUMBERS // (domains * way * (shot + query) * self.size)))
-        (part,) = episode_batches(indices, way, shot, query, count=count, batch=count, seed=self.seed)
-        labels = torch.from_numpy(part.labels[0]).to(self.device)
-        return DomainTasks(bank, TaskSupport.even(x(part.support)), x(part.query), labels, part)
 
 
 class _Search:
@@ -355,13 +259,6 @@ def _shown(value: float | tuple[float, float]) -> str:
     return f"{value:g}" if isinstance(value, float) else f"{value[0]:g}/{value[1]:g}"
 
 
-def adapted(metadiff: MetaDiff, task: DomainTasks) -> TaskClassifier:
-    """Return the classifiers of the episodes of a domain."""
-    count = len(task.query)
-    ranks = ranks_of(task.episodes.classes)
-    return adapt_tasks(metadiff, task.support, Sampling(), ranks=ranks, seeds=seeds_of(0, 0, count))
-
-
 def _factor(metadiff: MetaDiff, tasks: Sequence[DomainTasks]) -> float:
     """The factor on the logits of a metadiff that fits them best."""
     logits = torch.cat([adapted(metadiff, task).logits(task.query).flatten(0, 1) for task in tasks])
@@ -381,13 +278,14 @@ def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     return 100 * (logits.argmax(dim=-1) == labels).float().mean()
 
 
-def _usual(metric: Metric, pairs: Pairs) -> Usual | None:
+def _usual(metric: Metric, validation: ValidationTasks) -> Usual | None:
     """The shift of tasks of validation classes, from which that of a task from elsewhere is told."""
     if metric.space is None or not metric.plain:
         return None
     found = {}
-    for pair in pairs:
-        each = [metric.stats(t.support.means() - metric.origin, count_of(t.support.counts)) for t in pairs.tasks(*pair)]
-        found[pair] = torch.cat([shift_of(stats) for stats in each])
+    for pair in validation:
+        supports = [task.support for task in validation.tasks(*pair)]
+        stats = [metric.stats(s.means() - metric.origin, count_of(s.counts)) for s in supports]
+        found[pair] = torch.cat([shift_of(each) for each in stats])
     deviation = math.sqrt(float(torch.stack([values.var() for values in found.values()]).mean()))
     return Usual(TaskTable.of({pair: float(values.mean()) for pair, values in found.items()}), max(deviation, 1e-3))

@@ -12,8 +12,9 @@ from metadiff_cli.core.method.calibration import Rejection, TaskTable
 from metadiff_cli.core.method.held_out import HeldOut
 from metadiff_cli.core.method.rejection import RATE, base_weights, known_scores, rejector_of, support_scores
 from metadiff_cli.core.method.support import TaskSupport
-from metadiff_cli.core.training import fit
-from metadiff_cli.core.training.fit import Pairs, fit_rejection
+from metadiff_cli.core.training import validation
+from metadiff_cli.core.training.fit import fit_rejection
+from metadiff_cli.core.training.validation import ValidationTasks
 from metadiff_cli.errors import CheckpointError
 from tests.tasks import METRICS, ONE, TWO, adapted, bank_of, features, metric_of, support_of, tuned
 from tests.worlds import CPU
@@ -106,10 +107,10 @@ def test_a_fitted_threshold_rejects_its_share_of_known_images_and_more_of_the_ot
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """On other classes than those of the fit, and for a number of shots that was not fitted."""
-    monkeypatch.setattr(fit, "WAYS", (5,))
-    monkeypatch.setattr(fit, "SHOTS", (1, 2, 5))
+    monkeypatch.setattr(validation, "WAYS", (5,))
+    monkeypatch.setattr(validation, "SHOTS", (1, 2, 5))
     metadiff = model(name)
-    pairs = Pairs(metadiff.metric, [bank_of(features(30, 24, 11, ONE))], CPU, 0)
+    pairs = ValidationTasks(metadiff.metric, [bank_of(features(30, 24, 11, ONE))], CPU, 0)
     fitted = metadiff.tuned(rejection=fit_rejection(metadiff, pairs))
     assert fitted.tuning.rejection is not None and fitted.tuning.rejection.rate == RATE == 0.05
     for shot in (1, 3, 5):

@@ -20,18 +20,18 @@ from metadiff_cli.core.method.guidance import GUIDANCE_GRID, LEVEL_GRID
 from metadiff_cli.core.method.metric import Metric
 from metadiff_cli.core.method.rejection import RATE
 from metadiff_cli.core.method.task_space import TaskSpace, class_statistics
-from metadiff_cli.core.training import fit
+from metadiff_cli.core.training import fit, validation
 from metadiff_cli.core.training.fit import (
     DESCENT_GRID,
     DOMAIN_GRID,
     SHRINKAGE,
     START,
-    Pairs,
     choose_shrinkage,
     fit_confidences,
     fit_tuning,
     paired_gain,
 )
+from metadiff_cli.core.training.validation import ValidationTasks
 from metadiff_cli.errors import DataError
 from tests.tasks import METRICS, ONE, TWO, bank_of, features, metric_of, tuned
 from tests.worlds import CPU
@@ -40,14 +40,14 @@ from tests.worlds import CPU
 @pytest.fixture(autouse=True)
 def few_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("EPISODES", 30), ("CHECKED", 8), ("FEWEST", 6)):
-        monkeypatch.setattr(fit, name, value)
+        monkeypatch.setattr(validation, name, value)
 
 
 @pytest.fixture
 def five_shot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hyper-parameters for 5-way 1-shot and 5-shot alone, on more episodes, and no controls."""
     for name, value in (("EPISODES", 100), ("CHECKED", 60), ("WAYS", (5,)), ("SHOTS", (1, 5))):
-        monkeypatch.setattr(fit, name, value)
+        monkeypatch.setattr(validation, name, value)
     monkeypatch.setattr(fit, "fit_controls", lambda metadiff, pairs: {})
 
 
@@ -64,8 +64,8 @@ def uneven(counts: Sequence[int], seed: int = 0) -> FeatureBank:
     return FeatureBank(rows.numpy(), np.repeat(np.arange(len(counts)), counts), tuple(map(str, range(len(counts)))))
 
 
-def pairs_of(*domains: FeatureBank) -> Pairs:
-    return Pairs(metric_of(TWO), domains, CPU, 0)
+def pairs_of(*domains: FeatureBank) -> ValidationTasks:
+    return ValidationTasks(metric_of(TWO), domains, CPU, 0)
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -285,7 +285,7 @@ def test_the_gain_is_measured_on_as_much_as_a_domain_has() -> None:
 
 
 def test_few_numbers_in_memory_mean_few_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "NUMBERS", 40_000)
+    monkeypatch.setattr(validation, "NUMBERS", 40_000)
     task = pairs_of(*banks()).tasks(5, 2)[0]
     assert len(task.query) >= 1 and task.query.numel() + task.support.x.numel() <= 40_000
     assert F.one_hot(task.labels).sum(dim=0).min() >= 1
