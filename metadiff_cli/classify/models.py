@@ -8,7 +8,8 @@ import torch
 from metadiff_cli.config.load import encoder_file
 from metadiff_cli.config.schema import LITE, is_pretrained
 from metadiff_cli.core.checkpoints.file import read_header
-from metadiff_cli.core.checkpoints.model import Model, TuningHeader, load_encoder, load_model
+from metadiff_cli.core.checkpoints.headers import TuningHeader
+from metadiff_cli.core.checkpoints.model import Model, load_encoder, load_model
 from metadiff_cli.core.encoders.library import pretrained_encoder, with_statistics
 from metadiff_cli.core.encoders.lite import WHEELS
 from metadiff_cli.core.method.adapt import MetaDiff, Tuning

@@ -16,9 +16,8 @@ from metadiff_cli.core.baselines.learners import (
     build_image_learner,
 )
 from metadiff_cli.core.checkpoints.file import Checkpoint, load_checkpoint, save_checkpoint
+from metadiff_cli.core.checkpoints.headers import MetricHeader, TuningHeader
 from metadiff_cli.core.checkpoints.model import (
-    MetricHeader,
-    TuningHeader,
     checkpoint_errors,
     described_encoder,
     image_encoder,

@@ -14,9 +14,9 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from metadiff_cli.core.checkpoints.file import Checkpoint, Part, load_checkpoint, save_checkpoint
+from metadiff_cli.core.checkpoints.headers import Positive
 from metadiff_cli.core.checkpoints.model import (
     Model,
-    Positive,
     SavedClassifier,
     check_tensor,
     checkpoint_errors,
