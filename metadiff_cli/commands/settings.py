@@ -10,13 +10,14 @@ import torch
 from metadiff_cli.commands.completions import SPLITS
 from metadiff_cli.config.load import flat, layers, resolve
 from metadiff_cli.config.schema import Config
+from metadiff_cli.console import Screen
 from metadiff_cli.core.device import keep_freed_memory, pick_device, set_threads
-from metadiff_cli.core.encoders.graphs import Graphs, can_make_graphs
+from metadiff_cli.core.encoders.graphs import Graphs, missing_packages
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.method.adapt import Sampling
 from metadiff_cli.core.training.distributed import SINGLE, Group
 from metadiff_cli.errors import ConfigError
-from metadiff_cli.files import cache_dir
+from metadiff_cli.files import cache_dir, writable
 
 USED = ("seed", "sampler", "runtime")  # keys and sections that matter for a finished model
 
@@ -68,18 +69,17 @@ def start(config: Config, group: Group = SINGLE) -> torch.device:
 MANY = 2000  # views of images from which on making a graph pays
 
 
-def accelerated(images: ImageEncoder, config: Config, count: int) -> ImageEncoder:
+def accelerated(images: ImageEncoder, config: Config, count: int, screen: Screen) -> ImageEncoder:
     """The encoder for `count` images, run by onnxruntime where that is asked for, or possible and faster.
 
     Raises ConfigError if a package is missing that was asked for.
     """
-    backend = config.runtime.backend
-    if backend == "torch" or images.device.type != "cpu" or (backend == "auto" and not can_make_graphs()):
+    asked = config.runtime.backend == "onnxruntime"
+    if config.runtime.backend == "torch" or images.device.type != "cpu" or (missing_packages() and not asked):
         return images
-    graphs = Graphs(images.encoder, cache_dir() / "graphs")
-    if backend == "onnxruntime" or graphs.made(images.size) or count * images.views > MANY:
-        return replace(images, graphs=graphs)
-    return images
+    graphs = Graphs(images.encoder, writable(cache_dir() / "graphs"), screen.note, required=asked)
+    pays = asked or count * images.views > MANY or graphs.made(images.sides)
+    return replace(images, graphs=graphs) if pays else images
 
 
 def sampling_of(config: Config) -> Sampling:

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from metadiff_cli.commands.settings import check_new, model_config
+from metadiff_cli.commands.settings import accelerated, check_new, model_config
 from metadiff_cli.config.load import resolve, to_yaml
+from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError
+from tests.worlds import small_encoder
 
 
 @pytest.mark.parametrize("setting", ["data.size=64", "features.views=1", "pretrain.epochs=3", "card.data=x"])
@@ -56,3 +58,18 @@ def test_a_new_file_needs_a_place_and_leave(tmp_path: Path) -> None:
     for file, overwrite in ((tmp_path / "old", False), (tmp_path, True), (tmp_path / "old" / "x", False)):
         with pytest.raises(ConfigError, match=r"exists already|is not a folder"):
             check_new(file, overwrite=overwrite)
+
+
+def test_the_backend_follows_the_request_and_what_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; it is the extra [fast]")
+    monkeypatch.setenv("METADIFF_CACHE_DIR", str(tmp_path))
+    images = small_encoder(28, "resnet10")
+
+    def found(backend: str, count: int) -> bool | None:
+        config = resolve(settings=[f"runtime.backend={backend}"], environ={})
+        graphs = accelerated(images, config, count, Screen()).graphs
+        return None if graphs is None else graphs.required
+
+    assert found("auto", 10) is None and found("auto", 10_000) is False
+    assert found("onnxruntime", 10) is True and found("torch", 10_000) is None
+    assert not list(tmp_path.rglob("*.onnx"))  # features may be in the cache: a graph is made when it is used

@@ -1,7 +1,7 @@
 """The classifier of an `adapt` run: loaded from a file, or adapted to the support, old and new, and to the pool."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ class Builder:
         """
         start = self._opened(given, support)
         count = queries + (0 if support is None else len(support.split.paths))
-        model = replace(start.model, images=accelerated(start.model.images, self.config, count))
+        model = replace(start.model, images=accelerated(start.model.images, self.config, count, self.screen))
         saved = None if start.saved is None else replace(start.saved, model=model)
         return Start(model, saved)
 
@@ -132,33 +132,36 @@ class Builder:
         """The model of the encoder that is asked for; of several, of the best on the support."""
         names = installed_encoders() if given.encoders == ["auto"] else given.encoders
         progress = self.screen.moves and not self.screen.quiet
-        models = {
-            name: model_of_encoder(
+
+        def model_of(name: str) -> Model:
+            return model_of_encoder(
                 name, self.device, views=given.views, weights=given.encoder_weights, progress=progress
             )
-            for name in names
-        }
-        if len(models) == 1 or support is None:
-            return next(iter(models.values()))
-        return models[self._best(models, support)]
 
-    def _best(self, models: Mapping[str, Model], support: Found) -> str:
-        """The name of the encoder with the best accuracy on held-out images of the support; the screen shows all."""
-        found: dict[str, float] = {}
-        for name, model in models.items():
-            images = self._read(support, model.images)
-            classifier = adapt(model, images, self.sampling, seed=self.config.seed)
-            check = check_support(classifier.task, images.task(classifier.task.metric), images.classes, images.paths)
-            if check is None:
-                raise DataError(
-                    "encoders are compared by images that are held out, and each class has one image",
-                    hint="give one --encoder, or two images of a class",
-                )
-            found[name] = check.accuracy
-            self.screen.note(f"encoder {name}: {check.accuracy:.1f} % of {check.images} held-out support images")
-        best = max(found, key=lambda name: found[name])
+        if len(names) == 1:
+            return model_of(names[0])
+        assert support is not None  # else the encoder would be that of a saved classifier
+        accuracy = {name: self._held_out_accuracy(name, model_of(name), support) for name in names}  # one in memory
+        best = max(accuracy, key=lambda name: accuracy[name])
         self.screen.note(f"taking the encoder {best}")
-        return best
+        return model_of(best)
+
+    def _held_out_accuracy(self, name: str, model: Model, support: Found) -> float:
+        """The accuracy in percent on held-out images of the support, which the screen shows. Raises DataError."""
+        images = self._read(support, model.images)
+        check = self._check(adapt(model, images, self.sampling, seed=self.config.seed), images)
+        if check is None:
+            raise DataError(
+                "encoders are compared by images that are held out, and each class has one image",
+                hint="give one --encoder, or two images of a class",
+            )
+        self.screen.note(f"encoder {name}: {check.accuracy:.1f} % of {check.images} held-out support images")
+        return check.accuracy
+
+    def _check(self, classifier: Classifier, images: SupportSet) -> SupportCheck | None:
+        """What images that are held out say of the support."""
+        task = classifier.task
+        return check_support(task, images.task(task.metric), images.classes, images.paths)
 
     def build(self, start: Start, support: Found | None, guiding: Queries | None, unlabeled: Queries | None) -> Ready:
         """Adapt to the images of the support, those of the saved classifier included.
@@ -176,7 +179,7 @@ class Builder:
         if unlabeled is not None:
             pool = _joined(self._unlabelled(unlabeled, start.model), pool)
         classifier = adapt(start.model, images, self.sampling, seed=self.config.seed, pool=pool)
-        check = check_support(classifier.task, images.task(classifier.task.metric), images.classes, images.paths)
+        check = self._check(classifier, images)
         self._tell(classifier, check)
         return Ready(classifier, check, encoded, _dependence(pool, transductive=guiding is not None))
 
@@ -210,7 +213,7 @@ class Builder:
         return pool
 
     def _tell(self, classifier: Classifier, check: SupportCheck | None) -> None:
-        """Say on stderr what leave-one-out found, and with `--verbose` how the classifier was adapted."""
+        """Say on stderr what held-out support images tell, and with `--verbose` how the classifier was adapted."""
         estimate, *suspects = check_sentences(check, classifier.support) or [""]
         if estimate:
             self.screen.note(estimate)
@@ -260,10 +263,10 @@ def _dependence(pool: Pool | None, *, transductive: bool) -> str:
 
 
 def check_sentences(check: SupportCheck | None, support: SupportSet) -> list[str]:
-    """What leave-one-out says of the support: first the estimate, then each image that looks mislabelled."""
+    """What held-out images say of the support: first the estimate, then each image that looks mislabelled."""
     if check is None:
         return []
-    estimate = f"support: estimated accuracy {check.accuracy:.0f} % (leave-one-out, {check.images} images)"
+    estimate = f"support: estimated accuracy {check.accuracy:.0f} % ({check.images} images held out in turn)"
     if left_out := single_images(support):
         more = ", ..." if len(left_out) > NAMED else ""
         estimate += f"; classes with one image are not in it: {', '.join(left_out[:NAMED])}{more}"

@@ -66,7 +66,7 @@ def feature_bank(
     decoded = source.split(split, images.size)
     with screen.progress(f"features of {split} images") as advance:
         return build_bank(
-            accelerated(images, config, len(decoded.labels)), decoded.images, decoded.labels, decoded.classes,
+            accelerated(images, config, len(decoded.labels), screen), decoded.images, decoded.labels, decoded.classes,
             folder=cache_dir() / "features", key=decoded.key, batch=config.runtime.batch_size,
             progress=advance, note=screen.note, group=group,
         )  # fmt: skip

@@ -26,7 +26,7 @@ OURS = {
     "images": rf"{HASH}\.(npy|json)|s[0-9a-f]{{31}}\.(json|lock)",
     "features": rf"{HASH}-{HASH}\.(npy|parts)",
     "encoders": rf"{HASH}\.safetensors",
-    "graphs": rf"{HASH}-\d+\.onnx(\.lock)?",
+    "graphs": rf"{HASH}-\d+\.onnx",
 }
 PARTS = re.compile(r"\d{6}\.npy|\.\d{6}\.npy\.\w+\.tmp")  # in a folder of features that are not complete yet
 

@@ -1,17 +1,14 @@
 """A saved classifier as one ONNX graph, from pixels to class probabilities, for runtimes without Python or torch.
 
 The input `pixels` (n, S, S, 3) uint8 are images as PREPARATION says. All that follows (normalisation, views, encoder,
-classifier, calibrated softmax) is in the graph. The output `probabilities` (n, N)
-float32 has columns in the order of the classes. The metadata of the file has two entries: `classes`, a JSON list, and
-`metadiff`, JSON with the preparation of images, their size S, the hyper-parameters of the classifier and the version
-of the package.
+classifier, calibrated softmax) is in the graph. The output `probabilities` (n, N) float32 has columns in the order of
+the classes. The metadata of the file has two entries: `classes`, a JSON list, and `metadiff`, JSON with the preparation
+of images, their size S, the hyper-parameters of the classifier and the version of the package.
 """
 
 import json
 import math
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +18,10 @@ from torch import Tensor, nn
 from metadiff_cli._version import __version__
 from metadiff_cli.core.checkpoints.classifier import settings_header
 from metadiff_cli.core.checkpoints.model import SavedClassifier, image_header
+from metadiff_cli.core.encoders.graphs import EXPORTER, RUNTIME, graph_of, missing_packages, open_session
 from metadiff_cli.errors import ConfigError, MetaDiffError
 from metadiff_cli.files import atomic
 
-OPSET = 18  # the oldest that torch's exporter writes, and so the most widely read
 TOLERANCE = 1e-4  # of the difference between our probabilities and those of the graph
 MAX_BYTES = 2**31 - 2**24  # of weights in one protobuf file, which ends at 2 GiB
 # how data/images.py makes pixels of an image, in one call of Pillow: the same steps give the same pixels
@@ -52,8 +49,7 @@ class PixelClassifier(nn.Module):
 
 def require_exporter() -> None:
     """Raise ConfigError if packages of the extra [onnx] are missing."""
-    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    if missing:
+    if missing := missing_packages(EXPORTER):
         raise ConfigError(
             f"export needs {' and '.join(missing)}, which are not installed",
             hint=f"install the extra [onnx]: pip install {' '.join(missing)}",
@@ -95,19 +91,9 @@ def metadata(classifier: SavedClassifier) -> dict[str, str]:
 
 def _traced(classifier: SavedClassifier) -> Any:
     """The ONNX program that torch makes of the classifier. Raises MetaDiffError."""
-    batch = torch.export.Dim("batch")
-    try:
-        return torch.onnx.export(
-            PixelClassifier(classifier).eval(), (_pixels(classifier, 2),), dynamo=True, verbose=False,
-            opset_version=OPSET, input_names=["pixels"], output_names=["probabilities"],
-            dynamic_shapes={"pixels": {0: batch}}, external_data=False,
-        )  # fmt: skip
-    except Exception as error:  # the exporter raises whatever its passes raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MetaDiffError(
-            f"{classifier.images.name} cannot be exported to ONNX ({reason:.200})",
-            hint="try a newer torch and onnxscript, or a classifier with another encoder",
-        ) from error
+    hint = "try a newer torch and onnxscript, or a classifier with another encoder"
+    network, name = PixelClassifier(classifier), classifier.images.name
+    return graph_of(network, _pixels(classifier, 2), "pixels", "probabilities", what=name, hint=hint)
 
 
 def _difference(classifier: SavedClassifier, path: Path) -> float | None:
@@ -131,10 +117,9 @@ def _difference(classifier: SavedClassifier, path: Path) -> float | None:
 
 def open_graph(path: Path) -> Callable[[Tensor], Tensor] | None:
     """The graph in a file as a function from pixels to probabilities; None if onnxruntime is not installed."""
-    if find_spec("onnxruntime") is None:
+    if missing_packages([RUNTIME]):
         return None
-    runtime = import_module("onnxruntime")
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = open_session(path)
     return lambda pixels: torch.from_numpy(session.run(["probabilities"], {"pixels": pixels.numpy()})[0])
 
 

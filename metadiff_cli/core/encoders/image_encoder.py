@@ -5,7 +5,6 @@ views of the image, and normalised again. Views are the whole image, its mirror 
 seen from closer by tells of details. They are the same for every image, so an image always has the same features.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from metadiff_cli.core.device import sent
 from metadiff_cli.core.encoders.graphs import Graphs
-from metadiff_cli.core.encoders.networks import Encoder
+from metadiff_cli.core.encoders.networks import Encoder, weights_digest
 from metadiff_cli.errors import ConfigError
 
 VERSION = 2  # of the computation below, as part of the key: a change of it makes files of features anew
@@ -72,11 +71,7 @@ class ImageEncoder:
     def key(self) -> str:
         """A hash (32 hexadecimal digits) of the weights and of everything else that features depend on."""
         described = (VERSION, self.name, self.size, self.mean, self.std, self.views, self.shift)
-        digest = hashlib.sha256(repr(described).encode())
-        for name, tensor in sorted(self.encoder.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:32]
+        return weights_digest(self.encoder, repr(described))
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -117,8 +112,18 @@ class ImageEncoder:
         """The side of a corner in pixels."""
         return round(self.size * CORNER)
 
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The sides of the images that the encoder sees: whole ones, and corners that are not enlarged."""
+        return (self.size, self.corner) if self.views in CORNERED and self._corners_fit else (self.size,)
+
+    @property
+    def _corners_fit(self) -> bool:
+        """Whether a corner has features of the same kinds as the image."""
+        return self.encoder.any_size and self.encoder.groups(self.corner) == self.groups
+
     def _sized(self, part: Tensor) -> Tensor:
         """A part of an image as it is, or enlarged where its features would be others than those of the image."""
-        if self.encoder.any_size and self.encoder.groups(self.corner) == self.groups:
+        if self._corners_fit:
             return part
         return F.interpolate(part, size=(self.size, self.size), mode="bilinear", align_corners=False)

@@ -13,6 +13,7 @@ head of pretraining needs that: flattened features depend on the image size, and
 features, which the layers below or the spread over the maps give.
 """
 
+import hashlib
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -78,6 +79,15 @@ class SpreadEncoder(Encoder):
     def groups(self, size: int) -> tuple[int, ...]:
         """The sizes of the groups of features for images of `size` pixels."""
         return (self.channels,) if self.side(size) == 1 else (self.channels, self.channels)
+
+
+def weights_digest(network: nn.Module, about: str) -> str:
+    """A hash (32 hexadecimal digits) of all weights of a network, and of a text."""
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 class ConvBlock(nn.Module):

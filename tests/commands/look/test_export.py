@@ -127,6 +127,6 @@ def test_what_cannot_be_exported(
 
 
 def test_a_missing_extra_is_named(cli: CLI, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    monkeypatch.setattr("metadiff_cli.core.encoders.graphs.find_spec", lambda name: None)
     result = cli("export", classifier, "--onnx", tmp_path / "x.onnx")
     assert result.code == 2 and "onnxscript" in result.err and "[onnx]: pip install" in result.err
