@@ -9,7 +9,7 @@ from torch import Tensor
 from metadiff_cli.classify.support_set import Pool, SupportSet, require_classes
 from metadiff_cli.core.checkpoints.classifier import StoredClassifier, StoredImages, load_classifier, save_classifier
 from metadiff_cli.core.checkpoints.model import Model
-from metadiff_cli.core.method.adapt import Sampling, TaskClassifier, adapt_tasks, seeds_of
+from metadiff_cli.core.method.adapt import MetaDiff, Sampling, TaskClassifier, adapt_tasks, seeds_of
 from metadiff_cli.core.method.guidance import PROTOTYPE
 from metadiff_cli.core.method.rejection import Rejector, rejector_of
 from metadiff_cli.data.scan import class_name
@@ -84,17 +84,22 @@ def narrow_draws(sampling: Sampling) -> str:
     )
 
 
-def adapt(model: Model, support: SupportSet, sampling: Sampling, *, seed: int, pool: Pool | None = None) -> Classifier:
-    """Adapt a model to a support set, guided by a pool where there is one.
-
-    Raises DataError when the support has fewer than two classes, and ConfigError for draws without class statistics.
-    """
-    require_classes(support)
-    if sampling.temperature > 0 and model.metadiff.metric.space is None:
+def require_posterior(metadiff: MetaDiff, sampling: Sampling) -> None:
+    """Raise ConfigError for draws from a model that has no statistics of classes to draw by."""
+    if sampling.temperature > 0 and metadiff.metric.space is None:
         raise ConfigError(
             "a temperature above 0 draws from a posterior, for which this model has no statistics of classes",
             hint="leave the temperature at 0",
         )
+
+
+def adapt(model: Model, support: SupportSet, sampling: Sampling, *, seed: int, pool: Pool | None = None) -> Classifier:
+    """Adapt a model to a support set, guided by a pool where there is one.
+
+    Raises DataError when the support has fewer than two classes, and ConfigError as `require_posterior` does.
+    """
+    require_classes(support)
+    require_posterior(model.metadiff, sampling)
     if sampling.guidance is not None:  # beyond this scale nothing of the prior is left
         sampling = replace(sampling, guidance=min(sampling.guidance, PROTOTYPE))
     metric, unlabelled = model.metadiff.metric, None if pool is None else pool.without(support.digests)

@@ -34,6 +34,16 @@ def check_different(folders: Sequence[Path]) -> None:
         raise ConfigError(f"--data {twice} is given twice", hint="give every data set once")
 
 
+def known_classes(source: Source, trained: Sequence[str]) -> set[str]:
+    """The classes of a data set that are among those of the training.
+
+    A training on several data sets calls its classes SET/CLASS.
+    """
+    known, name = set(trained), source.dataset.name
+    classes = {cls for split in source.dataset.splits.values() for cls in split.classes}
+    return {cls for cls in classes if cls in known or f"{name}/{cls}" in known}
+
+
 def domain_of(
     source: Source, split: str | None, size: int, trained: Sequence[str], protocol: Protocol, taken: Sequence[str],
     screen: Screen,
@@ -47,7 +57,7 @@ def domain_of(
     name = unused(source.dataset.name, set(taken))
     if split is None:
         classes = {cls for part in source.dataset.splits.values() for cls in part.classes}
-        split = "all" if source.dataset.drawn and not classes & set(trained) else "test"
+        split = "all" if source.dataset.drawn and not known_classes(source, trained) else "test"
         if split == "all":
             screen.note(
                 f"{name} has no splits of its own: all {counted(len(classes), 'class', 'classes')} are measured"

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metadiff_cli.classify.classifier import require_posterior
 from metadiff_cli.commands.evaluate import compare
-from metadiff_cli.commands.evaluate.domains import Domain, check_different, domain_of, domains_document
+from metadiff_cli.commands.evaluate.domains import Domain, check_different, domain_of, domains_document, known_classes
 from metadiff_cli.commands.evaluate.measure import PICTURES, measure, measure_baseline
 from metadiff_cli.commands.evaluate.methods import FILE, feature_bank, further, parse_controls
 from metadiff_cli.commands.evaluate.report import write_evaluation_report
@@ -89,6 +90,8 @@ def measure_checkpoint(
     model = (load_baseline if baseline else load_model)(path, device)
     if isinstance(model, Baseline):
         _check_sampled(model, request, controls, config)
+    else:
+        require_posterior(model.metadiff, sampling_of(config))
     trained, known = check(model.header["config"]), model.header["classes"]
     if len(request.data) < 2:
         source = find_source(trained, config, next(iter(request.data), None), screen)
@@ -153,7 +156,7 @@ def _all_of(source: Source, trained: Sequence[str]) -> str:
     splits = source.dataset.splits
     classes = {cls for split in splits.values() for cls in split.classes}
     images = sum(len(split.labels) for split in splits.values())
-    known = classes & set(trained)
+    known = known_classes(source, trained)
     parts = "" if source.dataset.drawn else f" ({', '.join(splits)})"
     warning = f"; {len(known)} of them are classes of the training, which makes accuracies too good" if known else ""
     return f"--split all: {len(classes)} classes, {images} images{parts}{warning}"

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from metadiff_cli.commands.evaluate.domains import check_different, domains_document, fitted_to
+from metadiff_cli.commands.evaluate.domains import check_different, domains_document, fitted_to, known_classes
 from metadiff_cli.commands.evaluate.table import show_result
+from metadiff_cli.config.schema import Config, DataConfig
 from metadiff_cli.console import Screen
 from metadiff_cli.core.evaluation.evaluate import Protocol
+from metadiff_cli.data.open import open_source
 from metadiff_cli.errors import ConfigError
 from tests.worlds import Result, paint, validate
 
@@ -38,6 +40,14 @@ def test_an_unbalanced_class_may_get_twice_as_many_queries() -> None:
     found = fitted_to(Protocol(imbalance=1.0, shot=2), [22] * 5)
     assert found is not None and found.query == 10
     assert fitted_to(Protocol(imbalance=1.0, shot=2), [3] * 5) is None
+
+
+def test_classes_of_a_training_on_several_sets_are_known_again(photos: Path) -> None:
+    data = DataConfig(layout="folder")
+    source = open_source(Config(data=data), photos / "support", Screen(quiet=True))
+    name = source.dataset.name
+    assert known_classes(source, ["red", "dog"]) == {"red"}
+    assert known_classes(source, [f"{name}/red", f"{name}/blue", "other/grey"]) == {"red", "blue"}
 
 
 def document(accuracy: float, ci95: float, ece: float | None, difference: float) -> dict[str, object]:

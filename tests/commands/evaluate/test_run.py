@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from metadiff_cli.config.load import resolve, to_yaml
-from tests.worlds import SMALL, Page, Result, invoke, paint, validate
+from metadiff_cli.core.checkpoints.model import load_model, save_model
+from metadiff_cli.core.method.adapt import MetaDiff
+from metadiff_cli.core.method.metric import Metric
+from tests.worlds import CPU, SMALL, Page, Result, invoke, paint, validate
 
 CLI = Callable[..., Result]
 QUICK = ["--query", "3", "--episodes", "4", "--controls", "prototype"]
@@ -145,3 +148,12 @@ def test_split_all_says_what_it_takes(cli: CLI, checkpoint: Path, uneven: Path) 
         "--split all: 28 classes, 336 images (train, val, test)" in trained
         and "12 of them are classes of the training" in trained
     )
+
+
+def test_draws_need_class_statistics(checkpoint: Path, tmp_path: Path, cli: CLI) -> None:
+    model = load_model(checkpoint, CPU)
+    plain = MetaDiff(Metric(model.images.groups), tuning=model.metadiff.tuning)
+    header = {**model.header, "denoiser": {"kind": "analytic", "width": 8}}
+    save_model(tmp_path / "plain.safetensors", model.images, plain, header)
+    done = cli("evaluate", "-c", tmp_path / "plain.safetensors", "--temperature", "1", "--episodes", "2")
+    assert done.code == 2 and "no statistics of classes" in done.err
