@@ -211,8 +211,8 @@ def wide_space(size: int) -> TaskSpace:
 
 
 @pytest.mark.parametrize("ways", [2, 200])
-@pytest.mark.parametrize("shots", [1, 20])
-@pytest.mark.parametrize("size", [16, 1024])
+@pytest.mark.parametrize("shots", [1, 200])
+@pytest.mark.parametrize("size", [16, 4096])
 def test_few_and_many_ways_shots_and_features(ways: int, shots: int, size: int) -> None:
     """Finite, and better than chance by far; the largest task has some hundred million numbers, so it is spared."""
     if ways * shots * size > 10**8:
