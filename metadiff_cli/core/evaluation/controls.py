@@ -25,8 +25,10 @@ from torch import Tensor
 from metadiff_cli.core.evaluation.episodes import Episodes
 from metadiff_cli.core.evaluation.evaluate import Method
 from metadiff_cli.core.method.calibration import best_temperature
+from metadiff_cli.core.method.descent import log_softmax, softmax
 from metadiff_cli.core.method.metric import Metric, cosine_logits
 
+JITTER = 1e-10  # added to squared lengths of about 1
 ITERATIONS, GRADIENT = 500, 1e-6  # of L-BFGS: at most so many, and until no entry of the gradient is larger
 
 
@@ -189,14 +191,16 @@ def logistic_regression(z: Tensor, penalty: float = 1.0) -> tuple[Tensor, Tensor
     """Weights (B, N, D) and intercepts (B, N) for support features z (B, N, K, D).
 
     They minimise summed cross-entropy + penalty / 2 ||W||^2: `penalty` is 1 / C of scikit-learn's LogisticRegression.
-    The solution lies in the span of the support, so it is sought in that basis, and one L-BFGS serves all tasks: their
-    sum is as convex as each, and the largest gradient of any task ends it.
+    The solution lies in the span of the support, so it is sought as W' = X' L^-T U with X X' = L L': the logits are L U
+    and |W| is |U|. One L-BFGS serves all tasks: their sum is as convex as each, and the largest gradient of any task
+    ends it.
     """
     x, mean, target = _support(z)
-    basis, coordinates = torch.linalg.qr(x.mT)  # x' = Q R: (B, D, R), (B, R, M) with R = min(D, M)
-    inputs = coordinates.mT  # (B, M, R)
-    tasks, _, rank = inputs.shape
-    solution = torch.zeros(tasks, rank + 1, target.shape[2], dtype=x.dtype, device=x.device)  # last row: intercepts
+    gram = x @ x.mT  # (B, M, M), singular: the images are centred
+    gram.diagonal(dim1=1, dim2=2).add_(JITTER)
+    inputs = torch.linalg.cholesky(gram)  # L
+    tasks, rank, ways = target.shape
+    solution = torch.zeros(tasks, rank + 1, ways, dtype=x.dtype, device=x.device)  # U; last row: intercepts
     optimiser = torch.optim.LBFGS(
         [solution], max_iter=ITERATIONS, max_eval=2 * ITERATIONS, history_size=10, tolerance_grad=GRADIENT,
         tolerance_change=0.0, line_search_fn="strong_wolfe",
@@ -205,13 +209,14 @@ def logistic_regression(z: Tensor, penalty: float = 1.0) -> tuple[Tensor, Tensor
     def closure() -> float:
         weights, intercepts = solution[:, :rank], solution[:, rank:]
         logits = inputs @ weights + intercepts
-        error = logits.softmax(dim=-1) - target  # gradient of the cross-entropy with respect to the logits
+        error = softmax(logits) - target  # gradient of the cross-entropy with respect to the logits
         solution.grad = torch.cat([inputs.mT @ error + penalty * weights, error.sum(dim=1, keepdim=True)], dim=1)
-        loss = -(target * logits.log_softmax(dim=-1)).sum() + penalty / 2 * weights.square().sum()
+        loss = -(target * log_softmax(logits)).sum() + penalty / 2 * weights.square().sum()
         return float(loss)
 
     optimiser.step(closure)  # type: ignore[no-untyped-call]
-    weights = (basis @ solution[:, :rank]).mT  # (B, N, D)
+    dual = torch.linalg.solve_triangular(inputs.mT, solution[:, :rank], upper=True)  # (B, M, N)
+    weights = dual.mT @ x  # (B, N, D)
     return _moved(weights, solution[:, rank], mean, z)
 
 
