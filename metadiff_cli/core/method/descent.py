@@ -31,7 +31,7 @@ NO_DESCENT = 1e6  # a rho that holds the classifier at W_0
 NEAREST = 1e-9  # of 1 - abar: at t = 0 nothing is noise, and the estimate is what is observed
 
 
-Solver = Callable[[Tensor], Tensor]
+Solver = Callable[[Tensor], Tensor]  # a slope (B, n, N) -> the step that it asks for
 
 
 class Gram:
@@ -45,10 +45,18 @@ class Gram:
         return self.matrix @ dual
 
     def solver(self, shift: float, factor: float, root: Tensor) -> Solver:
-        """Return r -> (b I + c D G D)^-1 r for r (B, n, N): b `shift`, c `factor`, D = diag(`root`), (B or 1, n)."""
+        """Return r -> D (b I + c D G D)^-1 D^-1 r for r (B, n, N): b `shift`, c `factor`, D = diag(`root`).
+
+        `root` (B or 1, n) is the root of the importance of each image. The step of an image of no importance is 0.
+        """
         system = factor * root.unsqueeze(-1) * self.matrix * root.unsqueeze(-2)
         system.diagonal(dim1=-2, dim2=-1).add_(shift)
-        return _solver(system)
+        triangle, inverse = torch.linalg.cholesky(system), _inverse(root)
+        if len(system) == 1:
+            return lambda slope: root.unsqueeze(-1) * torch.cholesky_solve(inverse.unsqueeze(-1) * slope, triangle)
+        # of a batch torch solves one system after the other, and multiplies all at once
+        matrix = root.unsqueeze(-1) * torch.cholesky_inverse(triangle) * inverse.unsqueeze(-2)
+        return lambda slope: matrix @ slope
 
 
 class LowRankGram(Gram):
@@ -63,20 +71,35 @@ class LowRankGram(Gram):
 
     def solver(self, shift: float, factor: float, root: Tensor) -> Solver:
         """Return the solver of `Gram.solver`, by the identity of Woodbury."""
-        scaled = root.unsqueeze(-1) * self.features  # (B, n, J)
+        root, inverse = root.unsqueeze(-1), _inverse(root).unsqueeze(-1)
+        scaled = root * self.features  # (B, n, J)
         system = scaled.mT @ scaled
         system.diagonal(dim1=-2, dim2=-1).add_(shift / factor)
-        solve = _solver(system)
-        return lambda right: (right - scaled @ solve(scaled.mT @ right)) / shift
+        triangle = torch.linalg.cholesky(system)
+
+        def solve(slope: Tensor) -> Tensor:
+            slope = inverse * slope
+            return root * (slope - scaled @ torch.cholesky_solve(scaled.mT @ slope, triangle)) / shift
+
+        return solve
 
 
-def _solver(system: Tensor) -> Solver:
-    """r -> system^-1 r for positive definite systems (B, n, n)."""
-    triangle = torch.linalg.cholesky(system)
-    if len(system) == 1:
-        return lambda right: torch.cholesky_solve(right, triangle)
-    inverse = torch.cholesky_inverse(triangle)  # for batches torch solves one system after the other
-    return lambda right: inverse @ right
+def _inverse(root: Tensor) -> Tensor:
+    """1 over the root of an importance, and 0 where there is none."""
+    return torch.where(root > 0, 1 / root, 0.0)
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Return the softmax over the classes of logits (..., n, N).
+
+    Torch takes five times as long over a last dimension of few numbers as over the one before it.
+    """
+    return logits.mT.softmax(dim=-2).mT
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Return the logarithm of `softmax`."""
+    return F.log_softmax(logits.mT, dim=-2).mT
 
 
 def gram_of(features: Tensor) -> Gram:
@@ -106,13 +129,13 @@ class InnerProblem:
 
     def loss(self, dual: Tensor) -> Tensor:
         """Return F (B,) in nats."""
-        entropy = -(self.target * F.log_softmax(self.logits(dual), dim=-1)).sum(dim=-1)  # (B, n)
+        entropy = -(self.target * log_softmax(self.logits(dual))).sum(dim=-1)  # (B, n)
         distance = (dual * self.gram.times(dual)).sum(dim=(1, 2))  # |W - W_0|^2 / s^2
         return (self._importance * entropy).sum(dim=1) + 0.5 * self.prior * self.scale**2 * distance
 
     def residual(self, dual: Tensor) -> Tensor:
         """Return a (P - Y) + rho A: the gradient of F with respect to W is s times its transpose times Phi."""
-        error = self.logits(dual).softmax(dim=-1) - self.target
+        error = softmax(self.logits(dual)) - self.target
         return self._importance.unsqueeze(-1) * error + self.prior * dual
 
     def step(self, dual: Tensor, solve: Solver, observed: Tensor | None = None, pull: float = 0.0) -> Tensor:
@@ -121,12 +144,10 @@ class InnerProblem:
         `observed` are noisy weights, which pull with the precision `pull`, and `solve` is the solver for that
         precision. An image that is left out keeps its dual of 0.
         """
-        root = self._importance.sqrt()  # (B or 1, n)
-        inverse = torch.where(root > 0, 1 / root, 0.0).unsqueeze(-1)
-        residual = self.residual(dual)
+        slope = self.residual(dual)
         if observed is not None:
-            residual = residual + pull * (dual - observed)
-        return dual - root.unsqueeze(-1) * solve(inverse * residual)
+            slope = slope + pull * (dual - observed)
+        return dual - solve(slope)
 
     def denoise(self, observed: Tensor, abar: float, dual: Tensor) -> Tensor:
         """Return the estimate of the clean weights after one step from `dual`, given those `observed` at `abar`."""

@@ -1,12 +1,10 @@
-"""What guides the reverse process: the metric of a task, its domain, and a pool of unlabelled images.
+"""What guides the reverse process: the metric of a task, and a pool of unlabelled images.
 
-Metric: the guidance scale a says how far the statistics of the base classes are trusted (1: fully, in the posterior and
-in the whitened form; large: only the support counts), and the level share w how much the layers below the last one
-count. With two images or more in a class both are chosen for each task by held-out cross-entropy. With one image each
-they are what was fitted, but a task that lies unusually far from the base classes gives up most of their statistics.
-
-Domain: what the classes of a task share (all are flowers, or characters, or photos in negative colours) is taken out.
-It is estimated by a share of the mean of the class means.
+Metric: the guidance scale a says how far the statistics of the base classes are distrusted, in the posterior and in the
+whitened form (1: not at all; large: only the support counts), and the level share w how much the layers below the last
+one count. With two images or more in a class both are chosen for each task by held-out cross-entropy. With one image
+each they are what was fitted, but a task that lies unusually far from the base classes gives up most of their
+statistics. (adapt.py decides which of the two; it also takes out the domain, what the classes of a task share.)
 
 Pool (design, section 2): the mixture likelihood of unlabelled images joins that of the support. At each step the class
 proportions of the pool are estimated by expectation-maximisation with the classifier of that step, and every image is
@@ -14,7 +12,7 @@ shared out among the classes by its responsibilities.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,15 +74,21 @@ def chosen_by(held: HeldOut, fitted: TaskSettings, *, keep_guidance: bool = Fals
     """
     settings = fitted
     if len(held.metric.groups) > 1 and held.metric.plain:
-        tried = [fitted.level, *(torch.full_like(fitted.level, w) for w in LEVEL_GRID)]
+        tried = _candidates(fitted.level, LEVEL_GRID)
         charges = [LEVEL_PENALTY * (w - fitted.level).abs() for w in tried]
         settings = replace(settings, level=_best(held, settings, "level", tried, charges))
     if held.metric.space is not None and held.metric.plain and not keep_guidance:
-        tried = [fitted.guidance, *(torch.full_like(fitted.guidance, a) for a in GUIDANCE_GRID)]
+        tried = _candidates(fitted.guidance, GUIDANCE_GRID)
         away = [(a / fitted.guidance).log().abs() / math.log(4) for a in tried]
         charges = [GUIDANCE_PENALTY * distance.clamp(max=MOST_CHARGED) for distance in away]
         settings = replace(settings, guidance=_best(held, settings, "guidance", tried, charges))
     return settings
+
+
+def _candidates(fitted: Tensor, grid: Sequence[float]) -> list[Tensor]:
+    """The fitted values (B,), and those of a grid that are not the same for all tasks."""
+    others = (torch.full_like(fitted, value) for value in grid)
+    return [fitted, *(other for other in others if not torch.equal(other, fitted))]
 
 
 def _best(held: HeldOut, settings: TaskSettings, name: str, tried: list[Tensor], charges: list[Tensor]) -> Tensor:

@@ -76,6 +76,15 @@ class Metric:
         """The expanded feature (J,) of the mean of the base classes; 0 where there are none."""
         return torch.zeros(()) if self.space is None else self.expand(self.space.mean)
 
+    def whitens(self, part: int) -> bool:
+        """Whether a part is the whitened form of a group."""
+        return self.space is not None and part >= len(self.parts) - len(self.groups)
+
+    def precision(self, part: int) -> Tensor:
+        """Return the precision lambda (D_g,) of the group of a whitened part."""
+        assert self.space is not None
+        return torch.split(self.space.precision, list(self.groups))[part - len(self.parts)]
+
     def expand(self, z: Tensor) -> Tensor:
         """Return x (..., J) of features z (..., D)."""
         if self.space is None:

@@ -139,7 +139,8 @@ def test_the_form_for_many_images_is_the_form_for_few(tasks: int) -> None:
     torch.testing.assert_close(low.times(right), full.times(right))
     torch.testing.assert_close(low.solver(0.3, 8.0, root)(right), full.solver(0.3, 8.0, root)(right))
     system = 0.3 * torch.eye(30) + 8.0 * root[0].diag() @ phi[0] @ phi[0].T @ root[0].diag()
-    torch.testing.assert_close(system @ full.solver(0.3, 8.0, root)(right)[0], right[0])
+    step = full.solver(0.3, 8.0, root)(root.unsqueeze(-1) * right)[0]  # D system^-1 of `right`
+    torch.testing.assert_close(system @ (step / root[0].unsqueeze(-1)), right[0])
 
 
 def test_many_images_in_float32_reach_the_minimum_of_float64() -> None:
