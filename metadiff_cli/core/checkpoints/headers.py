@@ -1,4 +1,7 @@
-"""The headers of encoders and models: what is read of them, with the limits of every value."""
+"""The headers of encoders and models: what is read of them, with the limits of every value.
+
+What a saved classifier and a baseline add is beside the functions that read them, in classifier.py and baseline.py.
+"""
 
 from typing import Annotated, Literal, Self
 
@@ -14,7 +17,7 @@ LARGEST = 1.001e6  # of a fitted number: the guidance scale of a prototype, roun
 # of the tables of the tuning: the lowest and the highest value
 BOUNDS = {
     "guidance": (1e-3, LARGEST), "level": (0.0, 1.0), "domain": (0.0, 1.0), "scale": (1e-2, 1e3),
-    "prior": (1e-6, LARGEST), "temperature": (1e-5, 1e4),
+    "prior": (1e-6, LARGEST), "temperature": (1e-5, 1e4), "correction": (1e-3, 1e3),
 }  # fmt: skip
 
 Number = Annotated[float, Field(ge=0, le=LARGEST)]
@@ -54,6 +57,7 @@ class TuningHeader(Part):
     scale: TaskTable
     prior: TaskTable
     temperature: TaskTable
+    correction: TaskTable
     usual: Usual | None
     pool: dict[Literal["sharpness", "smoothing", "weight"], Number]
     rejection: Rejection | None

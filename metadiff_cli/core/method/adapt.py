@@ -54,7 +54,8 @@ class Tuning:
     domain: TaskTable = TaskTable.constant(1.0)  # the share of a task's mean in its domain
     scale: TaskTable = TaskTable.constant(3.0)  # s of the descent
     prior: TaskTable = TaskTable.constant(0.1)  # rho
-    temperature: TaskTable = TaskTable.constant(2.0)  # T of the confidences
+    temperature: TaskTable = TaskTable.constant(2.0)  # T of the confidences, for tasks whose support does not tell
+    correction: TaskTable = TaskTable.constant(1.0)  # a factor on T, whether a task chose its own or not
     usual: Usual | None = None  # what unusual tasks are told by; None: all are taken as usual
     pool: PoolGuidance = field(default_factory=PoolGuidance)
     rejection: Rejection | None = None  # None: never fitted
@@ -85,7 +86,9 @@ class MetaDiff:
 
     def without_descent(self, temperature: TaskTable) -> "MetaDiff":
         """Return the posterior mean alone, without a learned part either; its confidences have a table of their own."""
-        return self.analytic().tuned(prior=TaskTable.constant(NO_DESCENT), temperature=temperature)
+        return self.analytic().tuned(
+            prior=TaskTable.constant(NO_DESCENT), temperature=temperature, correction=TaskTable.constant(1.0)
+        )
 
     def denoiser_for(self, shots: float) -> nn.Module:
         """Return the denoiser for tasks of K shots."""
@@ -163,7 +166,7 @@ def adapt_tasks(
     one per task. `pool` (B, P, J) are unlabelled images of the same tasks. Without statistics of classes there is
     nothing to draw, and a noise temperature has no effect. (Design, sections 2 and 2b.)
     """
-    process = _process(metadiff, support, sampling, pool)
+    process = _prepared(metadiff, support, sampling, pool)
     noise = Noise(seeds, ranks, sum(metadiff.metric.groups), sampling.temperature, support.x.device)
     samples = [process.run(noise) for _ in range(sampling.samples)]
     return replace(process.task, weights=torch.stack(samples))
@@ -174,7 +177,7 @@ def trace_tasks(
     metadiff: MetaDiff, support: TaskSupport, sampling: Sampling, *, ranks: Tensor, seeds: Sequence[int]
 ) -> Iterator[tuple[TaskClassifier, PathStep]]:
     """Yield the classifier of one sample after each step, with its loss; arguments are those of `adapt_tasks`."""
-    process = _process(metadiff, support, sampling, None)
+    process = _prepared(metadiff, support, sampling, None)
     noise = Noise(seeds, ranks, sum(metadiff.metric.groups), sampling.temperature, support.x.device)
     for step in process.steps(noise):
         weights = process.classifier(step)
@@ -204,7 +207,7 @@ class _Process:
     def _guide(self, pool: Tensor) -> Callable[[Weights], Evidence]:
         """What unlabelled images (B, P, J) add to the evidence, by the classifier of a step."""
         phi, update = self.task.embed(pool), pool_evidence(self.evidence, pool, self.metadiff.tuning.pool)
-        return lambda weights: update(self.task.sharpness * (phi @ self._classifier(weights.dual).mT))
+        return lambda weights: update(self.task.sharpness * (phi @ self._weights_of(weights.dual).mT))
 
     def run(self, noise: Noise) -> Tensor:
         """Return the classifier W (B, N, J) of one sample."""
@@ -225,11 +228,11 @@ class _Process:
         return ddim(self._denoise, weights, schedule, sampling.steps)
 
     def classifier(self, step: SamplerStep) -> Tensor:
-        """Return W (B, N, J) of the estimate of a step."""
-        return self._classifier(step.estimate.dual)
+        """Return W (B, N, J) of the estimate of the step just done."""
+        return self._weights_of(step.estimate.dual)
 
     def loss(self, step: SamplerStep) -> Tensor:
-        """Return the inner loss F (B,) of the estimate of a step."""
+        """Return the inner loss F (B,) of the estimate of the step just done."""
         return self._problem().loss(step.estimate.dual)
 
     def _denoise(self, weights: Weights, abar: float) -> Weights:
@@ -261,12 +264,12 @@ class _Process:
             x = torch.cat([x[..., : x.shape[-1] - white.shape[-1]], white], dim=-1)
         return self.task.embed(x)
 
-    def _classifier(self, dual: Tensor) -> Tensor:
+    def _weights_of(self, dual: Tensor) -> Tensor:
         """W = W_0 + s A' Phi."""
         return self.start + self.task.settings.scale * (dual.mT @ self.phi)
 
 
-def _process(metadiff: MetaDiff, support: TaskSupport, sampling: Sampling, pool: Tensor | None) -> _Process:
+def _prepared(metadiff: MetaDiff, support: TaskSupport, sampling: Sampling, pool: Tensor | None) -> _Process:
     """Settle the hyper-parameters of each task, and make its reverse process."""
     metric = metadiff.metric
     settings = fitted_settings(metadiff, support, sampling.guidance)
@@ -277,6 +280,8 @@ def _process(metadiff: MetaDiff, support: TaskSupport, sampling: Sampling, pool:
         rows = held.folds.left_out
         logits, usual = held.logits(settings)[:, rows], float(settings.temperature[0])
         settings = replace(settings, temperature=task_temperatures(logits, some.one_hot()[rows], usual))
+    correction = metadiff.tuning.correction.at(support.ways, support.shots)
+    settings = replace(settings, temperature=correction * settings.temperature)
     middle = support.means().mean(dim=1, keepdim=True)
     domain = torch.lerp(metric.origin.to(middle).expand_as(middle), middle, settings.domain.view(-1, 1, 1))
     task = TaskClassifier(metric, settings, domain, middle.unsqueeze(0))  # its weights are what the process gives

@@ -43,7 +43,7 @@ START = {"guidance": 4.0, "level": 0.2, "domain": 0.5, "temperature": 2.0, "scal
 # of the published form, whose metric has no plain parts: features as they are, and no descent
 PAPER = {**START, "guidance": 1.0, "level": 0.0, "domain": 0.0, "scale": 1.0, "prior": NO_DESCENT}
 BETTER = 0.1  # points that a candidate has to be ahead by: a standard error over the episodes
-SHARPEST = 1000.0  # the largest temperature
+MOST_CORRECTED = 10.0  # the largest factor on a temperature
 LOSS, BURDEN = 0.2, 3.0  # points below the class mean that a domain may lose, and what further ones count more
 
 Note = Callable[[str], None]
@@ -135,15 +135,16 @@ def fit_confidences(metadiff: MetaDiff, banks: Sequence[FeatureBank], device: to
 
 
 def _with_confidences(metadiff: MetaDiff, validation: ValidationTasks) -> MetaDiff:
-    """The same with its temperatures corrected by a factor, and with the rejection that follows from them.
+    """The same with the factor on its temperatures, and with the rejection that follows from them.
 
-    Temperatures that were fitted for the hyper-parameters alone do not know the choice for each task.
+    Temperatures that were fitted for the hyper-parameters alone do not know the choice for each task, which is made by
+    held-out images and is better on them than on others.
     """
-    fitted, corrected = metadiff.tuning.temperature, {}
+    metadiff, found = metadiff.tuned(correction=TaskTable.constant(1.0)), {}
     for pair in validation:
         factor = _factor(metadiff, validation.few_tasks(*pair))  # without bound where all images are correct
-        corrected[pair] = min(max(factor * fitted.at(*pair), 1 / SHARPEST), SHARPEST)
-    metadiff = metadiff.tuned(temperature=TaskTable.of(corrected))
+        found[pair] = min(max(factor, 1 / MOST_CORRECTED), MOST_CORRECTED)
+    metadiff = metadiff.tuned(correction=TaskTable.of(found))
     return metadiff.tuned(rejection=fit_rejection(metadiff, validation))
 
 
