@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-# the one table of exit codes: the classes below use it, and a test compares the README with it
+# what each exit code means; tests compare the classes below, and the README, with it
 EXIT_CODES = {
     0: "ok",
     1: "failure at run time",

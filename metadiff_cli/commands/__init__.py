@@ -1,1 +1,1 @@
-"""One file per subcommand: options -> configuration -> core -> console."""
+"""One folder per family of commands: options -> configuration -> core -> console."""

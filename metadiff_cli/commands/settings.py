@@ -12,10 +12,10 @@ from metadiff_cli.config.load import flat, layers, resolve
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.device import keep_freed_memory, pick_device, set_threads
+from metadiff_cli.core.distributed import SINGLE, Group
 from metadiff_cli.core.encoders.graphs import Graphs, missing_packages
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.method.adapt import Sampling
-from metadiff_cli.core.training.distributed import SINGLE, Group
 from metadiff_cli.errors import ConfigError
 from metadiff_cli.files import cache_dir, writable
 

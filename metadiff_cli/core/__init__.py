@@ -1,1 +1,1 @@
-"""The method itself, in torch: knows no screen, no command line and no path it was not given."""
+"""Method, encoders, training, evaluation and checkpoints, in torch: without a screen or a command line."""

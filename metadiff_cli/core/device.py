@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from metadiff_cli.core.training.distributed import SINGLE, Group
+from metadiff_cli.core.distributed import SINGLE, Group
 from metadiff_cli.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from metadiff_cli.core.device import CPU, default_noise, pick_device, seeded_noise
-from metadiff_cli.core.training.distributed import Group
+from metadiff_cli.core.distributed import Group
 from metadiff_cli.errors import ConfigError
 
 

@@ -17,6 +17,7 @@ from metadiff_cli.core.baselines.learners import inner_method
 from metadiff_cli.core.checkpoints.baseline import Baseline, load_baseline
 from metadiff_cli.core.checkpoints.file import read_header
 from metadiff_cli.core.checkpoints.model import Model, checkpoint_errors, load_model
+from metadiff_cli.core.distributed import SINGLE, Group
 from metadiff_cli.core.encoders.bank import Bank, FeatureBank, PixelBank, build_bank
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.evaluation.controls import (
@@ -34,7 +35,6 @@ from metadiff_cli.core.method.adapt import MetaDiff, Sampling, Tuning
 from metadiff_cli.core.method.calibration import TaskTable
 from metadiff_cli.core.method.denoisers import build_denoiser, randomise
 from metadiff_cli.core.method.metric import Metric
-from metadiff_cli.core.training.distributed import SINGLE, Group
 from metadiff_cli.data.open import Source
 from metadiff_cli.errors import ConfigError, DataError
 from metadiff_cli.files import cache_dir

@@ -1,1 +1,1 @@
-"""Commands that look at things: inspect, presets, config, data, cache, doctor, export."""
+"""The small commands: inspect, card, export, presets, config, data, cache, doctor."""

@@ -8,9 +8,9 @@ import torch
 
 from metadiff_cli.commands.evaluate.measure import measure_baseline
 from metadiff_cli.commands.evaluate.methods import pixel_bank
+from metadiff_cli.commands.train.few_images import measured_split
 from metadiff_cli.commands.train.resume import Update, follow, show_step
 from metadiff_cli.commands.train.run_folder import CHECKPOINT, STATE
-from metadiff_cli.commands.train.small_folders import measured_split
 from metadiff_cli.commands.train.stages import analytic_parts, described
 from metadiff_cli.commands.train.training import Training
 from metadiff_cli.config.schema import Config

@@ -11,7 +11,7 @@ import torch
 from metadiff_cli.commands.settings import start
 from metadiff_cli.commands.train.data import Data, open_sources
 from metadiff_cli.commands.train.encoder import encoder_key, kept_encoder
-from metadiff_cli.commands.train.small_folders import drawn_splits, fitted, too_small
+from metadiff_cli.commands.train.few_images import drawn_splits, fitted, too_small
 from metadiff_cli.commands.train.stages import CONFIRMING
 from metadiff_cli.config.schema import Config, is_pretrained
 from metadiff_cli.console import Screen

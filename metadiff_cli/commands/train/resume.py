@@ -14,7 +14,7 @@ from metadiff_cli.console import Screen
 from metadiff_cli.core.baselines.train import InnerStep, InnerTrainer, InnerValidation
 from metadiff_cli.core.checkpoints.file import load_checkpoint, save_checkpoint
 from metadiff_cli.core.checkpoints.model import checkpoint_errors
-from metadiff_cli.core.training.distributed import Group
+from metadiff_cli.core.distributed import Group
 from metadiff_cli.core.training.loop import Trainer
 from metadiff_cli.core.training.metatrain import MetaStep, MetaTrainer, MetaValidation
 from metadiff_cli.errors import Stopped

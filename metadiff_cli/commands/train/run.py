@@ -25,14 +25,14 @@ from metadiff_cli.commands.train.encoder import (
 from metadiff_cli.commands.train.plan import show_plan
 from metadiff_cli.commands.train.run_folder import CHECKPOINT, ENCODER, RESULT, Run, open_run
 from metadiff_cli.commands.train.stages import train_metadiff, verdict
-from metadiff_cli.commands.train.training import Start, Training, begin
+from metadiff_cli.commands.train.training import StartingWeights, Training, begin
 from metadiff_cli.config.load import encoder_file, resolve
 from metadiff_cli.config.schema import Config, is_pretrained
 from metadiff_cli.console import Screen
 from metadiff_cli.core.baselines.learners import ON_IMAGES
 from metadiff_cli.core.checkpoints.model import load_encoder
 from metadiff_cli.core.device import CPU
-from metadiff_cli.core.training.distributed import Group, joined
+from metadiff_cli.core.distributed import Group, joined
 from metadiff_cli.errors import ConfigError
 
 
@@ -73,7 +73,7 @@ def run_pretrain(request: Request) -> None:
             load_encoder(request.init_from, CPU, views=1)
         stages = ("data", "pretrain")
         with _open_run(stages, "pretrain", config, request, data, group) as run:
-            t = begin(config, request.data, run, screen, Start(init=request.init_from))
+            t = begin(config, request.data, run, screen, StartingWeights(init=request.init_from))
             t = t.fitted_to_data(stages, config.data.size)  # so all inputs can be opened
             _note(group.on_rank_zero(lambda: run.begin(config)), run, screen)
             trainer, _ = train_encoder(t)
@@ -100,7 +100,7 @@ def run_metatrain(request: Request) -> None:
             return
         if request.report is not None:
             check_page(request.report)
-        start = Start.of(file, request.init_from, request.method, config.denoiser.kind)
+        start = StartingWeights.of(file, request.init_from, request.method, config.denoiser.kind)
         check_data(request.data, config, request.method, start.encoder, report=request.report is not None)
         data = folders_of(request.data, config)
         stages = _stages(config, request.method, start)
@@ -129,7 +129,7 @@ def _open_run(
     )  # fmt: skip
 
 
-def _stages(config: Config, method: str, start: Start) -> tuple[str, ...]:
+def _stages(config: Config, method: str, start: StartingWeights) -> tuple[str, ...]:
     """The stages of a `metatrain`, by the names of DEPENDS."""
     if method in ON_IMAGES:
         return ("data", method)
@@ -139,7 +139,7 @@ def _stages(config: Config, method: str, start: Start) -> tuple[str, ...]:
 
 
 def _begin_run(
-    config: Config, request: Request, run: Run, start: Start, screen: Screen
+    config: Config, request: Request, run: Run, start: StartingWeights, screen: Screen
 ) -> tuple[list[str], Path | None]:
     """Begin the run, with a library's encoder in it if one is asked for; what stays of other files, and its path.
 

@@ -20,7 +20,7 @@ from metadiff_cli import __version__
 from metadiff_cli.config.load import check, flat, read_yaml, to_yaml
 from metadiff_cli.config.schema import Config
 from metadiff_cli.core.baselines.learners import ON_FEATURES, ON_IMAGES
-from metadiff_cli.core.training.distributed import SINGLE, Group, is_lost, process_lost
+from metadiff_cli.core.distributed import SINGLE, Group, is_lost, process_lost
 from metadiff_cli.errors import ConfigError, MetaDiffError, Stopped
 from metadiff_cli.files import LEFTOVER, sweep, write_text
 

@@ -12,9 +12,9 @@ from metadiff_cli.commands.evaluate.measure import measure
 from metadiff_cli.commands.settings import sampling_of
 from metadiff_cli.commands.train.card import model_card
 from metadiff_cli.commands.train.encoder import find_encoder
+from metadiff_cli.commands.train.few_images import measured_split
 from metadiff_cli.commands.train.resume import Update, follow, show_step
 from metadiff_cli.commands.train.run_folder import CHECKPOINT, STATE
-from metadiff_cli.commands.train.small_folders import measured_split
 from metadiff_cli.commands.train.training import Base, Training
 from metadiff_cli.core.checkpoints.model import Model, save_model
 from metadiff_cli.core.encoders.bank import FeatureBank
@@ -65,7 +65,7 @@ def train_metadiff(t: Training, *, drawn: bool = False) -> dict[str, Any]:
     images = find_encoder(t)
     base, val = t.base(images), t.validation(images)
     split, measured = _measured(t, images, val)
-    start = fitted_start(t, images, base, val)
+    start = fitted_model(t, images, base, val)
     learned: dict[str, Any] = {"kind": t.config.denoiser.kind, "kept": False, "gain": None, "ci95": None}
     metadiff = start.metadiff
     if t.config.denoiser.kind != "analytic":
@@ -88,7 +88,7 @@ def _measured(t: Training, images: ImageEncoder, val: Domains) -> tuple[str, Dom
 
 
 @dataclass(frozen=True)
-class Start:
+class FittedModel:
     """What needs no training of a denoiser: MetaDiff without a learned part, and what was fitted for the controls.
 
     `means` (C, D) are those of the base classes; a denoiser is trained in the `spaces` of their `parts` (see `deal`).
@@ -101,7 +101,7 @@ class Start:
     spaces: dict[int, TaskSpace]
 
 
-def fitted_start(t: Training, images: ImageEncoder, base: Base, val: Domains) -> Start:
+def fitted_model(t: Training, images: ImageEncoder, base: Base, val: Domains) -> FittedModel:
     """MetaDiff with the analytic denoiser in the metric of the base classes, fitted on validation classes.
 
     Without these, the tuning keeps its defaults.
@@ -114,11 +114,11 @@ def fitted_start(t: Training, images: ImageEncoder, base: Base, val: Domains) ->
     metadiff = MetaDiff(metric, tuning=PAPER if kind == "paper" else Tuning(), targets=means.float().to(t.device))
     if not banks:
         t.screen.warn("no validation classes: hyper-parameters and confidence keep their defaults, nothing is selected")
-        return Start(metadiff, {}, means, parts, spaces)
+        return FittedModel(metadiff, {}, means, parts, spaces)
     tuning, controls = t.group.on_rank_zero(
         lambda: fit_tuning(metadiff, banks, t.device, seed=t.config.seed, note=t.screen.detail)
     )
-    return Start(replace(metadiff, tuning=tuning), controls, means, parts, spaces)
+    return FittedModel(replace(metadiff, tuning=tuning), controls, means, parts, spaces)
 
 
 def _task_spaces(
@@ -153,7 +153,7 @@ def _paper_spaces(
 
 
 def train_denoiser(
-    t: Training, images: ImageEncoder, base: Base, start: Start, val: Domains
+    t: Training, images: ImageEncoder, base: Base, start: FittedModel, val: Domains
 ) -> tuple[MetaDiff, dict[str, Any]]:
     """Train, select by the paired gain over the analytic denoiser, and confirm the choice on fresh episodes.
 
@@ -271,7 +271,7 @@ def verdict(learned: dict[str, Any]) -> str:
     return f"{learned['kind']}: did not help ({gain}); the checkpoint holds the analytic denoiser"
 
 
-def analytic_parts(t: Training) -> tuple[ImageEncoder, FeatureBank, FeatureBank | None, Start]:
+def analytic_parts(t: Training) -> tuple[ImageEncoder, FeatureBank, FeatureBank | None, FittedModel]:
     """What a baseline on features starts from.
 
     That is the encoder, the features of base and validation classes, and the tuned MetaDiff with the analytic denoiser.
@@ -279,5 +279,5 @@ def analytic_parts(t: Training) -> tuple[ImageEncoder, FeatureBank, FeatureBank 
     config = t.config.model_copy(update={"denoiser": t.config.denoiser.model_copy(update={"kind": "analytic"})})
     images = find_encoder(t)
     base, val = t.base(images), t.validation(images)
-    start = fitted_start(replace(t, config=config), images, base, val)
+    start = fitted_model(replace(t, config=config), images, base, val)
     return images, base.bank, next(iter(val.values()), None), start

@@ -12,17 +12,17 @@ import torch
 from metadiff_cli.commands.evaluate.methods import feature_bank
 from metadiff_cli.commands.settings import start as start_device
 from metadiff_cli.commands.train.data import Data, open_sources
+from metadiff_cli.commands.train.few_images import FEWEST, drawn_splits, fitted, too_small
 from metadiff_cli.commands.train.run_folder import Run, depends
-from metadiff_cli.commands.train.small_folders import FEWEST, drawn_splits, fitted, too_small
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.baselines.learners import ON_IMAGES
 from metadiff_cli.core.checkpoints.file import read_header
 from metadiff_cli.core.checkpoints.model import load_model
 from metadiff_cli.core.device import CPU
+from metadiff_cli.core.distributed import Group
 from metadiff_cli.core.encoders.bank import FeatureBank
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
-from metadiff_cli.core.training.distributed import Group
 from metadiff_cli.core.training.metatrain import MetaTrainer
 from metadiff_cli.data.cache import DecodedSplit
 from metadiff_cli.data.open import Source
@@ -30,7 +30,7 @@ from metadiff_cli.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Start:
+class StartingWeights:
     """The files that a run starts from: a trained `encoder`, and weights `init` that training goes on with.
 
     An encoder file as `init` starts the training of the encoder. A checkpoint as `init` (then `checkpoint` is true)
@@ -42,7 +42,7 @@ class Start:
     checkpoint: bool = False
 
     @classmethod
-    def of(cls, encoder: Path | None, init: Path | None, method: str, denoiser: str) -> "Start":
+    def of(cls, encoder: Path | None, init: Path | None, method: str, denoiser: str) -> "StartingWeights":
         """From --encoder FILE and --init-from, for a `method` and the kind of `denoiser` that is configured.
 
         Raises ConfigError when the training could not start from these files, CheckpointError when they are damaged.
@@ -106,7 +106,7 @@ class Training:
     source: Source
     run: Run
     screen: Screen
-    start: Start
+    start: StartingWeights
     device: torch.device
     further: tuple[Source, ...] = field(default=())
     validated: bool = False
@@ -123,7 +123,7 @@ class Training:
     def fitted_to_data(self, stages: Sequence[str], size: int) -> "Training":
         """The same with episodes that the images can fill. They are read here; the first stage needs them at `size`.
 
-        Raises DataError when they cannot fill any; see `episodes.fitted`.
+        Raises DataError when they cannot fill any; see `few_images.fitted`.
         """
         method, sizes = stages[-1], {"train": size, "val": size}
         later = size if method in ON_IMAGES else self.config.features.size or size
@@ -199,7 +199,7 @@ class Training:
         return "+".join(key[:12] for key in keys) if len(keys) > 1 else next(iter(keys), None)
 
 
-def begin(config: Config, data: Data, run: Run, screen: Screen, start: Start) -> Training:
+def begin(config: Config, data: Data, run: Run, screen: Screen, start: StartingWeights) -> Training:
     """Open the data sets, pick the device, and set threads and memory."""
     device = start_device(config, run.group)
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from metadiff_cli.config.schema import InnerLoop
 from metadiff_cli.core.baselines.learners import InnerLearner
 from metadiff_cli.core.device import sent
+from metadiff_cli.core.distributed import SINGLE, Group
 from metadiff_cli.core.encoders.bank import Bank
 from metadiff_cli.core.evaluation.episodes import Episodes, check_episodes, mixed_seed, training_batch
-from metadiff_cli.core.training.distributed import SINGLE, Group
 from metadiff_cli.core.training.loop import Trainer
 from metadiff_cli.core.training.transforms import Augmentation, Changes, changed
 

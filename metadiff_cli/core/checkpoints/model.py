@@ -1,9 +1,10 @@
 """From encoders and full models to checkpoint files, and back.
 
-What a header holds is decided in two places. `model_header` (for an encoder alone: `image_header`) gives what reading
-the file needs: `encoder`, `image` and, of a full model, `metric` and `tuning`. All else is the `header` that the caller
-of `save_model` or `save_encoder` gives: `denoiser` (the settings that its network is built by), `classes`, `config`,
-`controls` (what was fitted for each control), `metrics`, `card`. headers.py checks what is read.
+What a header holds is decided in three places. file.py gives the kind and the format. Here, `image_header` gives what
+reading an encoder needs (`encoder`, `encoder_sha256`, `image`), and `model_header` adds that of a full model (`metric`,
+`tuning`, `most_shots`). All else is the `header` that the caller of `save_model` or `save_encoder` gives: `denoiser`
+(the settings that its network is built by), `classes`, `config`, `controls` (what was fitted for each control),
+`metrics`, `card`. headers.py checks what is read; what a saved classifier adds is in classifier.py.
 """
 
 from collections.abc import Mapping
@@ -147,7 +148,7 @@ def metadiff_tensors(metadiff: MetaDiff) -> dict[str, Tensor]:
 
 
 def model_header(images: ImageEncoder, metadiff: MetaDiff) -> dict[str, Any]:
-    """The part of a model's header that this module decides: encoder, images, metric and tuning."""
+    """The part of a model's header that this module decides: encoder, images, metric, tuning, most shots."""
     metric = metadiff.metric
     described = {"groups": list(metric.groups), "plain": metric.plain, "whitened": metric.space is not None}
     return {

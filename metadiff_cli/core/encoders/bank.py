@@ -17,8 +17,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from metadiff_cli.core.distributed import SINGLE, Group
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
-from metadiff_cli.core.training.distributed import SINGLE, Group
 from metadiff_cli.errors import DataError, MetaDiffError
 from metadiff_cli.files import atomic, release, sweep, writable
 

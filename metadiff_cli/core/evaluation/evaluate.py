@@ -64,7 +64,7 @@ class Scores:
         self.correct.append(correct.flatten().cpu())
 
     def reliability(self) -> list[dict[str, float]]:
-        """Bins of the reliability diagram; see classifier.reliability."""
+        """Bins of the reliability diagram; see `calibration.reliability`."""
         return reliability(torch.cat(self.confidence), torch.cat(self.correct))
 
     def joined(self, other: "Scores") -> "Scores":

@@ -7,8 +7,8 @@ classes the second term is missing. Among the scores that were tried, it separat
 
 Its level moves with the world that the images are from, so the threshold is relative to the task. It is the mean score
 of the support images, each scored by a classifier that was made without it, plus an offset that was fitted on
-validation classes. An image that is alone in its class is scored against the other classes, where it is unknown: such
-scores are of another kind and have offsets of their own.
+validation classes (`fit_rejection` in training/fit.py). An image that is alone in its class is scored against the other
+classes, where it is unknown: such scores are of another kind and have offsets of their own.
 """
 
 import math

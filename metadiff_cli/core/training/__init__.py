@@ -1,1 +1,1 @@
-"""Training loops: encoder, denoiser, what is fitted afterwards, several processes."""
+"""Training: the encoder, the hyper-parameters that validation domains choose, the denoiser."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from metadiff_cli.core.training.distributed import Group
+from metadiff_cli.core.distributed import Group
 from metadiff_cli.errors import MetaDiffError
 
 Step = TypeVar("Step")

@@ -4,7 +4,7 @@ Nothing is unrolled: each task gets one random time step, so a step costs the sa
 randomness of a step follows from (seed, step).
 
 A task space that was made of the classes of a task knows them, as no space knows new classes. So the base classes are
-dealt into FOLDS parts, and a task takes classes of one part, in the space of the statistics of all classes outside of
+dealt into PARTS parts, and a task takes classes of one part, in the space of the statistics of all classes outside of
 it (cross-fitting; design, section 2b).
 """
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from metadiff_cli.config.schema import DenoiserConfig, MetatrainConfig
 from metadiff_cli.core.device import CPU, default_noise, seeded_noise, sent
+from metadiff_cli.core.distributed import SINGLE, Group
 from metadiff_cli.core.encoders.bank import FeatureBank
 from metadiff_cli.core.evaluation.episodes import Episodes, training_batch
 from metadiff_cli.core.method.adapt import Tuning
@@ -35,11 +36,10 @@ from metadiff_cli.core.method.denoisers import (
 from metadiff_cli.core.method.diffusion import Schedule, add_noise
 from metadiff_cli.core.method.support import support_stats
 from metadiff_cli.core.method.task_space import TaskSpace
-from metadiff_cli.core.training.distributed import SINGLE, Group
 from metadiff_cli.core.training.loop import Ema, Part, Trainer
 from metadiff_cli.errors import DataError
 
-FOLDS = 4  # parts of the base classes, as far as each gets a pair of classes
+PARTS = 4  # parts of the base classes, as far as each gets a pair of classes
 PAIR = 2  # classes of the smallest task
 IN_MEMORY = 1 << 30  # bytes of base images in task space; a larger bank is projected task by task
 LOGIT_SCALE = 10.0  # of the cross-entropy of held-out images in training
@@ -48,7 +48,7 @@ EMA, WEIGHT_DECAY = 0.99, 0.01
 
 
 @dataclass(frozen=True)
-class Pool:
+class ClassPool:
     """Base classes that make tasks with each other: their numbers (C,), and the part of the classes they belong to."""
 
     classes: np.ndarray
@@ -72,7 +72,7 @@ def deal(sets: Sequence[Sequence[int]], needed: int, kind: str, seed: int) -> li
     set gives two classes or more to a part, or none. Denoisers of a `kind` that is not cross-fitted have one part.
     Raises DataError where there are not `classes_needed`.
     """
-    able, folds = sum(images >= needed for each in sets for images in each), FOLDS if kind == "unet" else 1
+    able, folds = sum(images >= needed for each in sets for images in each), PARTS if kind == "unet" else 1
     if able < (least := classes_needed(kind)):
         raise DataError(
             f"the training of a denoiser needs {least} base classes of {needed} images or more; there are {able}",
@@ -89,11 +89,11 @@ def deal(sets: Sequence[Sequence[int]], needed: int, kind: str, seed: int) -> li
     return parts
 
 
-def pools_of(sets: Sequence[Sequence[int]], parts: Sequence[int]) -> list[Pool]:
+def pools_of(sets: Sequence[Sequence[int]], parts: Sequence[int]) -> list[ClassPool]:
     """Return the pools of tasks: the classes of each data set in each part; arguments are those of `deal`."""
     origin = np.repeat(np.arange(len(sets)), [len(images) for images in sets])
     places = sorted({(part, int(of)) for part, of in zip(parts, origin, strict=True) if part >= 0})
-    return [Pool(np.flatnonzero((origin == of) & (np.array(parts) == part)), part) for part, of in places]
+    return [ClassPool(np.flatnonzero((origin == of) & (np.array(parts) == part)), part) for part, of in places]
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class MetaTrainer(Trainer[MetaStep, MetaValidation]):
     def __init__(
         self,
         bank: FeatureBank,
-        pools: Sequence[Pool],
+        pools: Sequence[ClassPool],
         spaces: Mapping[int, TaskSpace],
         space: TaskSpace,
         denoiser: DenoiserConfig,

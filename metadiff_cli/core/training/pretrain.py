@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from metadiff_cli.config.schema import PretrainConfig
 from metadiff_cli.core.device import CPU, Noise, autocast, default_noise, seeded_noise, sent
+from metadiff_cli.core.distributed import SINGLE, Group
 from metadiff_cli.core.encoders.networks import Encoder
 from metadiff_cli.core.evaluation.episodes import mixed_seed
-from metadiff_cli.core.training.distributed import SINGLE, Group
 from metadiff_cli.core.training.loop import Part, Trainer, optimiser_tensors, restore_optimiser
 from metadiff_cli.core.training.losses import Heads, Pairs, pair_logits
 from metadiff_cli.core.training.transforms import Augmentation, Changes, augment, rotate_quarters

@@ -19,7 +19,7 @@ from metadiff_cli.commands.train import encoder, resume, stages
 from metadiff_cli.commands.train.resume import HeldSignals
 from metadiff_cli.core.baselines.train import InnerTrainer
 from metadiff_cli.core.checkpoints.file import load_checkpoint, read_header, save_checkpoint
-from metadiff_cli.core.training.distributed import SINGLE
+from metadiff_cli.core.distributed import SINGLE
 from metadiff_cli.core.training.metatrain import MetaTrainer
 from metadiff_cli.core.training.pretrain import Pretrainer
 from metadiff_cli.errors import Stopped

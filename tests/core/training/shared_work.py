@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from metadiff_cli.config.schema import AugmentConfig, DenoiserConfig, FrozenBaseline, MetatrainConfig, PretrainConfig
 from metadiff_cli.core.baselines.learners import FrozenLearner
 from metadiff_cli.core.baselines.train import InnerTrainer
+from metadiff_cli.core.distributed import SINGLE, Group, joined
 from metadiff_cli.core.encoders import bank as features
 from metadiff_cli.core.encoders.bank import FeatureBank, build_bank
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.encoders.networks import Encoder, build_encoder
 from metadiff_cli.core.method.adapt import Tuning
 from metadiff_cli.core.method.task_space import class_statistics, cross_fitted
-from metadiff_cli.core.training.distributed import SINGLE, Group, joined
 from metadiff_cli.core.training.metatrain import MetaTrainer, deal, images_needed, pools_of
 from metadiff_cli.core.training.pretrain import Pretrainer
 from metadiff_cli.errors import ConfigError, MetaDiffError

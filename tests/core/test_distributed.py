@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from metadiff_cli.core.training.distributed import SINGLE, Group, announced, is_lost, joined
+from metadiff_cli.core.distributed import SINGLE, Group, announced, is_lost, joined
 from metadiff_cli.errors import ConfigError
 from tests.processes import begin, end
 

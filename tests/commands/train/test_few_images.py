@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from metadiff_cli.commands.train import small_folders
+from metadiff_cli.commands.train import few_images
 from metadiff_cli.config.load import resolve
 from metadiff_cli.config.schema import Config
 from metadiff_cli.core.checkpoints.file import read_header
@@ -40,8 +40,8 @@ def folder(place: Path, counts: dict[str, int]) -> Path:
 def fit(config: Config, *stages: str, **splits: list[int]) -> tuple[Config, list[str]]:
     notes: list[str] = []
     named = {split: {f"{split}-{i}": count for i, count in enumerate(counts)} for split, counts in splits.items()}
-    drawn = small_folders.drawn_splits(named, several=False, validated=False)
-    return small_folders.fitted(config, named, stages, drawn, notes.append), notes
+    drawn = few_images.drawn_splits(named, several=False, validated=False)
+    return few_images.fitted(config, named, stages, drawn, notes.append), notes
 
 
 def test_enough_data_change_nothing() -> None:
@@ -90,9 +90,9 @@ def test_without_base_classes_to_train_on_the_denoiser_is_the_analytic_one(kind:
 
 def test_several_data_sets_keep_their_episodes() -> None:
     """The validation classes of each have those that they can fill, so these do not lower the ones of the table."""
-    assert small_folders.drawn_splits({"train", "val", "test"}, several=True, validated=False) == ["test"]
-    assert small_folders.drawn_splits({"train", "val"}, several=True, validated=False) == ["val"]
-    assert small_folders.drawn_splits({"train", "val", "test"}, several=True, validated=True) == []
+    assert few_images.drawn_splits({"train", "val", "test"}, several=True, validated=False) == ["test"]
+    assert few_images.drawn_splits({"train", "val"}, several=True, validated=False) == ["val"]
+    assert few_images.drawn_splits({"train", "val", "test"}, several=True, validated=True) == []
 
 
 def test_shots_of_the_card_are_left_out_where_images_are_few() -> None:
