@@ -200,7 +200,9 @@ def adapt(
 
       metadiff adapt -S ./imgs -Q ./q --sort-into ./sorted --report report.html
 
-      metadiff adapt -S ./imgs -Q ./q --none ./others --reject auto
+      metadiff adapt -S ./imgs -Q ./q --reject auto
+
+      metadiff adapt -S ./imgs -Q ./q --none ./others
 
       metadiff adapt -S ./imgs -Q ./q --encoder lite0,lite2
     """

@@ -94,6 +94,10 @@ class _Card:
         return "rejected" if self.outcome.label is None else shown(self.outcome.label)
 
     @property
+    def truth(self) -> str:
+        return shown(self.outcome.truth)
+
+    @property
     def kind(self) -> str:
         """What marks the card of an image without a class."""
         return "rejected" if self.outcome.rejected else "none" if self.outcome.label == NONE else ""
