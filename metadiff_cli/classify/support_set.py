@@ -20,7 +20,7 @@ from metadiff_cli.data.folders import Split
 from metadiff_cli.errors import DataError
 
 FEWEST_CLASSES = 2
-NONE = "_none"  # the label of images that show none of the classes: a class like the others, but for what it is called
+NONE = "_none"  # the label of images that show none of the classes; adaptation takes it for one more class
 SHOWN = 5  # cases of one kind that a message names
 
 

@@ -17,7 +17,7 @@ Document = dict[str, Any]
 
 
 def shown(label: str | None) -> str:
-    """A label as people read it: no class is called as the answers that are none have it here."""
+    """A label as people read it; parentheses mark the answers that are no class."""
     return REJECTED if label is None else "(none)" if label == NONE else label
 
 
