@@ -111,6 +111,7 @@ class FewShotClassifier:
     def fit(self, X: Images, y: Labels) -> Self:
         """Adapt to n labelled images X with labels y (n,). Labels are text, whole numbers or booleans.
 
+        The label "_none" is that of images that show none of the classes; `predict` may return it.
         The same picture given twice counts once, with a warning. Raises InputError for fewer than two classes, for
         labels that do not fit the images, for images that cannot be read, and for a picture with two labels.
         """
@@ -150,8 +151,9 @@ class FewShotClassifier:
     def known_margin(self, X: Images) -> np.ndarray:
         """How far the known score of each image (n,) is above the threshold of rejection, in nats.
 
-        An image below 0 shows none of the classes. The threshold was fitted to reject 5 % of images of known classes,
-        on validation classes. Raises as `predict_proba` does, and CheckpointError when the checkpoint has no threshold.
+        An image below 0 shows none of the classes, among which "_none" does not count. The threshold was fitted to
+        reject 5 % of images of known classes, on validation classes. Raises as `predict_proba` does, CheckpointError
+        when the checkpoint has no threshold, and DataError for a single class of one image beside "_none".
         """
         classifier = self._fitted()
         rejector = classifier.rejector()

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -104,13 +104,18 @@ class Screen:
         """One JSON document on stdout, and nothing else."""
         self.text(json.dumps(document, ensure_ascii=False, indent=2, allow_nan=False))
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-        """A table on stdout; the first `left` columns are text, the others numbers set to the right."""
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, dim: Container[int] = ()
+    ) -> None:
+        """A table on stdout; the first `left` columns are text, the others numbers set to the right.
+
+        The rows with the numbers `dim` are shown dim.
+        """
         table = Table(title=_plain(title), title_justify="left", title_style="bold")
         for i, column in enumerate(columns):
             table.add_column(_plain(column), justify="left" if i < left else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*(_plain(cell) for cell in row))
+        for number, row in enumerate(rows):
+            table.add_row(*(_plain(cell) for cell in row), style="dim" if number in dim else None)
         self.out.print(table)
 
     @contextmanager

@@ -64,6 +64,14 @@ def test_a_terminal_gets_no_control_characters_of_results(monkeypatch: pytest.Mo
         assert stdout.getvalue() == expected + "\n"
 
 
+def test_some_rows_of_a_table_are_dim(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", stdout := Terminal())
+    Screen().table("answers", ("image", "label"), [("1.png", "cat"), ("2.png", "(none)")], left=2, dim={1})
+    cat, none = [line for line in stdout.getvalue().splitlines() if ".png" in line]
+    assert "\x1b[2m2.png" in none and "\x1b[2m" not in cat
+
+
 def test_nothing_moves_off_a_terminal_whatever_the_colours(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from metadiff_cli.classify.support_set import Pool, SupportSet, require_classes
+from metadiff_cli.classify.support_set import NONE, Pool, SupportSet, require_classes
 from metadiff_cli.core.checkpoints.classifier import StoredClassifier, StoredImages, load_classifier, save_classifier
 from metadiff_cli.core.checkpoints.model import Model
 from metadiff_cli.core.method.adapt import MetaDiff, Sampling, TaskClassifier, adapt_tasks, seeds_of
@@ -44,8 +44,12 @@ class Classifier:
         return self.task.metric.expand(features).unsqueeze(0)
 
     def rejector(self) -> Rejector:
-        """The rejector of images that show none of the classes. Raises CheckpointError when no threshold was fitted."""
-        return rejector_of(self.model.metadiff, self.task, self.support.task(self.task.metric))
+        """The rejector of images that show none of the classes, by the classes other than NONE.
+
+        Raises CheckpointError when no threshold was fitted, and DataError for a single class of one image.
+        """
+        known = [c for c, cls in enumerate(self.classes) if cls != NONE]
+        return rejector_of(self.model.metadiff, self.task, self.support.task(self.task.metric), known=known)
 
     def save(self, path: Path) -> None:
         """Write the classifier to a file. Of the paths of the support only the file names are kept. Raises OSError."""

@@ -20,6 +20,7 @@ from metadiff_cli.data.folders import Split
 from metadiff_cli.errors import DataError
 
 FEWEST_CLASSES = 2
+NONE = "_none"  # the label of images that show none of the classes; adaptation takes it for one more class
 SHOWN = 5  # cases of one kind that a message names
 
 
@@ -168,7 +169,10 @@ def _require_images(broken: Iterable[tuple[str, Encoded]], readable: set[str]) -
 
 def require_classes(support: SupportSet) -> None:
     """Raise DataError when there are too few classes to tell apart."""
+    if support.classes == (NONE,):
+        raise DataError("the support has no class, only images of none", hint="add a folder of images for each class")
     if len(support.classes) < FEWEST_CLASSES:
         raise DataError(
-            f"the support has one class only, '{support.classes[0]}'", hint="add a folder for each further class"
+            f"the support has one class only, '{support.classes[0]}'",
+            hint=f"add a folder for each further class, or a folder {NONE} of images that show something else",
         )

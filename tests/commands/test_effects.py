@@ -55,6 +55,7 @@ ADAPT = Walk(
     {
         "--query": "query/red.png", "--support": "photos", "--classifier": "saved.safetensors", "--format": "csv",
         "--top-k": "1", "--reject-below": "0.99", "--reject": "auto", "--sort-into": "sorted", "--unlabeled": "photos",
+        "--none": "photos",
         "--checkpoint": "gone.safetensors", "--save": "new.safetensors", "--report": "new.html",
         "--steps": "3", "--samples": "2", "--temperature": "1", "--guidance": "2", "--config": "own.yaml",
         "--set": "seed=5", "--seed": "5", "--encoder": "lite0", "--encoder-weights": "saved.safetensors",

@@ -125,6 +125,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, small_run: Path) -> Path:
     for c, name in enumerate(("cat", "dog", "fox")):
         draw(root / "imgs" / name, c, 2)
         draw(root / "q", 10 + c, 1)
+        draw(root / "others", 15 + c, 1)
     for c in range(8):
         draw(root / "photos" / f"kind-{c}", 20 + c, 16)
     for split, classes in split_lists("mini-imagenet").items():

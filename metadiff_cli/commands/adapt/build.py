@@ -11,9 +11,10 @@ import torch
 from metadiff_cli.classify.classifier import Classifier, adapt
 from metadiff_cli.classify.images import Encoded, encode_images
 from metadiff_cli.classify.models import installed_encoders, model_of_encoder, open_model
-from metadiff_cli.classify.support_set import Pool, SupportSet, pool_of, read_support
+from metadiff_cli.classify.support_set import NONE, Pool, SupportSet, pool_of, read_support
 from metadiff_cli.commands.adapt.checks import Options
-from metadiff_cli.commands.adapt.inputs import Queries
+from metadiff_cli.commands.adapt.inputs import Queries, find_queries
+from metadiff_cli.commands.adapt.output import shown
 from metadiff_cli.commands.settings import accelerated
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
@@ -87,6 +88,21 @@ class Found:
                 )
         notes = [f"support: {text}" for text in (*scan.notes, left_out(scan.skipped)) if text]
         return cls(split, tuple((str(path), reason) for path, reason in scan.unreadable), tuple(notes))
+
+    @classmethod
+    def of(cls, support: Path | None, none: Path | None) -> "Found | None":
+        """The images of `--support` and `--none`; None where neither is given. Raises DataError."""
+        found = None if support is None else cls.at(support)
+        if none is None:
+            return found
+        images = find_queries([str(none)], option="--none")
+        found = found or cls(Split("support", (), (), (), str(none)))
+        classes = found.split.classes if NONE in found.split.classes else (*found.split.classes, NONE)
+        labels = (*found.split.labels, *[classes.index(NONE)] * len(images.items))
+        split = replace(found.split, classes=classes, paths=(*found.split.paths, *images.paths()), labels=labels)
+        skipped = left_out(images.skipped)
+        notes = (*found.notes, *([f"none: {skipped}"] if skipped else []))
+        return cls(split, (*found.locked, *images.unreadable), notes)
 
 
 @dataclass(frozen=True)
@@ -272,7 +288,7 @@ def check_sentences(check: SupportCheck | None, support: SupportSet) -> list[str
         estimate += f"; classes with one image are not in it: {', '.join(left_out[:NAMED])}{more}"
     if check.confused:
         first, second, _ = check.confused[0]
-        estimate += f"; most confused: {first} / {second}, one more image of each would help most"
+        estimate += f"; most confused: {shown(first)} / {shown(second)}, one more image of each would help most"
     return [estimate] + [
         f"{suspect.path} looks mislabelled: it is in '{suspect.label}' and looks like '{suspect.looks_like}' "
         f"({suspect.confidence:.0%})"

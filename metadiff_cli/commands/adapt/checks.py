@@ -39,6 +39,7 @@ class Options:
     more: list[str]
     null: bool
     support: Path | None
+    none: Path | None
     classifier: Path | None
     checkpoint: Path | None
     encoder: str | None
@@ -75,7 +76,8 @@ class Options:
     @property
     def adapts(self) -> bool:
         """Whether a classifier is adapted, rather than used as it was saved."""
-        return self.classifier is None or self.support is not None or self.transductive or self.unlabeled is not None
+        added = (self.support, self.none, self.unlabeled)
+        return self.classifier is None or self.transductive or any(path is not None for path in added)
 
 
 def check_options(given: Options) -> None:
@@ -178,7 +180,7 @@ def check_outputs(given: Options) -> None:
         if given.save is not None and given.save.resolve() == given.report.resolve():
             raise ConfigError(f"--save and --report are the same file, {given.save}", hint="give two names")
     if given.sort_into is not None:
-        _check_sorting(given.sort_into, given.support)
+        _check_sorting(given.sort_into, {"support": given.support, "--none": given.none})
 
 
 def _kind_of(file: Path) -> str:
@@ -189,13 +191,14 @@ def _kind_of(file: Path) -> str:
         return ""
 
 
-def _check_sorting(root: Path, support: Path | None) -> None:
+def _check_sorting(root: Path, labelled: Mapping[str, Path | None]) -> None:
     _check_folder(root, root)
-    if support is not None and support.resolve() in (root.resolve(), *root.resolve().parents):
-        raise ConfigError(
-            f"--sort-into {root} is inside the support folder",
-            hint="give another folder: predictions would become labels of the next run",
-        )
+    for name, folder in labelled.items():
+        if folder is not None and folder.resolve() in (root.resolve(), *root.resolve().parents):
+            raise ConfigError(
+                f"--sort-into {root} is inside the {name} folder",
+                hint="give another folder: predictions would become labels of the next run",
+            )
 
 
 def check_folders(sorter: Sorter) -> None:

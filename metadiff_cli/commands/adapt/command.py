@@ -43,6 +43,16 @@ def adapt(
             help="A folder with one folder of images per class, or a CSV of path,label.",
         ),
     ] = None,
+    none: Annotated[
+        Path | None,
+        path(
+            INPUT,
+            "--none",
+            metavar="DIR",
+            default="the class folder _none, if there is one",
+            help="A folder of images that show none of the classes; none becomes an answer.",
+        ),
+    ] = None,
     classifier: Annotated[
         Path | None,
         path(
@@ -192,14 +202,16 @@ def adapt(
 
       metadiff adapt -S ./imgs -Q ./q --reject auto
 
+      metadiff adapt -S ./imgs -Q ./q --none ./others
+
       metadiff adapt -S ./imgs -Q ./q --encoder lite0,lite2
     """
     from metadiff_cli.commands.adapt.checks import Options
     from metadiff_cli.commands.adapt.run import run
 
     given = Options(
-        query=query, more=more or [], null=null, support=support, classifier=classifier, checkpoint=checkpoint,
-        encoder=encoder, encoder_weights=encoder_weights, views=views,
+        query=query, more=more or [], null=null, support=support, none=none, classifier=classifier,
+        checkpoint=checkpoint, encoder=encoder, encoder_weights=encoder_weights, views=views,
         format=format, as_json=as_json, top_k=top_k, reject_below=reject_below, reject=reject, labelled=labelled,
         strict=strict, sort_into=sort_into, move=move, transductive=transductive, unlabeled=unlabeled, save=save,
         report=report, overwrite=overwrite, config=config, set=settings or [],

@@ -5,21 +5,30 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from metadiff_cli.commands.adapt.output import Outcome
+from metadiff_cli.classify.support_set import NONE
+from metadiff_cli.commands.adapt.output import REJECTED, Outcome, shown
 from metadiff_cli.console import Screen, counted
 
-REJECTED = "(rejected)"
 WIDEST = 20  # classes of a matrix that is shown whole
 PAIRS = 15  # confusions that are named where it is not
 NAMED = 5  # classes that a line names
 NAME, BORDER = 12, 3  # columns of text: of a class name before it is folded, and around each cell
 
 
+def is_right(truth: str, label: str | None, classes: Sequence[str]) -> bool:
+    """Whether a label is right. An image of NONE, or of a class that is not in `classes`, has to get no class."""
+    return label == truth if truth in classes and truth != NONE else label in (None, NONE)
+
+
 class Score:
-    """Counts of true class and label, None for a rejected image. Classes that the support lacks are counted apart."""
+    """Counts of true class and label, None for a rejected image.
+
+    Classes that the support lacks are counted apart. With NONE among its classes they count as NONE as well.
+    """
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = tuple(classes)
+        self.none = NONE in classes
         self.pairs: Counter[tuple[str, str | None]] = Counter()
         self.unlabelled = 0
 
@@ -33,16 +42,16 @@ class Score:
     def document(self) -> dict[str, Any]:
         """The score as JSON: the accuracy in percent of images whose class the support has, with its 95 % interval.
 
-        A rejected image counts as wrong.
+        With NONE in the support all images are in it. A rejected image of a class counts as wrong.
         """
-        known = {pair: n for pair, n in self.pairs.items() if pair[0] in self.classes}
         foreign = {pair: n for pair, n in self.pairs.items() if pair[0] not in self.classes}
-        images, correct = sum(known.values()), sum(n for (truth, label), n in known.items() if truth == label)
+        known = {pair: n for pair, n in self.pairs.items() if self.none or pair not in foreign}
+        images, correct = sum(known.values()), sum(n for pair, n in known.items() if is_right(*pair, self.classes))
         rows, columns = self._rows(), self._columns()
         return {
             "images": images,
             "correct": correct,
-            "rejected": _rejected(known),
+            "rejected": _count(known, None),
             "accuracy": round(100 * correct / images, 4) if images else None,
             "ci95": wilson(correct, images) if images else None,
             "confusion": {
@@ -52,15 +61,22 @@ class Score:
             },
             "other_classes": {
                 "images": sum(foreign.values()),
-                "rejected": _rejected(foreign),
+                "rejected": _count(foreign, None),
+                **({"none": _count(foreign, NONE)} if self.none else {}),
                 "classes": sorted({truth for truth, _ in foreign}),
             },
             "unlabelled": self.unlabelled,
         }
 
     def counts(self) -> list[list[int]]:
-        """Images by class (rows) and label (columns), both of the support; rejected images are left out."""
-        return [[self.pairs[truth, label] for label in self.classes] for truth in self.classes]
+        """Images by class (rows) and label (columns), both of the support; rejected images are left out.
+
+        Classes that the support lacks are in the row of NONE, where there is one.
+        """
+        found = Counter[tuple[str, str | None]]()
+        for (truth, label), n in self.pairs.items():
+            found[truth if truth in self.classes else NONE, label] += n
+        return [[found[truth, label] for label in self.classes] for truth in self.classes]
 
     def _rows(self) -> list[str]:
         seen = {truth for truth, _ in self.pairs}
@@ -82,23 +98,23 @@ class Score:
         if matrix and len(self.classes) <= WIDEST and self._width(document["confusion"]) <= screen.out.width:
             self._show_matrix(screen, document["confusion"])
         elif matrix and wrong:
-            rows = [(truth, label, str(n)) for n, truth, label in wrong[:PAIRS]]
+            rows = [(shown(truth), label, str(n)) for n, truth, label in wrong[:PAIRS]]
             screen.table("most frequent confusions", ("class", "taken for", "images"), rows, left=2)
             screen.note("a matrix of all classes would be too wide; --json holds it")
         elif wrong:
-            pairs = ", ".join(f"{truth} taken for {label} {n}" for n, truth, label in wrong[:PAIRS])
+            pairs = ", ".join(f"{shown(truth)} taken for {label} {n}" for n, truth, label in wrong[:PAIRS])
             screen.result(f"most frequent confusions: {pairs}")
 
     def _show_matrix(self, screen: Screen, confusion: dict[str, Any]) -> None:
         number = {cls: str(i + 1) for i, cls in enumerate(self.classes)}
         columns = [number.get(column, column) for column in confusion["columns"]]
         rows = [
-            (number.get(row, ""), row, *(str(n) if n else "" for n in counts))
+            (number.get(row, ""), shown(row), *(str(n) if n else "" for n in counts))
             for row, counts in zip(confusion["rows"], confusion["matrix"], strict=True)
         ]
         title = "confusion matrix: a row is a true class, a column a label"
         screen.table(title, ("", "class", *columns), rows, left=2)
-        if others := [f"{number[cls]} {cls}" for cls in self.classes if cls not in confusion["rows"]]:
+        if others := [f"{number[cls]} {shown(cls)}" for cls in self.classes if cls not in confusion["rows"]]:
             screen.text(f"columns of classes without images here: {', '.join(others)}")
 
     def _width(self, confusion: dict[str, Any]) -> int:
@@ -111,12 +127,13 @@ class Score:
 
     def _wrong(self) -> list[tuple[int, str, str]]:
         """Number, class and label of each confusion, the most frequent first."""
-        found = [(n, truth, label or REJECTED) for (truth, label), n in self.pairs.items() if truth != label]
+        pairs = self.pairs.items()
+        found = [(n, truth, shown(label)) for (truth, label), n in pairs if not is_right(truth, label, self.classes)]
         return sorted(found, key=lambda item: (-item[0], *item[1:]))
 
 
-def _rejected(pairs: Mapping[tuple[str, str | None], int]) -> int:
-    return sum(n for (_, label), n in pairs.items() if label is None)
+def _count(pairs: Mapping[tuple[str, str | None], int], label: str | None) -> int:
+    return sum(n for (_, found), n in pairs.items() if found == label)
 
 
 def wilson(correct: int, images: int) -> list[float]:
@@ -139,9 +156,11 @@ def _summary(document: dict[str, Any]) -> list[str]:
     other = document["other_classes"]
     if other["images"]:
         names = ", ".join([*other["classes"][:NAMED], *(["..."] if len(other["classes"]) > NAMED else [])])
+        answers = f"{other['none']} none, " if "none" in other else ""
+        counts = "in the accuracy as none" if "none" in other else "not in the accuracy"
         lines.append(
             f"of classes that the support lacks ({names}): {counted(other['images'], 'image')}, "
-            f"{other['rejected']} rejected, not in the accuracy"
+            f"{answers}{other['rejected']} rejected, {counts}"
         )
     if document["unlabelled"]:
         lines.append(f"without a class: {counted(document['unlabelled'], 'query image')}, not in the accuracy")

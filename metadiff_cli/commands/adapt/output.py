@@ -7,11 +7,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from metadiff_cli.classify.support_set import NONE
 from metadiff_cli.console import Screen, counted
 
 SHOWN = 20  # errors that stderr names one by one
 DIGITS = 6  # of a confidence or a margin in JSON and CSV
+REJECTED = "(rejected)"
 Document = dict[str, Any]
+
+
+def shown(label: str | None) -> str:
+    """A label as people read it; parentheses mark the answers that are no class."""
+    return REJECTED if label is None else "(none)" if label == NONE else label
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Outcome:
 
     @property
     def label(self) -> str | None:
-        """The predicted class; None for an image that is rejected or cannot be read."""
+        """The predicted class, which may be NONE; None for an image that is rejected or cannot be read."""
         return None if self.rejected or not self.ranking else self.ranking[0][0]
 
     @property
@@ -130,18 +137,22 @@ def _write_csv(to: Writing, outcomes: Iterator[Outcome]) -> int:
 
 
 def _write_table(to: Writing, outcomes: Iterator[Outcome]) -> int:
-    rows = []
+    rows: list[tuple[str, ...]] = []
+    none: set[int] = set()
     for outcome in outcomes:
         if outcome.readable:
-            label = "(rejected)" if outcome.label is None else outcome.label
             others = outcome.ranking[0 if outcome.rejected else 1 : to.top_k]
-            runners_up = ", ".join(f"{name} {p:.0%}" for name, p in others)
-            rows.append((outcome.path, label, f"{outcome.confidence:.1%}", runners_up))
+            runners_up = ", ".join(f"{shown(name)} {p:.0%}" for name, p in others)
+            if outcome.label == NONE:
+                none.add(len(rows))
+            rows.append((outcome.path, shown(outcome.label), f"{outcome.confidence:.1%}", runners_up))
     if rows:
-        title = f"{counted(len(rows), 'image')}, {len(to.head['classes'])} classes"
+        classes = [name for name in to.head["classes"] if name != NONE]
+        title = f"{counted(len(rows), 'image')}, {counted(len(classes), 'class', 'classes')}"
+        title += " or none" if NONE in to.head["classes"] else ""
         if to.head["protocol"] == "transductive":
             title += "; transductive: predictions depend on one another"
-        to.screen.table(title, ("image", "label", "confidence", "runners-up"), rows, left=2)
+        to.screen.table(title, ("image", "label", "confidence", "runners-up"), rows, left=2, dim=none)
     return len(rows)
 
 

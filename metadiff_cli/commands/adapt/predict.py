@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from metadiff_cli.classify.images import Encoded
+from metadiff_cli.classify.support_set import NONE
 from metadiff_cli.commands.adapt.build import NAMED, Ready
 from metadiff_cli.commands.adapt.inputs import Queries, Query
 from metadiff_cli.commands.adapt.labelled import Score
@@ -78,7 +79,7 @@ class Predictions:
         order = sorted(range(len(p)), key=lambda c: (-p[c], c))[: self.ranked]
         margin = None if margin is None else round(margin, DIGITS)
         rejected = (self.reject_below is not None and p[order[0]] < self.reject_below) or (
-            margin is not None and margin < 0
+            margin is not None and margin < 0 and self.classes[order[0]] != NONE  # an answer that is no class stays
         )
         ranking = tuple((self.classes[c], p[c]) for c in order)
         twin = self.twin_of.get(image.digest)

@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from metadiff_cli.commands.adapt.output import Outcome
+from metadiff_cli.classify.support_set import NONE
+from metadiff_cli.commands.adapt.labelled import is_right
+from metadiff_cli.commands.adapt.output import Outcome, shown
 from metadiff_cli.commands.pages.page import write_page
 from metadiff_cli.data.cache import decode_images, no_progress
 
@@ -64,6 +66,7 @@ def write_report(
         path, "adapt.html", title=title, report=report, thumb=THUMBNAIL,
         tiles_facts=_tiles(report, readable),
         rejected=labelled[None],
+        names=[shown(name) for name in report.classes],
         labelled=[labelled[name] for name in report.classes],
         labelled_truth=any(outcome.truth is not None for outcome in readable),
         rows=lambda: _class_rows(report, readable, thumbnails),
@@ -80,6 +83,7 @@ class _Card:
     outcome: Outcome
     thumbnail: str
     number: int
+    wrong: bool
 
     @property
     def name(self) -> str:
@@ -87,16 +91,23 @@ class _Card:
 
     @property
     def title(self) -> str:
-        return "rejected" if self.outcome.label is None else self.outcome.label
+        return "rejected" if self.outcome.label is None else shown(self.outcome.label)
+
+    @property
+    def truth(self) -> str:
+        return shown(self.outcome.truth)
+
+    @property
+    def kind(self) -> str:
+        """What marks the card of an image without a class."""
+        return "rejected" if self.outcome.rejected else "none" if self.outcome.label == NONE else ""
 
     @property
     def runners(self) -> Sequence[tuple[str, float]]:
         """The runners-up; of a rejected image, the most probable class comes first."""
-        return self.outcome.ranking[0 if self.outcome.rejected else 1 : 1 + RUNNERS_UP]
-
-    @property
-    def wrong(self) -> bool:
-        return self.outcome.truth not in (None, self.outcome.label) and not self.outcome.rejected
+        return [
+            (shown(name), p) for name, p in self.outcome.ranking[0 if self.outcome.rejected else 1 : 1 + RUNNERS_UP]
+        ]
 
     @staticmethod
     def percent(share: float) -> str:
@@ -153,7 +164,9 @@ def _cards(report: AdaptReport, readable: Sequence[Outcome], thumbnails: _Thumbn
     number = {name: i for i, name in enumerate(report.classes)}
     uris = thumbnails.of([outcome.path for outcome in readable])
     for outcome, uri in zip(readable, uris, strict=True):
-        yield _Card(outcome, uri, REJECTED if outcome.label is None else number[outcome.label])
+        truth, label = outcome.truth, outcome.label
+        wrong = truth is not None and label is not None and not is_right(truth, label, report.classes)
+        yield _Card(outcome, uri, REJECTED if label is None else number[label], wrong)
 
 
 def _class_rows(report: AdaptReport, readable: Sequence[Outcome], thumbnails: _Thumbnails) -> Iterator[_ClassRow]:
@@ -161,7 +174,7 @@ def _class_rows(report: AdaptReport, readable: Sequence[Outcome], thumbnails: _T
         paths = report.support.get(name, ())
         images = list(zip(paths, thumbnails.of(paths), strict=True))
         sure = [outcome.confidence for outcome in readable if outcome.label == name]
-        yield _ClassRow(name, images, len(sure), sum(sure) / max(1, len(sure)))
+        yield _ClassRow(shown(name), images, len(sure), sum(sure) / max(1, len(sure)))
 
 
 def _confusion_rows(report: AdaptReport) -> list[_ConfusionRow]:
@@ -170,7 +183,7 @@ def _confusion_rows(report: AdaptReport) -> list[_ConfusionRow]:
     rows = []
     for i, (name, counts) in enumerate(zip(report.classes, report.confusion, strict=True)):
         total = max(1, sum(counts))
-        rows.append(_ConfusionRow(i, name, [(count, count / total) for count in counts]))
+        rows.append(_ConfusionRow(i, shown(name), [(count, count / total) for count in counts]))
     return rows
 
 
@@ -178,16 +191,18 @@ def _tiles(report: AdaptReport, readable: Sequence[Outcome]) -> list[tuple[str, 
     """The numbers at the head of the page."""
     rejected = sum(outcome.rejected for outcome in readable)
     broken = len(report.outcomes) - len(readable) + len(report.broken_support)
-    tiles = [("Classes", f"{len(report.classes)}")]
+    tiles = [("Classes", f"{sum(name != NONE for name in report.classes)}")]
     if report.support:
         tiles.append(("Support", f"{sum(len(images) for images in report.support.values()):,}"))
-    tiles.append(("Labelled", f"{len(readable) - rejected:,}"))
+    none = sum(outcome.label == NONE for outcome in readable)
+    tiles.append(("Labelled", f"{len(readable) - rejected - none:,}"))
     if readable:
         median = float(np.median([outcome.confidence for outcome in readable]))
         tiles.append(("Median confidence", f"{100 * median:.0f} %"))
     known = [outcome for outcome in readable if outcome.truth is not None and not outcome.rejected]
     if known:
-        correct = sum(outcome.label == outcome.truth for outcome in known)
+        correct = sum(is_right(str(outcome.truth), outcome.label, report.classes) for outcome in known)
         tiles.append(("Accuracy", f"{100 * correct / len(known):.1f} %"))
-    tiles += [(name, f"{count:,}") for name, count in (("Rejected", rejected), ("Unreadable", broken)) if count]
+    further = (("None", none), ("Rejected", rejected), ("Unreadable", broken))
+    tiles += [(name, f"{count:,}") for name, count in further if count]
     return tiles

@@ -36,7 +36,7 @@ def run(given: Options, screen: Screen) -> None:
     config = model_config(given.config, given.set, given.flags, note=screen.note)
     check_outputs(given)
     queries = find_queries(given.query, null=given.null, more=given.more)
-    support = None if given.support is None else Found.at(given.support)
+    support = Found.of(given.support, given.none)
     for text in () if support is None else support.notes:
         screen.note(text)
     unlabeled = None if given.unlabeled is None else find_queries([str(given.unlabeled)], option="--unlabeled")

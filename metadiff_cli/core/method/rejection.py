@@ -12,7 +12,8 @@ classes, where it is unknown: such scores are of another kind and have offsets o
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from metadiff_cli.core.method.adapt import MetaDiff, TaskClassifier
 from metadiff_cli.core.method.calibration import Rejection
 from metadiff_cli.core.method.held_out import HeldOut, holdable
 from metadiff_cli.core.method.support import TaskSupport
-from metadiff_cli.errors import CheckpointError
+from metadiff_cli.errors import CheckpointError, DataError
 
 RATE = 0.05  # of images of the task's own classes, on the classes of the fit, that are rejected
 MOST_BASE = 256  # base classes that stand for the world; more cost time and say the same
@@ -43,18 +44,28 @@ class Rejector:
 
 
 @torch.inference_mode()
-def rejector_of(metadiff: MetaDiff, classifier: TaskClassifier, support: TaskSupport) -> Rejector:
+def rejector_of(
+    metadiff: MetaDiff, classifier: TaskClassifier, support: TaskSupport, *, known: Sequence[int] | None = None
+) -> Rejector:
     """Return the rejector for classifiers that `metadiff` made of expanded support features (B, n, J).
 
-    Raises CheckpointError when the checkpoint has no fitted threshold.
+    `known` are the positions of the N' classes whose images are known, None for all. The others, such as a class of
+    things that are no class, are in the classifier and in no score. Raises CheckpointError when the checkpoint has no
+    fitted threshold, and DataError for a single known class of one image, which nothing can be scored against.
     """
     table, support = require_rejection(metadiff).offsets, holdable(support)
+    known = range(support.ways) if known is None else known
+    rows, ways = torch.tensor(known, device=support.labels.device), len(known)
+    counts = support.counts[rows]
+    if ways == 1 and int(counts) < TWO:
+        raise DataError("a threshold of rejection needs two images of a single class", hint="add an image of the class")
     base = base_weights(metadiff, classifier)
-    scores, alone = support_scores(classifier, support, base)
-    counts = support.counts
-    per_class = scores @ (support.one_hot() / counts)  # (B, N): each class counts the same
-    offsets = torch.where(alone, table.at(support.ways, 1), table.at(support.ways, max(support.shots, TWO)))  # (N,)
-    return Rejector(classifier, base, per_class.mean(dim=1) + offsets.to(scores).mean())
+    scores, alone = support_scores(classifier, support, base, rows)
+    per_class = scores @ (support.one_hot()[:, rows] / counts)  # (B, N'): each class counts the same
+    shots = max(float(counts.sum()) / ways, TWO)
+    offsets = torch.where(alone[rows], table.at(ways, 1), table.at(ways, shots))  # (N',)
+    own = replace(classifier, weights=classifier.weights[:, :, rows])
+    return Rejector(own, base, per_class.mean(dim=1) + offsets.to(scores).mean())
 
 
 def require_rejection(metadiff: MetaDiff) -> Rejection:
@@ -81,10 +92,13 @@ def known_scores(classifier: TaskClassifier, base: Tensor | None, x: Tensor) -> 
     return _log_mean_exp(torch.stack(own, dim=-1)) - _base_scores(classifier, base, x)
 
 
-def support_scores(classifier: TaskClassifier, support: TaskSupport, base: Tensor | None) -> tuple[Tensor, Tensor]:
+def support_scores(
+    classifier: TaskClassifier, support: TaskSupport, base: Tensor | None, known: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the known scores (B, n) of the support as if each image were not in it, and which classes (N,) are alone.
 
-    An image of a class of one is scored against the other classes alone.
+    Scores are of the classes at the positions `known` (N',), None for all. An image of a class of one is scored against
+    the other ones alone.
     """
     target, alone = support.one_hot(), support.counts < TWO
     logits = classifier.logits(support.x)  # for the images of classes of one
@@ -92,9 +106,11 @@ def support_scores(classifier: TaskClassifier, support: TaskSupport, base: Tenso
         held = HeldOut(classifier.metric, support)
         found = classifier.settings.temperature.view(-1, 1, 1) * held.logits(classifier.settings)
         logits = torch.where(held.folds.left_out.view(1, -1, 1), found, logits)
-    own = (target.bool() & alone).unsqueeze(0)  # (1, n, N): entries that say nothing
-    ways = (~own).sum(dim=-1).to(logits)  # classes that count for each image
-    scores = logits.masked_fill(own, -torch.inf).logsumexp(dim=-1) - ways.log()
+    silent = (target.bool() & alone).unsqueeze(0)  # (1, n, N): entries that say nothing
+    if known is not None:
+        silent = silent | torch.ones_like(alone).index_fill(0, known, 0)
+    ways = (~silent).sum(dim=-1).to(logits)  # classes that count for each image
+    scores = logits.masked_fill(silent, -torch.inf).logsumexp(dim=-1) - ways.log()
     return scores - _base_scores(classifier, base, support.x), alone
 
 

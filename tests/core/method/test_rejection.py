@@ -15,7 +15,7 @@ from metadiff_cli.core.method.support import TaskSupport
 from metadiff_cli.core.training import validation
 from metadiff_cli.core.training.fit import fit_rejection
 from metadiff_cli.core.training.validation import ValidationTasks
-from metadiff_cli.errors import CheckpointError
+from metadiff_cli.errors import CheckpointError, DataError
 from tests.tasks import METRICS, ONE, TWO, adapted, bank_of, features, metric_of, support_of, tuned
 from tests.worlds import CPU
 
@@ -86,6 +86,39 @@ def test_the_threshold_is_the_mean_over_classes_of_support_scores_and_offsets(me
     assert float(rejector.threshold) == pytest.approx(float(wanted), abs=1e-4)
     query = metadiff.metric.expand(features(1, 4, 7, metadiff.metric.groups))
     torch.testing.assert_close(rejector.margins(query), known_scores(classifier, base, query) - rejector.threshold)
+
+
+def test_a_class_that_is_not_known_counts_in_no_score(metadiff: MetaDiff) -> None:
+    """It is in the classifier, which sharpens the others against it, and neither in the scores nor in the threshold."""
+    support = support_of(metadiff.metric, (3, 1, 2, 4))
+    classifier = adapted(metadiff, support)
+    query = metadiff.metric.expand(features(1, 4, 7, metadiff.metric.groups))
+    rejector = rejector_of(metadiff, classifier, support, known=[0, 1, 3])
+    wanted = mean_exp(classifier.logits(query)[0][:, [0, 1, 3]]) - world_scores(metadiff, classifier, query)
+    margins = rejector.margins(query)[0] + rejector.threshold
+    torch.testing.assert_close(margins.double(), wanted.double(), atol=1e-3, rtol=1e-4)
+    held = HeldOut(metadiff.metric, support).logits(classifier.settings)[0] * float(classifier.settings.temperature)
+    usual, world = classifier.logits(support.x)[0], world_scores(metadiff, classifier, support.x)
+    means = [
+        torch.stack([
+            mean_exp(held[i, [0, 1, 3]] if c != 1 else usual[i, [0, 3]]) - world[i]
+            for i in (support.labels == c).nonzero().flatten().tolist()
+        ]).mean()
+        for c in (0, 1, 3)
+    ]  # fmt: skip
+    offset = (2 * TABLE.offsets.at(3, 8 / 3) + TABLE.offsets.at(3, 1)) / 3
+    assert float(rejector.threshold) == pytest.approx(float(torch.stack(means).mean()) + offset, abs=1e-3)
+
+
+def test_a_single_known_class_needs_two_images(metadiff: MetaDiff) -> None:
+    for counts, known in (((2, 3), [0]), ((2, 1), [1])):
+        support = support_of(metadiff.metric, counts)
+        classifier = adapted(metadiff, support)
+        if counts[known[0]] > 1:
+            assert torch.isfinite(rejector_of(metadiff, classifier, support, known=known).margins(support.x)).all()
+        else:
+            with pytest.raises(DataError, match="two images"):
+                rejector_of(metadiff, classifier, support, known=known)
 
 
 def test_neither_order_nor_the_other_tasks_matter(metadiff: MetaDiff) -> None:
