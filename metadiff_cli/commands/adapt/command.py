@@ -11,20 +11,22 @@ from metadiff_cli.commands.parsing import path_text
 from metadiff_cli.console import Screen
 
 INPUT, OUTPUT, SORTING, TOGETHER = "Input", "Output", "Sorting", "Unlabelled images"
+CORRECTIONS = "Corrections of a saved classifier"
 
 
 def adapt(
     query: Annotated[
-        list[str],
+        list[str] | None,
         option(
             INPUT,
             "--query",
             "-Q",
             metavar="PATH",
             parser=path_text,
-            help="A folder, a file, a glob, a CSV with a column path, or - for paths on stdin; repeatable.",
+            help="A folder, a file, a glob, a CSV with a column path, or - for paths on stdin; repeatable. It may be "
+            "left out with --save.",
         ),
-    ],
+    ] = None,
     more: Annotated[
         list[str] | None,
         typer.Argument(
@@ -50,6 +52,32 @@ def adapt(
             "--classifier",
             metavar="FILE",
             help="A classifier that --save wrote; --support adds classes and images to it.",
+        ),
+    ] = None,
+    forget: Annotated[
+        list[str] | None,
+        option(
+            CORRECTIONS,
+            "--forget",
+            metavar="PATH",
+            parser=path_text,
+            help="Take this image out of --classifier: a file, or class/file as inspect shows; or a class. Repeatable.",
+        ),
+    ] = None,
+    relabel: Annotated[
+        Path | None,
+        path(
+            CORRECTIONS,
+            "--relabel",
+            metavar="CSV",
+            default="none",
+            help="Give images of --classifier other labels: a CSV of path,label.",
+        ),
+    ] = None,
+    rename: Annotated[
+        list[str] | None,
+        option(
+            CORRECTIONS, "--rename", metavar="OLD=NEW", help="Give a class of --classifier another name; repeatable."
         ),
     ] = None,
     null: Annotated[
@@ -193,12 +221,16 @@ def adapt(
       metadiff adapt -S ./imgs -Q ./q --reject auto
 
       metadiff adapt -S ./imgs -Q ./q --encoder lite0,lite2
+
+      metadiff adapt --classifier pets.safetensors --rename fox=wolf -Q ./q
     """
     from metadiff_cli.commands.adapt.checks import Options
+    from metadiff_cli.commands.adapt.corrections import Corrections
     from metadiff_cli.commands.adapt.run import run
 
     given = Options(
-        query=query, more=more or [], null=null, support=support, classifier=classifier, checkpoint=checkpoint,
+        query=query or [], more=more or [], null=null, support=support, classifier=classifier,
+        corrections=Corrections(forget or [], relabel, rename or []), checkpoint=checkpoint,
         encoder=encoder, encoder_weights=encoder_weights, views=views,
         format=format, as_json=as_json, top_k=top_k, reject_below=reject_below, reject=reject, labelled=labelled,
         strict=strict, sort_into=sort_into, move=move, transductive=transductive, unlabeled=unlabeled, save=save,
