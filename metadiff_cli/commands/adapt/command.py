@@ -1,4 +1,4 @@
-"""`metadiff adapt`: one folder of images per class in, predictions for other images out."""
+"""`metadiff adapt`: one folder of images per class in, predictions for other images out. `metadiff demo` shows it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -241,3 +241,35 @@ def adapt(
         },
     )  # fmt: skip
     run(given, Screen(quiet=quiet, verbose=verbose))
+
+
+def demo(
+    out: Annotated[
+        Path | None,
+        path(
+            PLACES,
+            "--out",
+            "-o",
+            metavar="DIR",
+            default="metadiff-demo",
+            help="Folder for the pictures and the report.",
+        ),
+    ] = None,
+    browser: Annotated[bool, option(OUTPUT, "--open", help="Open the report in a browser.")] = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """See it work on a few pictures that come with the package.
+
+    It copies them to a folder, runs `metadiff adapt` on them, and shows that
+    command: a table here, and a report to open in a browser. It needs no
+    network and no files of yours, and replaces none.
+
+    Examples:
+
+      metadiff demo
+
+      metadiff demo --out ./first
+    """
+    from metadiff_cli.commands.adapt.demo import run_demo
+
+    run_demo(out or Path("metadiff-demo"), Screen(quiet=quiet), browser=browser)
