@@ -1,5 +1,7 @@
 """The pictures of `metadiff demo`, drawn anew: `python docs/drawings.py` writes metadiff_cli/demo/imgs and query.
 
+`python docs/drawings.py DIR 30` draws 30 others of each kind into class folders, to measure with `metadiff evaluate`.
+
 Cups, fish, keys and leaves of random colour, shape, size and angle lie on tables of wood, stone and cloth. A drawing is
 a flat shape first; it is then inflated, lit from one side, and casts a shadow. Nothing in it is taken from a photo.
 """
@@ -7,6 +9,7 @@ a flat shape first; it is then inflated, lit from one side, and casts a shadow. 
 import colorsys
 import math
 import random
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -188,13 +191,20 @@ def draw(kind: str, seed: int) -> Image.Image:
     return Image.fromarray(grained.clip(0, 255).astype(np.uint8))
 
 
-def main() -> None:
-    """Draw the support and the queries."""
+def draw_demo() -> None:
+    """Draw the support and the queries of the demo."""
     for kind in KINDS:
         for i in range(1, SUPPORT + 1):
             save(draw(kind, i), DEMO / "imgs" / kind / f"{i}.jpg")
         for i in range(1, QUERIES + 1):
             save(draw(kind, 100 + i), DEMO / "query" / f"{kind}-{i}.jpg")
+
+
+def draw_others(folder: Path, count: int) -> None:
+    """Draw `count` others of each kind."""
+    for kind in KINDS:
+        for i in range(count):
+            save(draw(kind, 1000 + i), folder / kind / f"{i}.jpg")
 
 
 def save(picture: Image.Image, path: Path) -> None:
@@ -204,4 +214,4 @@ def save(picture: Image.Image, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    draw_others(Path(sys.argv[1]), int(sys.argv[2])) if sys.argv[1:] else draw_demo()

@@ -35,7 +35,7 @@ def forget(support: SupportSet, digests: Collection[bytes]) -> SupportSet:
     """The support without these images. A class without images is gone. Raises DataError when no image is left."""
     kept = [(label, image) for label, image in support.labelled() if image.digest not in digests]
     if not kept:
-        raise DataError("no image of the support is left", hint="adapt to other images with --support")
+        raise DataError("no image of the support is left", hint="keep one, or start anew with other images")
     return support_of(kept)
 
 

@@ -120,10 +120,10 @@ def _check_query(given: Options) -> None:
     """Raise ConfigError without a query, unless the classifier is saved and no option is about predictions."""
     if given.query:
         return
-    if given.save is None or given.more:
-        raise ConfigError(
-            "give --query", hint="--query DIR has the images to label; to save a classifier only, add --save"
-        )
+    if given.more:
+        raise ConfigError("the images need --query before them", hint=f"give --query {given.more[0]} ...")
+    if given.save is None:
+        raise ConfigError("give --query, the images to label", hint="add --query DIR, or only --save FILE")
     about = {
         "--format": given.format, "--json": given.as_json, "--top-k": given.top_k, "--reject-below": given.reject_below,
         "--reject": given.reject, "--labelled": given.labelled, "--strict": given.strict,

@@ -127,7 +127,7 @@ def test_without_a_query_a_classifier_is_saved_and_nothing_else(cli: CLI, photos
     support = photos / "support"
     for arguments, words in [
         ([], "give --query"),
-        ([photos / "query" / "red.png", "--save", "new.safetensors"], "give --query"),
+        ([photos / "query" / "red.png", "--save", "new.safetensors"], "need --query before them"),
         (["--save", "new.safetensors", "--json"], "--json has no effect"),
         (["--save", "new.safetensors", "--top-k", "2"], "--top-k has no effect"),
         (["--save", "new.safetensors", "--report", "new.html"], "--report has no effect"),
