@@ -37,6 +37,7 @@ app = Commands(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.command("demo", rich_help_panel=USE)(adapt.demo)
 app.command("adapt", rich_help_panel=USE)(adapt.adapt)
 app.command("pretrain", rich_help_panel=TRAIN)(train.pretrain)
 app.command("metatrain", rich_help_panel=TRAIN)(train.metatrain)

@@ -17,6 +17,7 @@ from metadiff_cli.errors import CheckpointError, ConfigError
 
 APP = "metadiff"
 PACKAGED = Path(__file__).parent / "checkpoints" / "default.safetensors"
+DEMO = Path(__file__).parent / "demo"  # the pictures of `metadiff demo`
 # temporary files of `atomic`, and of safetensors inside it; a user's own `.notes.tmp` is none
 LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp|\.tmp[A-Za-z0-9]{6}")
 

@@ -68,11 +68,14 @@ def test_presets_come_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> N
     assert names.split() == preset_names() and "mini-5w5s" in names
 
 
-def test_the_wheel_holds_splits_types_and_no_images(wheel: Path) -> None:
+def test_the_wheel_holds_splits_types_and_no_images_but_those_of_the_demo(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
+    demo = [n for n in names if n.startswith("metadiff_cli/demo/")]
+    assert len(demo) == 21 and "metadiff_cli/demo/LICENCE.txt" in demo
     assert "metadiff_cli/py.typed" in names and "metadiff_cli/data/splits/omniglot.json" in names
     assert "metadiff_cli/schemas/evaluate-1.json" in names
-    assert not [n for n in names if n.endswith((".png", ".webp", ".jpg", ".npz")) or n.startswith("tests")]
+    others = sorted(set(names) - set(demo))
+    assert not [n for n in others if n.endswith((".png", ".webp", ".jpg", ".npz")) or n.startswith("tests")]
 
 
 def test_help_loads_nothing_heavy() -> None:

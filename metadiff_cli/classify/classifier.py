@@ -12,7 +12,6 @@ from metadiff_cli.core.checkpoints.model import Model
 from metadiff_cli.core.method.adapt import MetaDiff, Sampling, TaskClassifier, adapt_tasks, seeds_of
 from metadiff_cli.core.method.guidance import PROTOTYPE
 from metadiff_cli.core.method.rejection import Rejector, rejector_of
-from metadiff_cli.data.scan import class_name
 from metadiff_cli.errors import ConfigError
 
 STEPS = 10  # denoising steps of a prediction
@@ -54,13 +53,9 @@ class Classifier:
     def save(self, path: Path) -> None:
         """Write the classifier to a file. Of the paths of the support only the file names are kept. Raises OSError."""
         support, pool = self.support, self.pool
-        names = [
-            f"{self.classes[label]}/{class_name(Path(image).name)}"
-            for label, image in zip(support.labels, support.paths, strict=True)
-        ]
         stored = StoredClassifier(
             self.model, self.task, self.classes, StoredImages(support.features, support.digests), support.labels,
-            tuple(names), None if pool is None else StoredImages(pool.features, pool.digests),
+            support.names(), None if pool is None else StoredImages(pool.features, pool.digests),
         )  # fmt: skip
         save_classifier(path, stored)
 

@@ -6,6 +6,7 @@ Both are sorted by class and digest, so nothing depends on file names or on the 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from metadiff_cli.core.method.metric import Metric
 from metadiff_cli.core.method.support import TaskSupport
 from metadiff_cli.data.cache import Progress, no_progress
 from metadiff_cli.data.folders import Split
+from metadiff_cli.data.scan import class_name
 from metadiff_cli.errors import DataError
 
 FEWEST_CLASSES = 2
@@ -44,6 +46,11 @@ class SupportSet:
         """Images per class."""
         numbers = np.bincount(self.labels, minlength=len(self.classes))
         return {cls: int(n) for cls, n in zip(self.classes, numbers, strict=True)}
+
+    def names(self) -> tuple[str, ...]:
+        """Class and file name of each image, as a saved classifier keeps them."""
+        paths = zip(self.labels, self.paths, strict=True)
+        return tuple(f"{self.classes[label]}/{class_name(Path(path).name)}" for label, path in paths)
 
     def path_of(self) -> Mapping[bytes, str]:
         """The path of each picture, by its digest."""

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import typer
 
+from metadiff_cli import files
 from metadiff_cli.app import app
 from metadiff_cli.config.load import resolve, to_yaml
 from tests.worlds import COLOURS, Result, invoke, paint
@@ -59,7 +60,7 @@ ADAPT = Walk(
         "--checkpoint": "gone.safetensors", "--save": "new.safetensors", "--report": "new.html",
         "--steps": "3", "--samples": "2", "--temperature": "1", "--guidance": "2", "--config": "own.yaml",
         "--set": "seed=5", "--seed": "5", "--encoder": "lite0", "--encoder-weights": "saved.safetensors",
-        "--views": "6",
+        "--views": "6", "--forget": "red/0.png", "--relabel": "fix.csv", "--rename": "red=pink",
     },
     {
         "--overwrite": {"--save": "saved.safetensors"}, "--json": {"--format": "table"},
@@ -91,6 +92,7 @@ METATRAIN = Walk(
     AGAIN,
 )  # fmt: skip
 OTHERS = {
+    "demo": Walk({}, {"--out": "first"}),
     "inspect": Walk({"": "run/checkpoint.safetensors"}, {}),
     "card": Walk({"": "run/checkpoint.safetensors"}, {"--out": "new.md"}, {"--overwrite": {"--out": "there.onnx"}}),
     "doctor": Walk({}, {}),
@@ -165,6 +167,7 @@ def measured(
     """Runs a command in a new copy of the world: its exit code, results, and files."""
     monkeypatch.setattr("metadiff_cli.commands.look.export.export_onnx", lambda classifier, path: path.write_text("x"))
     monkeypatch.setattr("metadiff_cli.commands.look.export.require_exporter", lambda: None)
+    monkeypatch.setattr("webbrowser.open", lambda page: Path("opened").write_text(page))
 
     def run(name: str, arguments: dict[str, str]) -> tuple[Any, ...]:
         known = (name, *sorted(arguments.items()))
@@ -176,19 +179,21 @@ def measured(
         place = tmp_path / "place"
         shutil.copytree(world, place)
         monkeypatch.chdir(place)
+        if name == "demo":  # which takes the packaged encoder otherwise
+            monkeypatch.setattr(files, "PACKAGED", place / "run" / "checkpoint.safetensors")
         if name.startswith("cache"):
             monkeypatch.setenv("METADIFF_CACHE_DIR", str(place / "cache"))
         line = name.split()
         for option, value in arguments.items():
             line += [option, value] if option and value != FLAG else [option] if option else value.split()
         result = invoke(*line)
-        files = {
+        found = {
             str(path.relative_to(place)): "" if path.name in RECORDS else digest(path)
             for path in place.rglob("*") if path.is_file()
         }  # fmt: skip
         monkeypatch.chdir(tmp_path)
         shutil.rmtree(place)
-        return result.code, stable(result.out), files
+        return result.code, stable(result.out), found
 
     return run
 

@@ -13,6 +13,7 @@ from metadiff_cli.classify.images import Encoded, encode_images
 from metadiff_cli.classify.models import installed_encoders, model_of_encoder, open_model
 from metadiff_cli.classify.support_set import NONE, Pool, SupportSet, pool_of, read_support
 from metadiff_cli.commands.adapt.checks import Options
+from metadiff_cli.commands.adapt.corrections import Corrections
 from metadiff_cli.commands.adapt.inputs import Queries, find_queries
 from metadiff_cli.commands.adapt.output import shown
 from metadiff_cli.commands.settings import accelerated
@@ -107,10 +108,21 @@ class Found:
 
 @dataclass(frozen=True)
 class Start:
-    """What an adaptation starts from: the model of a checkpoint, or a saved classifier with its model."""
+    """What an adaptation starts from: the model of a checkpoint, or a saved classifier with its model.
+
+    `current` is False where the support of the saved classifier was corrected since it was adapted.
+    """
 
     model: Model
     saved: Classifier | None = None
+    current: bool = True
+
+    def corrected(self, corrections: Corrections, screen: Screen) -> "Start":
+        """The same with corrections of the saved classifier's support. Raises DataError as they do."""
+        if self.saved is None or not corrections:
+            return self
+        support = corrections.applied(self.saved.support, self.model.images.size, screen)
+        return replace(self, saved=replace(self.saved, support=support), current=False)
 
 
 @dataclass(frozen=True)
@@ -183,10 +195,10 @@ class Builder:
         """Adapt to the images of the support, those of the saved classifier included.
 
         The query images `guiding` and the images `unlabeled` guide the adaptation, where they are given. A saved
-        classifier to which nothing is added is not adapted again. Raises DataError.
+        classifier to which nothing is added, and that was not corrected, is not adapted again. Raises DataError.
         """
         saved = start.saved
-        if saved is not None and support is None and guiding is None and unlabeled is None:
+        if saved is not None and start.current and support is None and guiding is None and unlabeled is None:
             return Ready(saved, dependence=_dependence(saved.pool, transductive=False))
         images, pool, encoded = self._support(support, start), None if saved is None else saved.pool, None
         if guiding is not None:

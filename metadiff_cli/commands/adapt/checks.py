@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from metadiff_cli.classify.classifier import default_steps, narrow_draws
+from metadiff_cli.commands.adapt.corrections import Corrections
 from metadiff_cli.commands.adapt.inputs import Queries
 from metadiff_cli.commands.adapt.output import WRITERS
 from metadiff_cli.commands.pages.page import check_page
@@ -41,6 +42,7 @@ class Options:
     support: Path | None
     none: Path | None
     classifier: Path | None
+    corrections: Corrections
     checkpoint: Path | None
     encoder: str | None
     encoder_weights: Path | None
@@ -77,7 +79,8 @@ class Options:
     def adapts(self) -> bool:
         """Whether a classifier is adapted, rather than used as it was saved."""
         added = (self.support, self.none, self.unlabeled)
-        return self.classifier is None or self.transductive or any(path is not None for path in added)
+        changed = bool(self.corrections) or any(path is not None for path in added)
+        return self.classifier is None or self.transductive or changed
 
 
 def check_options(given: Options) -> None:
@@ -109,8 +112,30 @@ def check_options(given: Options) -> None:
             "--checkpoint has no effect: a saved classifier holds the model that it was adapted from",
             hint="leave out --checkpoint, or --classifier",
         )
+    given.corrections.check(given.classifier)
+    _check_query(given)
     _check_encoder(given)
     _check_settings(given)
+
+
+def _check_query(given: Options) -> None:
+    """Raise ConfigError without a query, unless the classifier is saved and no option is about predictions."""
+    if given.query:
+        return
+    if given.more:
+        raise ConfigError("the images need --query before them", hint=f"give --query {given.more[0]} ...")
+    if given.save is None:
+        raise ConfigError("give --query, the images to label", hint="add --query DIR, or only --save FILE")
+    about = {
+        "--format": given.format, "--json": given.as_json, "--top-k": given.top_k, "--reject-below": given.reject_below,
+        "--reject": given.reject, "--labelled": given.labelled, "--strict": given.strict,
+        "--sort-into": given.sort_into, "--transductive": given.transductive, "--report": given.report,
+    }  # fmt: skip
+    for option, value in about.items():
+        if value not in (None, False):
+            raise ConfigError(
+                f"{option} has no effect: there are no query images", hint=f"add --query, or leave out {option}"
+            )
 
 
 def _check_encoder(given: Options) -> None:

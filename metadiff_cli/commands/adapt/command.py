@@ -1,4 +1,4 @@
-"""`metadiff adapt`: one folder of images per class in, predictions for other images out."""
+"""`metadiff adapt`: one folder of images per class in, predictions for other images out. `metadiff demo` shows it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,20 +11,22 @@ from metadiff_cli.commands.parsing import path_text
 from metadiff_cli.console import Screen
 
 INPUT, OUTPUT, SORTING, TOGETHER = "Input", "Output", "Sorting", "Unlabelled images"
+CORRECTIONS = "Corrections of a saved classifier"
 
 
 def adapt(
     query: Annotated[
-        list[str],
+        list[str] | None,
         option(
             INPUT,
             "--query",
             "-Q",
             metavar="PATH",
             parser=path_text,
-            help="A folder, a file, a glob, a CSV with a column path, or - for paths on stdin; repeatable.",
+            help="A folder, a file, a glob, a CSV with a column path, or - for paths on stdin; repeatable. It may be "
+            "left out with --save.",
         ),
-    ],
+    ] = None,
     more: Annotated[
         list[str] | None,
         typer.Argument(
@@ -60,6 +62,32 @@ def adapt(
             "--classifier",
             metavar="FILE",
             help="A classifier that --save wrote; --support adds classes and images to it.",
+        ),
+    ] = None,
+    forget: Annotated[
+        list[str] | None,
+        option(
+            CORRECTIONS,
+            "--forget",
+            metavar="PATH",
+            parser=path_text,
+            help="Take this image out of --classifier: a file, or class/file as inspect shows; or a class. Repeatable.",
+        ),
+    ] = None,
+    relabel: Annotated[
+        Path | None,
+        path(
+            CORRECTIONS,
+            "--relabel",
+            metavar="CSV",
+            default="none",
+            help="Give images of --classifier other labels: a CSV of path,label.",
+        ),
+    ] = None,
+    rename: Annotated[
+        list[str] | None,
+        option(
+            CORRECTIONS, "--rename", metavar="OLD=NEW", help="Give a class of --classifier another name; repeatable."
         ),
     ] = None,
     null: Annotated[
@@ -205,13 +233,17 @@ def adapt(
       metadiff adapt -S ./imgs -Q ./q --none ./others
 
       metadiff adapt -S ./imgs -Q ./q --encoder lite0,lite2
+
+      metadiff adapt --classifier pets.safetensors --rename fox=wolf -Q ./q
     """
     from metadiff_cli.commands.adapt.checks import Options
+    from metadiff_cli.commands.adapt.corrections import Corrections
     from metadiff_cli.commands.adapt.run import run
 
     given = Options(
-        query=query, more=more or [], null=null, support=support, none=none, classifier=classifier,
-        checkpoint=checkpoint, encoder=encoder, encoder_weights=encoder_weights, views=views,
+        query=query or [], more=more or [], null=null, support=support, none=none, classifier=classifier,
+        corrections=Corrections(forget or [], relabel, rename or []), checkpoint=checkpoint,
+        encoder=encoder, encoder_weights=encoder_weights, views=views,
         format=format, as_json=as_json, top_k=top_k, reject_below=reject_below, reject=reject, labelled=labelled,
         strict=strict, sort_into=sort_into, move=move, transductive=transductive, unlabeled=unlabeled, save=save,
         report=report, overwrite=overwrite, config=config, set=settings or [],
@@ -221,3 +253,35 @@ def adapt(
         },
     )  # fmt: skip
     run(given, Screen(quiet=quiet, verbose=verbose))
+
+
+def demo(
+    out: Annotated[
+        Path | None,
+        path(
+            PLACES,
+            "--out",
+            "-o",
+            metavar="DIR",
+            default="metadiff-demo",
+            help="Folder for the pictures and the report.",
+        ),
+    ] = None,
+    browser: Annotated[bool, option(OUTPUT, "--open", help="Open the report in a browser.")] = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """See it work on a few pictures that come with the package.
+
+    It copies them to a folder, runs `metadiff adapt` on them, and shows that
+    command: a table here, and a report to open in a browser. It needs no
+    network and no files of yours, and replaces none.
+
+    Examples:
+
+      metadiff demo
+
+      metadiff demo --out ./first
+    """
+    from metadiff_cli.commands.adapt.demo import run_demo
+
+    run_demo(out or Path("metadiff-demo"), Screen(quiet=quiet), browser=browser)

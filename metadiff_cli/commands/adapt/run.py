@@ -35,13 +35,14 @@ def run(given: Options, screen: Screen) -> None:
     check_options(given)
     config = model_config(given.config, given.set, given.flags, note=screen.note)
     check_outputs(given)
-    queries = find_queries(given.query, null=given.null, more=given.more)
+    queries = find_queries(given.query, null=given.null, more=given.more) if given.query else Queries(())
     support = Found.of(given.support, given.none)
     for text in () if support is None else support.notes:
         screen.note(text)
     unlabeled = None if given.unlabeled is None else find_queries([str(given.unlabeled)], option="--unlabeled")
     builder = Builder(config, sampling_of(given, config, screen), start_device(config), screen)
     start = builder.start(replace(given, checkpoint=fetch(given.checkpoint, screen.note)), support, len(queries.items))
+    start = start.corrected(given.corrections, screen)
     if given.reject is not None:
         require_rejection(start.model.metadiff)
     classes = _classes(support, start)
@@ -58,7 +59,8 @@ def run(given: Options, screen: Screen) -> None:
     if given.save is not None:
         ready.classifier.save(given.save)
         screen.note(f"classifier written: {given.save}")
-    _predict(given, ready, queries, sorting, builder)
+    if given.query:
+        _predict(given, ready, queries, sorting, builder)
 
 
 def _classes(support: Found | None, start: Start) -> list[str]:
