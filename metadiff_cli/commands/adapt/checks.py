@@ -1,6 +1,6 @@
 """The options of `metadiff adapt`, and the checks before it reads anything: of them, and of the places it writes to.
 
-An option that has no effect is an error, because whoever gives it expects one.
+An option that has no effect is an error, because whoever gives it expects one. No torch here.
 """
 
 import os
@@ -9,18 +9,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from metadiff_cli.classify.classifier import default_steps, narrow_draws
 from metadiff_cli.commands.adapt.inputs import Queries
 from metadiff_cli.commands.adapt.output import WRITERS
 from metadiff_cli.commands.pages.page import check_page
-from metadiff_cli.commands.settings import check_new
-from metadiff_cli.config.load import flat, layers
-from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
-from metadiff_cli.core.checkpoints.file import read_header
-from metadiff_cli.core.method.adapt import Sampling
 from metadiff_cli.data.sort import Sorter
-from metadiff_cli.errors import CheckpointError, ConfigError, DataError, suggest
+from metadiff_cli.errors import ConfigError, DataError, suggest
 
 NAMES = {
     "seed": "--seed", "sampler.steps": "--steps", "sampler.samples": "--samples",
@@ -148,45 +142,14 @@ def _keys(given: Options) -> list[str]:
     return [*flags, *(text.partition("=")[0].strip() for text in given.set)]
 
 
-def sampling_of(given: Options, config: Config, screen: Screen) -> Sampling:
-    """The settings of the sampler; where the number of steps is not given, draws take more of them, and it is said."""
-    s = config.sampler
-    steps = s.steps
-    if not _steps_given(given):
-        steps = default_steps(s.temperature)
-        if given.adapts and steps != s.steps:
-            screen.note(f"the sampler takes {steps} steps at temperature {s.temperature:g}; --steps sets the number")
-    sampling = Sampling(steps, s.samples, s.temperature, None if s.guidance == "auto" else s.guidance, s.method)
-    if given.adapts and (warning := narrow_draws(sampling)):
-        screen.warn(warning)
-    return sampling
-
-
-def _steps_given(given: Options) -> bool:
-    found = layers(None, given.config, given.set)  # the variables of the environment included
-    return given.flags.get("sampler.steps") is not None or any("sampler.steps" in flat(values) for _, values in found)
-
-
 def check_outputs(given: Options) -> None:
     """Raise ConfigError for a file or folder that cannot be written, or that must not be replaced."""
-    if given.save is not None:
-        check_new(given.save, overwrite=given.overwrite)
-        if given.save.exists() and _kind_of(given.save) != "classifier":
-            raise ConfigError(f"--save {given.save} would replace a file of another kind", hint="give another name")
     if given.report is not None:
         check_page(given.report)
         if given.save is not None and given.save.resolve() == given.report.resolve():
             raise ConfigError(f"--save and --report are the same file, {given.save}", hint="give two names")
     if given.sort_into is not None:
         _check_sorting(given.sort_into, given.support)
-
-
-def _kind_of(file: Path) -> str:
-    """The kind of a checkpoint file; empty for any other file."""
-    try:
-        return str(read_header(file)["kind"])
-    except CheckpointError:
-        return ""
 
 
 def _check_sorting(root: Path, support: Path | None) -> None:

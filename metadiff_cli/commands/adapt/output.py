@@ -10,6 +10,7 @@ from typing import Any
 from metadiff_cli.console import Screen, counted
 
 SHOWN = 20  # errors that stderr names one by one
+NAMED = 5  # cases of one kind that it names
 DIGITS = 6  # of a confidence or a margin in JSON and CSV
 Document = dict[str, Any]
 
