@@ -15,7 +15,7 @@ from metadiff_cli.classify.support_set import Pool, SupportSet, pool_of, read_su
 from metadiff_cli.commands.adapt.checks import Options
 from metadiff_cli.commands.adapt.inputs import Queries
 from metadiff_cli.commands.adapt.output import NAMED
-from metadiff_cli.commands.adapt.predict import Scores
+from metadiff_cli.commands.adapt.predict import Scores, guided_by
 from metadiff_cli.commands.runtime import accelerated
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
@@ -302,7 +302,7 @@ def _dependence(pool: Pool | None, *, transductive: bool) -> str:
         return ""
     if transductive:
         return "transductive: each prediction also depends on the other query images"
-    return f"guided by {len(pool.digests)} unlabelled images: each prediction also depends on them"
+    return guided_by(len(pool.digests))
 
 
 def check_sentences(check: SupportCheck | None, support: SupportSet) -> list[str]:

@@ -67,6 +67,11 @@ class Options:
         return [name.strip() for name in (self.encoder or "").split(",") if name.strip()]
 
     @property
+    def exported(self) -> bool:
+        """Whether the classifier is an exported graph, which its name says."""
+        return self.classifier is not None and self.classifier.suffix.lower() == ".onnx"
+
+    @property
     def adapts(self) -> bool:
         """Whether a classifier is adapted, rather than used as it was saved."""
         return self.classifier is None or self.support is not None or self.transductive or self.unlabeled is not None
@@ -127,7 +132,7 @@ def _check_encoder(given: Options) -> None:
 
 def _check_settings(given: Options) -> None:
     """Raise ConfigError for a setting of the command line that has no effect."""
-    for key in _keys(given):
+    for key in keys_given(given):
         if not given.adapts and key.partition(".")[0] in ("seed", "sampler"):
             name = NAMES[key] if given.flags.get(key) is not None else f"--set {key}"
             raise ConfigError(
@@ -136,7 +141,7 @@ def _check_settings(given: Options) -> None:
             )
 
 
-def _keys(given: Options) -> list[str]:
+def keys_given(given: Options) -> list[str]:
     """The keys of the configuration that the command line sets."""
     flags = [key for key, value in given.flags.items() if value is not None]
     return [*flags, *(text.partition("=")[0].strip() for text in given.set)]

@@ -49,7 +49,7 @@ def adapt(
             INPUT,
             "--classifier",
             metavar="FILE",
-            help="A classifier that --save wrote; --support adds classes and images to it.",
+            help="A classifier that --save wrote, to which --support adds classes and images; or an exported one.",
         ),
     ] = None,
     null: Annotated[
@@ -195,7 +195,6 @@ def adapt(
       metadiff adapt -S ./imgs -Q ./q --encoder lite0,lite2
     """
     from metadiff_cli.commands.adapt.checks import Options
-    from metadiff_cli.commands.adapt.run import run
 
     given = Options(
         query=query, more=more or [], null=null, support=support, classifier=classifier, checkpoint=checkpoint,
@@ -208,4 +207,8 @@ def adapt(
             **options.sampler_flags(steps, samples, temperature, guidance),
         },
     )  # fmt: skip
+    if given.exported:  # without torch
+        from metadiff_cli.commands.adapt.exported import run
+    else:
+        from metadiff_cli.commands.adapt.run import run
     run(given, Screen(quiet=quiet, verbose=verbose))

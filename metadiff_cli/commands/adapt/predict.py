@@ -18,6 +18,11 @@ RANKED = 3  # classes per image that are kept even where --top-k is lower: the r
 Scores = tuple[list[float], float | None]  # probabilities (N,) and margin of one image
 
 
+def guided_by(images: int) -> str:
+    """What predictions depend on where unlabelled images guided the adaptation; an empty text where there were none."""
+    return f"guided by {images} unlabelled images: each prediction also depends on them" if images else ""
+
+
 class Labeller(Protocol):
     """A classifier that is ready to label images: adapted with torch, or an exported graph."""
 

@@ -26,6 +26,8 @@ from metadiff_cli.core.checkpoints.model import (
 )
 from metadiff_cli.core.method.adapt import TaskClassifier
 from metadiff_cli.core.method.metric import TaskSettings
+from metadiff_cli.core.method.rejection import Rejector, rejector_of
+from metadiff_cli.core.method.support import TaskSupport
 
 DIGEST = 32  # bytes
 
@@ -86,6 +88,13 @@ class StoredClassifier:
     def classifier(self) -> SavedClassifier:
         """The part that predicts."""
         return SavedClassifier(self.model.images, self.task, self.classes)
+
+    def rejector(self) -> Rejector | None:
+        """The rejector of images that show none of the classes; None where no threshold was fitted."""
+        if self.model.metadiff.tuning.rejection is None:
+            return None
+        x, labels = self.task.metric.expand(self.support.features), torch.from_numpy(self.labels)
+        return rejector_of(self.model.metadiff, self.task, TaskSupport(x.unsqueeze(0), labels.to(x.device)))
 
 
 def save_classifier(path: Path, stored: StoredClassifier) -> None:
