@@ -132,19 +132,18 @@ def _check_encoder(given: Options) -> None:
 
 def _check_settings(given: Options) -> None:
     """Raise ConfigError for a setting of the command line that has no effect."""
-    for key in keys_given(given):
-        if not given.adapts and key.partition(".")[0] in ("seed", "sampler"):
-            name = NAMES[key] if given.flags.get(key) is not None else f"--set {key}"
-            raise ConfigError(
-                f"{name} has no effect: the classifier of --classifier is used as it was saved",
-                hint="leave it out, or adapt again with --support",
-            )
+    for name in adapting_settings(given) if not given.adapts else ():
+        raise ConfigError(
+            f"{name} has no effect: the classifier of --classifier is used as it was saved",
+            hint="leave it out, or adapt again with --support",
+        )
 
 
-def keys_given(given: Options) -> list[str]:
-    """The keys of the configuration that the command line sets."""
-    flags = [key for key, value in given.flags.items() if value is not None]
-    return [*flags, *(text.partition("=")[0].strip() for text in given.set)]
+def adapting_settings(given: Options) -> list[str]:
+    """The settings of the command line that only an adaptation uses, as they were given."""
+    flags = [NAMES[key] for key, value in given.flags.items() if value is not None and key in NAMES]
+    keys = [text.partition("=")[0].strip() for text in given.set]
+    return [*flags, *(f"--set {key}" for key in keys if key.partition(".")[0] in ("seed", "sampler"))]
 
 
 def check_outputs(given: Options) -> None:

@@ -8,13 +8,12 @@ from typing import Any
 from metadiff_cli.classify.exported import ExportedClassifier
 from metadiff_cli.classify.images import encode_images
 from metadiff_cli.commands.adapt.checks import (
-    NAMES,
     Options,
+    adapting_settings,
     check_folders,
     check_labels,
     check_options,
     check_outputs,
-    keys_given,
 )
 from metadiff_cli.commands.adapt.inputs import find_queries
 from metadiff_cli.commands.adapt.label import label, shows_bar
@@ -118,8 +117,7 @@ class ReadyGraph:
 def _check_adapting(given: Options) -> None:
     """Raise ConfigError for options that adapt a classifier, which an exported one cannot be."""
     options = [f"--{name}" for name in ADAPTING if getattr(given, name)]
-    flags = [NAMES[key] for key in keys_given(given) if key in NAMES]
-    if wrong := [*options, *flags]:
+    if wrong := [*options, *adapting_settings(given)]:
         raise ConfigError(
             f"{wrong[0]} has no effect: {given.classifier} is an exported classifier, which cannot be adapted again",
             hint="leave it out, or give the .safetensors classifier that it was exported from",
