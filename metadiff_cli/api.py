@@ -30,6 +30,7 @@ from metadiff_cli.classify.models import model_of_encoder, open_model
 from metadiff_cli.classify.support_set import FEWEST_CLASSES, SHOWN, SupportSet, support_of
 from metadiff_cli.core.checkpoints.model import Model
 from metadiff_cli.core.device import pick_device
+from metadiff_cli.core.encoders.bank import Encoding
 from metadiff_cli.core.method.adapt import Sampling
 from metadiff_cli.errors import ConfigError, DataError, MetaDiffError
 
@@ -313,7 +314,7 @@ class FewShotClassifier:
     def _encoded(self, images: Sequence[ImageLike], model: Model) -> Iterator[Encoded]:
         """The images one by one. Raises InputError for an image that cannot be read."""
         batch = None if self.batch_size is None else int(self._number("batch_size", 1))
-        batches = encode_images(images, model.images, batch)
+        batches = encode_images(images, Encoding(model.images, batch))
         for number, image in enumerate(chain.from_iterable(batches)):
             if image.features is None:
                 path = f", {image.path}" if isinstance(images[number], str | os.PathLike) else ""

@@ -1,4 +1,4 @@
-"""The only user of Rich: progress bars, tables and messages. Results go to stdout, everything else to stderr.
+"""Progress bars, tables and messages. Results go to stdout, everything else to stderr. Only `--help` also uses Rich.
 
 Off a terminal nothing moves: a line of text now and then takes the place of a bar. Names of files come from anywhere,
 so they are shown as they are: no markup, no emoji, and control characters escaped.

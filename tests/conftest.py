@@ -1,8 +1,10 @@
 """Shared fixtures: an isolated cache, the command line in this process, small images, one small trained model."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,3 +55,27 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(small_run: Path) -> Path:
     """Its checkpoint."""
     return small_run / "checkpoint.safetensors"
+
+
+@pytest.fixture(scope="session")
+def saved_classifier(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved classifier of two averaged samples, with class names that are not all ASCII; query/*.png lie beside."""
+    folder = tmp_path_factory.mktemp("export")
+    for c, (name, colour) in enumerate(COLOURS.items()):
+        paint(folder / "support" / f"{name} ß" / "1.png", colour, seed=c)
+        paint(folder / "query" / f"{name}.png", colour, seed=100 + c)
+    result = invoke("adapt", "-S", folder / "support", "-Q", folder / "query", "-c", checkpoint, "--samples", "2",
+                    "--temperature", "1", "--save", folder / "mine.safetensors")  # fmt: skip
+    assert result.code == 0, result.err
+    return folder / "mine.safetensors"
+
+
+@pytest.fixture(scope="session")
+def graph(saved_classifier: Path) -> tuple[Path, dict[str, Any]]:
+    """Its ONNX file, and what `export` said."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason="the extra [onnx] is not installed")
+    out = saved_classifier.with_name("mine.onnx")
+    result = invoke("export", saved_classifier, "--onnx", out, "--json")
+    assert result.code == 0, result.err
+    return out, json.loads(result.out)

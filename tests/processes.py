@@ -103,3 +103,18 @@ def as_plain_user(work: Callable[[], Made]) -> Made:
     if isinstance(found, BaseException):
         raise found
     return found  # type: ignore[no-any-return]
+
+
+# what no `adapt` with the packaged encoder needs
+HEAVY = {"torchvision", "timm", "sympy", "scipy", "pandas", "torch._dynamo", "torch._inductor", "onnx", "jinja2"}
+
+
+def loaded_by(*arguments: str | Path) -> tuple[set[str], str]:
+    """The modules that a whole command loads in a process of its own, and its stdout."""
+    code = (
+        "import sys\nfrom metadiff_cli.app import run\n"
+        "code = run(sys.argv[1:])\nprint(*sys.modules, file=sys.stderr)\nraise SystemExit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.splitlines()[-1].split()), done.stdout

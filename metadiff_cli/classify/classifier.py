@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from metadiff_cli.classify.support_set import NONE, Pool, SupportSet, require_classes
+from metadiff_cli.classify.support_set import Pool, SupportSet, require_classes
 from metadiff_cli.core.checkpoints.classifier import StoredClassifier, StoredImages, load_classifier, save_classifier
+from metadiff_cli.core.checkpoints.facts import known
 from metadiff_cli.core.checkpoints.model import Model
 from metadiff_cli.core.method.adapt import MetaDiff, Sampling, TaskClassifier, adapt_tasks, seeds_of
 from metadiff_cli.core.method.guidance import PROTOTYPE
@@ -47,8 +48,8 @@ class Classifier:
 
         Raises CheckpointError when no threshold was fitted, and DataError for a single class of one image.
         """
-        known = [c for c, cls in enumerate(self.classes) if cls != NONE]
-        return rejector_of(self.model.metadiff, self.task, self.support.task(self.task.metric), known=known)
+        support = self.support.task(self.task.metric)
+        return rejector_of(self.model.metadiff, self.task, support, known=known(self.classes))
 
     def save(self, path: Path) -> None:
         """Write the classifier to a file. Of the paths of the support only the file names are kept. Raises OSError."""

@@ -1,18 +1,15 @@
-"""Images in, features out: files, Pillow images and arrays, a batch at a time."""
+"""Images in, features out: files, Pillow images and arrays, a batch at a time. No torch here."""
 
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
-from metadiff_cli.core.encoders.bank import Encoding
-from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.data.cache import Progress, decode_images, no_progress
 from metadiff_cli.data.images import to_square, upright_rgb
 from metadiff_cli.errors import DataError
@@ -20,38 +17,48 @@ from metadiff_cli.errors import DataError
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 
 
+class Encode(Protocol):
+    """Turns pixels (n, size, size, 3) uint8 into one row of features per image; `batch` images at a time suit it."""
+
+    @property
+    def size(self) -> int:
+        """The side of the images in pixels."""
+
+    batch: int
+
+    def __call__(self, pixels: np.ndarray) -> Any:
+        """Features (n, D)."""
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """One image as the encoder sees it: features (D,) and the digest of its pixels.
+    """One image as the encoder sees it: features (D,), of torch or NumPy, and the digest of its pixels.
 
     Where the image cannot be read, `features` is None and `reason` says why. `path` is the path as it was given, or
     the position of an image that is no file.
     """
 
     path: str
-    features: Tensor | None
+    features: Any
     digest: bytes = b""
     reason: str = ""
 
 
 def encode_images(
     images: Sequence[ImageLike],
-    encoder: ImageEncoder,
-    batch: int | None,
+    encode: Encode,
     *,
     workers: int | None = None,
     progress: Progress = no_progress,
 ) -> Iterator[list[Encoded]]:
-    """Encode images in their order, `batch` at a time, so that memory does not grow with their number.
+    """Encode images in their order, a batch at a time, so that memory does not grow with their number.
 
-    Without a `batch` the number depends on the device, see `Encoding`.
     `workers` threads decode files. `progress` is called with the number of images read, and of all images. Raises as
-    `Encoding` does. Arrays are uint8 of shape (height, width, 3).
+    `encode` does. Arrays are uint8 of shape (height, width, 3).
     """
-    encode = Encoding(encoder, batch)
     batch = encode.batch
     waiting: list[tuple[str, np.ndarray | str]] = []
-    for i, (image, pixels) in enumerate(zip(images, _pixels(images, encoder.size, workers), strict=True)):
+    for i, (image, pixels) in enumerate(zip(images, _pixels(images, encode.size, workers), strict=True)):
         waiting.append((os.fspath(image) if isinstance(image, str | os.PathLike) else str(i), pixels))
         progress(i + 1, len(images))
         if len(waiting) == batch or i + 1 == len(images):
@@ -59,7 +66,7 @@ def encode_images(
             waiting = []
 
 
-def _encode_batch(batch: Sequence[tuple[str, np.ndarray | str]], encode: Encoding) -> list[Encoded]:
+def _encode_batch(batch: Sequence[tuple[str, np.ndarray | str]], encode: Encode) -> list[Encoded]:
     readable = [pixels for _, pixels in batch if not isinstance(pixels, str)]
     features = iter(encode(np.stack(readable)) if readable else ())
     return [

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from metadiff_cli.classify.images import Encoded, encode_images
+from metadiff_cli.core.checkpoints.facts import NONE
+from metadiff_cli.core.encoders.bank import Encoding
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.method.metric import Metric
 from metadiff_cli.core.method.support import TaskSupport
@@ -22,7 +24,6 @@ from metadiff_cli.data.scan import class_name
 from metadiff_cli.errors import DataError
 
 FEWEST_CLASSES = 2
-NONE = "_none"  # the label of images that show none of the classes; adaptation takes it for one more class
 SHOWN = 5  # cases of one kind that a message names
 
 
@@ -118,10 +119,11 @@ def read_support(
 ) -> SupportSet:
     """Encode the images of a folder of class folders, or of a listing, as `open_labelled` finds them.
 
-    `batch`, `workers` and `progress` are as for `encode_images`. Raises DataError as `support_of` does.
+    `batch` is as for `Encoding`; `workers` and `progress` are as for `encode_images`. Raises DataError as `support_of`
+    does.
     """
     labels = (split.classes[label] for label in split.labels)
-    encoded = encode_images(split.paths, encoder, batch, workers=workers, progress=progress)
+    encoded = encode_images(split.paths, Encoding(encoder, batch), workers=workers, progress=progress)
     return support_of(zip(labels, chain.from_iterable(encoded), strict=True))
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
+from metadiff_cli.commands.help import show_help
 from metadiff_cli.errors import ConfigError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -28,6 +29,10 @@ class Command(TyperCommand):
                 raise ConfigError(f"{param.opts[0]} was given {times} times, and takes one value", hint="give it once")
         return super().parse_args(ctx, args)
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the page of the command."""
+        show_help(self, ctx)
+
 
 class Group(TyperGroup):
     """A group of commands whose `--help` does not wait for pydantic."""
@@ -41,6 +46,10 @@ class Group(TyperGroup):
             self.add_help_option = False
             self.params = [param for param in self.params if "completion" not in (param.name or "")]
         return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the page of the group."""
+        show_help(self, ctx)
 
 
 class Commands(typer.Typer):

@@ -75,6 +75,29 @@ def test_an_option_has_a_group_and_says_its_default(page: Page, option: Any) -> 
 
 
 @every_page
+def test_a_page_shows_all_that_there_is_and_fits_into_a_terminal(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = invoke(*page.name.split()[1:], "--help").out
+    assert f"Usage: {page.name} " in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    words = set(shown.replace(",", " ").split())
+    for param in page.command.params:
+        assert param.param_type_name == "argument" or set(param.opts) <= words, param.opts
+    assert set(getattr(page.command, "commands", {})) <= words
+    assert set(page.examples()) <= {line.strip() for line in shown.splitlines()}
+    assert "\\[" not in shown and "[/" not in shown
+
+
+def test_defaults_limits_and_what_is_required_are_shown(cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    adapt, verify = cli("adapt", "--help").out, cli("data", "verify", "--help").out
+    assert re.search(r"\*  --query +-Q +PATH .* repeatable\. \[required\]", adapt)
+    assert re.search(r"--views +N 1\.\.6 ", adapt) and re.search(r"--top-k +N >=1 ", adapt)
+    assert re.search(r"--strict +Exit with", adapt) and "[default: auto]" in verify
+    assert "Usage: metadiff data verify [OPTIONS]" in verify
+
+
+@every_page
 def test_no_bracket_is_taken_for_markup(page: Page) -> None:
     for text in (page.command.help or "", *(option.help or "" for option in page.command.params)):
         assert not re.search(r"(?<!\\)\[", text), text

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from metadiff_cli.commands.settings import accelerated, check_new, model_config
+from metadiff_cli.commands.runtime import accelerated
+from metadiff_cli.commands.settings import check_new, model_config
 from metadiff_cli.config.load import resolve, to_yaml
 from metadiff_cli.console import Screen
 from metadiff_cli.errors import ConfigError

@@ -1,7 +1,7 @@
 """The classifier of an `adapt` run: loaded from a file, or adapted to the support, old and new, and to the pool."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,21 @@ import torch
 from metadiff_cli.classify.classifier import Classifier, adapt
 from metadiff_cli.classify.images import Encoded, encode_images
 from metadiff_cli.classify.models import installed_encoders, model_of_encoder, open_model
-from metadiff_cli.classify.support_set import NONE, Pool, SupportSet, pool_of, read_support
+from metadiff_cli.classify.support_set import Pool, SupportSet, pool_of, read_support
 from metadiff_cli.commands.adapt.checks import Options
+from metadiff_cli.commands.adapt.corrected import corrected
 from metadiff_cli.commands.adapt.corrections import Corrections
 from metadiff_cli.commands.adapt.inputs import Queries, find_queries
-from metadiff_cli.commands.adapt.output import shown
-from metadiff_cli.commands.settings import accelerated
+from metadiff_cli.commands.adapt.output import NAMED, shown
+from metadiff_cli.commands.adapt.predict import Scores, guided_by
+from metadiff_cli.commands.runtime import accelerated
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.checkpoints.classifier import settings_header
+from metadiff_cli.core.checkpoints.facts import NONE
 from metadiff_cli.core.checkpoints.file import KINDS, read_header
 from metadiff_cli.core.checkpoints.model import Model
+from metadiff_cli.core.encoders.bank import Encoding
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.evaluation.support_check import SupportCheck, check_support
 from metadiff_cli.core.method.adapt import Sampling
@@ -30,8 +34,6 @@ from metadiff_cli.data.folders import Split
 from metadiff_cli.data.listing import open_labelled
 from metadiff_cli.data.scan import Scan, class_name, left_out, suggestion
 from metadiff_cli.errors import CheckpointError, DataError
-
-NAMED = 5  # cases of one kind that stderr names one by one
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,48 @@ class Ready:
     queries: list[list[Encoded]] | None = None
     dependence: str = ""
     rejector: Rejector | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the N classes, sorted."""
+        return self.classifier.classes
+
+    @property
+    def encoder(self) -> str:
+        """The name of the encoder."""
+        return self.classifier.model.images.name
+
+    @property
+    def twins(self) -> Mapping[bytes, str]:
+        """The path of each support image, by the digest of its pixels."""
+        return self.classifier.support.path_of()
+
+    @property
+    def broken(self) -> Sequence[tuple[str, str]]:
+        """Path and reason of support images that cannot be read."""
+        return self.classifier.support.broken
+
+    def scores(self, features: Sequence[torch.Tensor]) -> list[Scores]:
+        """Probabilities and margins of images, from the features (D,) of each."""
+        z, classifier = torch.stack(list(features)), self.classifier
+        probabilities = classifier.probabilities(z).tolist()
+        if self.rejector is None:
+            return [(p, None) for p in probabilities]
+        margins = self.rejector.margins(classifier.expanded(z))[0].tolist()
+        return list(zip(probabilities, margins, strict=True))
+
+    def files(self) -> dict[str, list[str]]:
+        """The support images of each class; none where they are names, as in a saved classifier."""
+        support = self.classifier.support
+        files: dict[str, list[str]] = {name: [] for name in support.classes}
+        for label, image in zip(support.labels, support.paths, strict=True):
+            if Path(image).is_file():
+                files[support.classes[label]].append(image)
+        return files if any(files.values()) else {}
+
+    def sentences(self) -> list[str]:
+        """What held-out support images say of the support."""
+        return check_sentences(self.check, self.classifier.support)
 
     def document(self) -> dict[str, Any]:
         """What the JSON document says of the classifier."""
@@ -121,7 +165,7 @@ class Start:
         """The same with corrections of the saved classifier's support. Raises DataError as they do."""
         if self.saved is None or not corrections:
             return self
-        support = corrections.applied(self.saved.support, self.model.images.size, screen)
+        support = corrected(self.saved.support, corrections, self.model.images.size, screen)
         return replace(self, saved=replace(self.saved, support=support), current=False)
 
 
@@ -262,7 +306,7 @@ class Builder:
         runtime = self.config.runtime
         with self.screen.progress(label, shown=bar) as advance:
             yield from encode_images(
-                queries.paths(), encoder, runtime.batch_size, workers=runtime.num_workers, progress=advance
+                queries.paths(), Encoding(encoder, runtime.batch_size), workers=runtime.num_workers, progress=advance
             )
 
 
@@ -287,7 +331,7 @@ def _dependence(pool: Pool | None, *, transductive: bool) -> str:
         return ""
     if transductive:
         return "transductive: each prediction also depends on the other query images"
-    return f"guided by {len(pool.digests)} unlabelled images: each prediction also depends on them"
+    return guided_by(len(pool.digests))
 
 
 def check_sentences(check: SupportCheck | None, support: SupportSet) -> list[str]:

@@ -1,6 +1,6 @@
 """The options of `metadiff adapt`, and the checks before it reads anything: of them, and of the places it writes to.
 
-An option that has no effect is an error, because whoever gives it expects one.
+An option that has no effect is an error, because whoever gives it expects one. No torch here.
 """
 
 import os
@@ -9,19 +9,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from metadiff_cli.classify.classifier import default_steps, narrow_draws
 from metadiff_cli.commands.adapt.corrections import Corrections
 from metadiff_cli.commands.adapt.inputs import Queries
 from metadiff_cli.commands.adapt.output import WRITERS
 from metadiff_cli.commands.pages.page import check_page
-from metadiff_cli.commands.settings import check_new
-from metadiff_cli.config.load import flat, layers
-from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
-from metadiff_cli.core.checkpoints.file import read_header
-from metadiff_cli.core.method.adapt import Sampling
 from metadiff_cli.data.sort import Sorter
-from metadiff_cli.errors import CheckpointError, ConfigError, DataError, suggest
+from metadiff_cli.errors import ConfigError, DataError, suggest
 
 NAMES = {
     "seed": "--seed", "sampler.steps": "--steps", "sampler.samples": "--samples",
@@ -74,6 +68,11 @@ class Options:
     def encoders(self) -> list[str]:
         """The encoders to choose from; none where a checkpoint or a saved classifier has one."""
         return [name.strip() for name in (self.encoder or "").split(",") if name.strip()]
+
+    @property
+    def exported(self) -> bool:
+        """Whether the classifier is an exported graph, which its name says."""
+        return self.classifier is not None and self.classifier.suffix.lower() == ".onnx"
 
     @property
     def adapts(self) -> bool:
@@ -160,60 +159,28 @@ def _check_encoder(given: Options) -> None:
 
 def _check_settings(given: Options) -> None:
     """Raise ConfigError for a setting of the command line that has no effect."""
-    for key in _keys(given):
-        if not given.adapts and key.partition(".")[0] in ("seed", "sampler"):
-            name = NAMES[key] if given.flags.get(key) is not None else f"--set {key}"
-            raise ConfigError(
-                f"{name} has no effect: the classifier of --classifier is used as it was saved",
-                hint="leave it out, or adapt again with --support",
-            )
+    for name in adapting_settings(given) if not given.adapts else ():
+        raise ConfigError(
+            f"{name} has no effect: the classifier of --classifier is used as it was saved",
+            hint="leave it out, or adapt again with --support",
+        )
 
 
-def _keys(given: Options) -> list[str]:
-    """The keys of the configuration that the command line sets."""
-    flags = [key for key, value in given.flags.items() if value is not None]
-    return [*flags, *(text.partition("=")[0].strip() for text in given.set)]
-
-
-def sampling_of(given: Options, config: Config, screen: Screen) -> Sampling:
-    """The settings of the sampler; where the number of steps is not given, draws take more of them, and it is said."""
-    s = config.sampler
-    steps = s.steps
-    if not _steps_given(given):
-        steps = default_steps(s.temperature)
-        if given.adapts and steps != s.steps:
-            screen.note(f"the sampler takes {steps} steps at temperature {s.temperature:g}; --steps sets the number")
-    sampling = Sampling(steps, s.samples, s.temperature, None if s.guidance == "auto" else s.guidance, s.method)
-    if given.adapts and (warning := narrow_draws(sampling)):
-        screen.warn(warning)
-    return sampling
-
-
-def _steps_given(given: Options) -> bool:
-    found = layers(None, given.config, given.set)  # the variables of the environment included
-    return given.flags.get("sampler.steps") is not None or any("sampler.steps" in flat(values) for _, values in found)
+def adapting_settings(given: Options) -> list[str]:
+    """The settings of the command line that only an adaptation uses, as they were given."""
+    flags = [NAMES[key] for key, value in given.flags.items() if value is not None and key in NAMES]
+    keys = [text.partition("=")[0].strip() for text in given.set]
+    return [*flags, *(f"--set {key}" for key in keys if key.partition(".")[0] in ("seed", "sampler"))]
 
 
 def check_outputs(given: Options) -> None:
     """Raise ConfigError for a file or folder that cannot be written, or that must not be replaced."""
-    if given.save is not None:
-        check_new(given.save, overwrite=given.overwrite)
-        if given.save.exists() and _kind_of(given.save) != "classifier":
-            raise ConfigError(f"--save {given.save} would replace a file of another kind", hint="give another name")
     if given.report is not None:
         check_page(given.report)
         if given.save is not None and given.save.resolve() == given.report.resolve():
             raise ConfigError(f"--save and --report are the same file, {given.save}", hint="give two names")
     if given.sort_into is not None:
         _check_sorting(given.sort_into, {"support": given.support, "--none": given.none})
-
-
-def _kind_of(file: Path) -> str:
-    """The kind of a checkpoint file; empty for any other file."""
-    try:
-        return str(read_header(file)["kind"])
-    except CheckpointError:
-        return ""
 
 
 def _check_sorting(root: Path, labelled: Mapping[str, Path | None]) -> None:

@@ -61,7 +61,7 @@ def adapt(
             INPUT,
             "--classifier",
             metavar="FILE",
-            help="A classifier that --save wrote; --support adds classes and images to it.",
+            help="A classifier that --save wrote, to which --support adds classes and images; or an exported one.",
         ),
     ] = None,
     forget: Annotated[
@@ -238,7 +238,6 @@ def adapt(
     """
     from metadiff_cli.commands.adapt.checks import Options
     from metadiff_cli.commands.adapt.corrections import Corrections
-    from metadiff_cli.commands.adapt.run import run
 
     given = Options(
         query=query or [], more=more or [], null=null, support=support, none=none, classifier=classifier,
@@ -252,6 +251,10 @@ def adapt(
             **options.sampler_flags(steps, samples, temperature, guidance),
         },
     )  # fmt: skip
+    if given.exported:  # without torch
+        from metadiff_cli.commands.adapt.exported import run
+    else:
+        from metadiff_cli.commands.adapt.run import run
     run(given, Screen(quiet=quiet, verbose=verbose))
 
 

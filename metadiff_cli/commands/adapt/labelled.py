@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from metadiff_cli.classify.support_set import NONE
 from metadiff_cli.commands.adapt.output import REJECTED, Outcome, shown
 from metadiff_cli.console import Screen, counted
+from metadiff_cli.core.checkpoints.facts import NONE
 
 WIDEST = 20  # classes of a matrix that is shown whole
 PAIRS = 15  # confusions that are named where it is not

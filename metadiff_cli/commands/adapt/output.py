@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from metadiff_cli.classify.support_set import NONE
 from metadiff_cli.console import Screen, counted
+from metadiff_cli.core.checkpoints.facts import NONE
 
 SHOWN = 20  # errors that stderr names one by one
+NAMED = 5  # cases of one kind that it names
 DIGITS = 6  # of a confidence or a margin in JSON and CSV
 REJECTED = "(rejected)"
 Document = dict[str, Any]

@@ -1,20 +1,17 @@
 """From query images to outcomes, one after the other: predicted, rejected, sorted into folders, and counted."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
-
-import torch
+from typing import Any, Protocol
 
 from metadiff_cli.classify.images import Encoded
-from metadiff_cli.classify.support_set import NONE
-from metadiff_cli.commands.adapt.build import NAMED, Ready
 from metadiff_cli.commands.adapt.inputs import Queries, Query
 from metadiff_cli.commands.adapt.labelled import Score
-from metadiff_cli.commands.adapt.output import DIGITS, Errors, Outcome
+from metadiff_cli.commands.adapt.output import DIGITS, NAMED, Errors, Outcome
 from metadiff_cli.commands.adapt.sorting import Sorting
 from metadiff_cli.console import Screen, counted
+from metadiff_cli.core.checkpoints.facts import NONE
 from metadiff_cli.data.scan import left_out
 
 RANKED = 3  # classes per image that are kept even where --top-k is lower: the report shows two runners-up
@@ -22,12 +19,56 @@ RANKED = 3  # classes per image that are kept even where --top-k is lower: the r
 Scores = tuple[list[float], float | None]  # probabilities (N,) and margin of one image
 
 
+def guided_by(images: int) -> str:
+    """What predictions depend on where unlabelled images guided the adaptation; an empty text where there were none."""
+    return f"guided by {images} unlabelled images: each prediction also depends on them" if images else ""
+
+
+class Labeller(Protocol):
+    """A classifier that is ready to label images: adapted with torch, or an exported graph."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the N classes, sorted."""
+
+    @property
+    def encoder(self) -> str:
+        """The name of the encoder."""
+
+    @property
+    def twins(self) -> Mapping[bytes, str]:
+        """The path or name of each support image, by the digest of its pixels."""
+
+    @property
+    def broken(self) -> Sequence[tuple[str, str]]:
+        """Path and reason of support images that cannot be read."""
+
+    @property
+    def dependence(self) -> str:
+        """What predictions depend on beside the support and their own image."""
+
+    def scores(self, features: Sequence[Any]) -> list[Scores]:
+        """The scores of images, from what `Encoded` holds of each."""
+
+    def document(self) -> dict[str, Any]:
+        """What the JSON document says of the classifier."""
+
+    def rejection(self) -> dict[str, float] | None:
+        """Of `--reject auto`: the threshold in nats, and the rate (0..1) that it was fitted for."""
+
+    def files(self) -> dict[str, list[str]]:
+        """The support images of each class, where there are files of them."""
+
+    def sentences(self) -> list[str]:
+        """What held-out support images say of the support."""
+
+
 class Predictions:
     """The stream of outcomes, and what is learned on the way: errors, twins, rejections, the score."""
 
     def __init__(
         self,
-        ready: Ready,
+        ready: Labeller,
         queries: Queries,
         screen: Screen,
         *,
@@ -40,11 +81,11 @@ class Predictions:
         """`keep` holds on to all outcomes, for a report; otherwise memory does not grow with the number of images."""
         self.ready, self.queries, self.screen = ready, queries, screen
         self.ranked, self.reject_below, self.sorting = max(top_k, RANKED), reject_below, sorting
-        self.classes = ready.classifier.classes
+        self.classes = ready.classes
         self.score = Score(self.classes) if labelled else None
-        broken = ready.classifier.support.broken  # they were named when the support was read
+        broken = ready.broken  # they were named when the support was read
         self.errors = Errors([*broken, *queries.unreadable], told=len(broken))
-        self.twin_of = ready.classifier.support.path_of()
+        self.twin_of = ready.twins
         self.twins = self.rejected = 0
         self.kept: list[Outcome] | None = [] if keep else None
 
@@ -61,14 +102,8 @@ class Predictions:
     def _scored(self, batch: list[Encoded]) -> Iterator[tuple[Encoded, Scores | None]]:
         """Each image of a batch with its scores, where it can be read."""
         readable = [image.features for image in batch if image.features is not None]
-        scores = iter(self._scores(torch.stack(readable)) if readable else ())
+        scores = iter(self.ready.scores(readable) if readable else ())
         return ((image, None if image.features is None else next(scores)) for image in batch)
-
-    def _scores(self, z: torch.Tensor) -> list[Scores]:
-        classifier, rejector = self.ready.classifier, self.ready.rejector
-        probabilities = classifier.probabilities(z).tolist()
-        margins = [None] * len(z) if rejector is None else rejector.margins(classifier.expanded(z))[0].tolist()
-        return list(zip(probabilities, margins, strict=True))
 
     def _decided(self, query: Query, image: Encoded, scores: Scores | None) -> Outcome:
         """The outcome of an image. Classes that are equally probable stand in their order."""

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from metadiff_cli.classify.support_set import NONE
 from metadiff_cli.commands.adapt.labelled import is_right
 from metadiff_cli.commands.adapt.output import Outcome, shown
 from metadiff_cli.commands.pages.page import write_page
+from metadiff_cli.core.checkpoints.facts import NONE
 from metadiff_cli.data.cache import decode_images, no_progress
 
 THUMBNAIL = 128  # pixels per side, of the central square that the classifier sees

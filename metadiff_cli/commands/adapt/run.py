@@ -3,37 +3,30 @@
 from dataclasses import replace
 from pathlib import Path
 
-from metadiff_cli.commands.adapt.build import Builder, Found, Ready, Start, check_sentences
-from metadiff_cli.commands.adapt.checks import (
-    Options,
-    check_folders,
-    check_labels,
-    check_options,
-    check_outputs,
-    sampling_of,
-)
+from metadiff_cli.classify.classifier import default_steps, narrow_draws
+from metadiff_cli.commands.adapt.build import Builder, Found, Start
+from metadiff_cli.commands.adapt.checks import Options, check_folders, check_labels, check_options, check_outputs
 from metadiff_cli.commands.adapt.inputs import Queries, find_queries
-from metadiff_cli.commands.adapt.output import WRITERS, Writing
-from metadiff_cli.commands.adapt.predict import Predictions
-from metadiff_cli.commands.adapt.report import AdaptReport, write_report
+from metadiff_cli.commands.adapt.label import label, shows_bar
 from metadiff_cli.commands.adapt.sorting import Sorting
-from metadiff_cli.commands.settings import model_config
-from metadiff_cli.commands.settings import start as start_device
+from metadiff_cli.commands.runtime import start as start_device
+from metadiff_cli.commands.settings import check_new, model_config
+from metadiff_cli.config.load import flat, layers
 from metadiff_cli.config.schema import Config
-from metadiff_cli.console import Screen, counted
+from metadiff_cli.console import Screen
+from metadiff_cli.core.checkpoints.file import read_header
+from metadiff_cli.core.method.adapt import Sampling
 from metadiff_cli.core.method.rejection import require_rejection
-from metadiff_cli.data.hub import fetch, shown
+from metadiff_cli.data.hub import fetch
 from metadiff_cli.data.sort import Sorter
-from metadiff_cli.errors import DataError
-from metadiff_cli.files import checkpoint_path
-
-TOP = 3  # classes that are shown per image
+from metadiff_cli.errors import CheckpointError, ConfigError
 
 
 def run(given: Options, screen: Screen) -> None:
     """Make the classifier and label the query images. Raises a MetaDiffError for what cannot be done."""
     check_options(given)
     config = model_config(given.config, given.set, given.flags, note=screen.note)
+    _check_save(given)
     check_outputs(given)
     queries = find_queries(given.query, null=given.null, more=given.more) if given.query else Queries(())
     support = Found.of(given.support, given.none)
@@ -59,8 +52,13 @@ def run(given: Options, screen: Screen) -> None:
     if given.save is not None:
         ready.classifier.save(given.save)
         screen.note(f"classifier written: {given.save}")
-    if given.query:
-        _predict(given, ready, queries, sorting, builder)
+    if not given.query:
+        return
+    if ready.queries is not None:
+        encoded = iter(ready.queries)
+    else:
+        encoded = builder.encode(queries, ready.classifier.model.images, "predicting", bar=shows_bar(given, screen))
+    label(given, ready, queries, sorting, encoded, config, screen)
 
 
 def _classes(support: Found | None, start: Start) -> list[str]:
@@ -69,77 +67,36 @@ def _classes(support: Found | None, start: Start) -> list[str]:
     return sorted({*new, *saved})
 
 
-def _predict(given: Options, ready: Ready, queries: Queries, sorting: Sorting | None, builder: Builder) -> None:
-    """Write the predictions as they come, then everything that follows from them."""
-    screen, top_k = builder.screen, given.top_k or TOP
-    predictions = Predictions(
-        ready, queries, screen, top_k=top_k, reject_below=given.reject_below, labelled=given.labelled, sorting=sorting,
-        keep=given.report is not None,
-    )  # fmt: skip
-    source = str(given.classifier or _model_source(given, ready))
-    head = {"schema": "metadiff.adapt/1", **ready.document(), "checkpoint": source, "seed": builder.config.seed}
-    # rows on a terminal show the progress, and a bar would run into them
-    bar = given.output in ("table", "json") or not screen.out.is_terminal
-    if ready.queries is not None:
-        encoded = iter(ready.queries)
-    else:
-        encoded = builder.encode(queries, ready.classifier.model.images, "predicting", bar=bar)
-    writing = Writing(screen, top_k, head, predictions.tail)
-    predicted = WRITERS[given.output](writing, predictions.outcomes(encoded))
-    predictions.finish(matrix=given.output == "table")
-    if given.report is not None:
-        _write_report(given.report, given, predictions, builder.config, source, bar)
-    _check_end(given, predictions, predicted)
+def _check_save(given: Options) -> None:
+    """Raise ConfigError for a file of `--save` that cannot be written, or that must not be replaced."""
+    if given.save is not None:
+        check_new(given.save, overwrite=given.overwrite)
+        if given.save.exists() and _kind_of(given.save) != "classifier":
+            raise ConfigError(f"--save {given.save} would replace a file of another kind", hint="give another name")
 
 
-def _model_source(given: Options, ready: Ready) -> str:
-    """Where the model comes from: the name of an encoder, or the path of a checkpoint."""
-    return ready.classifier.model.images.name if given.encoders else shown(checkpoint_path(given.checkpoint))
+def _kind_of(file: Path) -> str:
+    """The kind of a checkpoint file; empty for any other file."""
+    try:
+        return str(read_header(file)["kind"])
+    except CheckpointError:
+        return ""
 
 
-def _write_report(path: Path, given: Options, predictions: Predictions, config: Config, source: str, bar: bool) -> None:
-    """Write the page of everything that was predicted."""
-    ready, score, screen = predictions.ready, predictions.score, predictions.screen
-    support = ready.classifier.support
-    images: dict[str, list[str]] = {name: [] for name in support.classes}
-    for label, image in zip(support.labels, support.paths, strict=True):
-        if Path(image).is_file():  # a saved classifier knows names only
-            images[support.classes[label]].append(image)
-    report = AdaptReport(
-        classes=support.classes,
-        support=images if any(images.values()) else {},
-        outcomes=predictions.kept or [],
-        facts={"checkpoint": Path(source).name, "seed": config.seed, **_rejection_facts(given, ready)},
-        notes=[ready.dependence] if ready.dependence else [],
-        support_check=check_sentences(ready.check, support),
-        broken_support=support.broken,
-        confusion=None if score is None else score.counts(),
-    )
-    with screen.progress("drawing the report", shown=bar) as advance:
-        write_report(path, report, workers=config.runtime.num_workers, progress=advance)
-    screen.note(f"report written: {path}")
+def sampling_of(given: Options, config: Config, screen: Screen) -> Sampling:
+    """The settings of the sampler; where the number of steps is not given, draws take more of them, and it is said."""
+    s = config.sampler
+    steps = s.steps
+    if not _steps_given(given):
+        steps = default_steps(s.temperature)
+        if given.adapts and steps != s.steps:
+            screen.note(f"the sampler takes {steps} steps at temperature {s.temperature:g}; --steps sets the number")
+    sampling = Sampling(steps, s.samples, s.temperature, None if s.guidance == "auto" else s.guidance, s.method)
+    if given.adapts and (warning := narrow_draws(sampling)):
+        screen.warn(warning)
+    return sampling
 
 
-def _rejection_facts(given: Options, ready: Ready) -> dict[str, object]:
-    """How images were rejected, for the page."""
-    facts: dict[str, object] = {}
-    if given.reject_below is not None:
-        facts["rejected below confidence"] = f"{given.reject_below:g}"
-    rejection = ready.rejection()
-    if rejection is not None:
-        rate = 100 * rejection["false_rejection_rate"]
-        facts["rejected as none of the classes"] = f"by a threshold that {rate:g} % of validation images fall below"
-    return facts
-
-
-def _check_end(given: Options, predictions: Predictions, predicted: int) -> None:
-    """Raise an error when nothing was predicted or sorted, and with `--strict` when an image has an error."""
-    if not predicted:
-        raise DataError("nothing could be predicted", hint="see the reasons above; give images that can be read")
-    if predictions.sorting is not None:
-        predictions.sorting.check()
-    errors = len(predictions.errors.found)
-    if given.strict and errors:
-        raise DataError(
-            f"--strict: {counted(errors, 'error')}", hint="remove or replace the images, or leave out --strict"
-        )
+def _steps_given(given: Options) -> bool:
+    found = layers(None, given.config, given.set)  # the variables of the environment included
+    return given.flags.get("sampler.steps") is not None or any("sampler.steps" in flat(values) for _, values in found)

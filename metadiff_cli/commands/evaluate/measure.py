@@ -16,7 +16,7 @@ from metadiff_cli.commands.evaluate.methods import (
     pixel_bank,
     statistics_of,
 )
-from metadiff_cli.commands.settings import sampling_of
+from metadiff_cli.commands.runtime import sampling_of
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.baselines.learners import inner_method

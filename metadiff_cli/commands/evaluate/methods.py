@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metadiff_cli.commands.completions import CONTROLS
-from metadiff_cli.commands.settings import accelerated, sampling_of
+from metadiff_cli.commands.runtime import accelerated, sampling_of
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
 from metadiff_cli.core.baselines.learners import inner_method

@@ -13,7 +13,8 @@ from metadiff_cli.commands.evaluate.methods import FILE, feature_bank, further, 
 from metadiff_cli.commands.evaluate.report import write_evaluation_report
 from metadiff_cli.commands.evaluate.table import show_result
 from metadiff_cli.commands.pages.page import check_page
-from metadiff_cli.commands.settings import USED, check_split, model_config, sampling_of, start
+from metadiff_cli.commands.runtime import sampling_of, start
+from metadiff_cli.commands.settings import USED, check_split, model_config
 from metadiff_cli.config.load import check
 from metadiff_cli.config.schema import Config, SamplerConfig
 from metadiff_cli.console import Screen

@@ -365,9 +365,10 @@ def export(
     The graph goes from pixels to class probabilities and needs no Python to
     run; writing it needs the extra \\[onnx]. Its input `pixels` is uint8
     (n, S, S, 3): RGB images whose central square is resized to S x S. Class
-    names and calibration are in the metadata of the file. If onnxruntime is
-    installed, the graph is compared with metadiff's own probabilities, and
-    nothing is written when they differ by more than 1e-4.
+    names, the rule of resizing and the threshold of rejection are in the
+    metadata of the file, and `adapt --classifier` takes it without torch. If
+    onnxruntime is installed, the graph is compared with metadiff's own
+    probabilities: nothing is written when they differ by more than 1e-4.
 
     Examples:
 

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from metadiff_cli import __version__
 from metadiff_cli.commands.settings import check_new
 from metadiff_cli.errors import ConfigError, MetaDiffError
@@ -30,6 +28,8 @@ def write_page(path: Path, template: str, **context: Any) -> None:
 
     Raises MetaDiffError when the file cannot be written.
     """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # `check_page` need not wait for it
+
     pages = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from metadiff_cli.commands.settings import start
+from metadiff_cli.commands.runtime import start
 from metadiff_cli.commands.train.data import Data, open_sources
 from metadiff_cli.commands.train.encoder import encoder_key, kept_encoder
 from metadiff_cli.commands.train.few_images import drawn_splits, fitted, too_small

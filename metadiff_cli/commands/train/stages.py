@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metadiff_cli.commands.evaluate.domains import domains_document
 from metadiff_cli.commands.evaluate.measure import measure
-from metadiff_cli.commands.settings import sampling_of
+from metadiff_cli.commands.runtime import sampling_of
 from metadiff_cli.commands.train.card import model_card
 from metadiff_cli.commands.train.encoder import find_encoder
 from metadiff_cli.commands.train.few_images import measured_split

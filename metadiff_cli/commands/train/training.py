@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from metadiff_cli.commands.evaluate.methods import feature_bank
-from metadiff_cli.commands.settings import start as start_device
+from metadiff_cli.commands.runtime import start as start_device
 from metadiff_cli.commands.train.data import Data, open_sources
 from metadiff_cli.commands.train.few_images import FEWEST, drawn_splits, fitted, too_small
 from metadiff_cli.commands.train.run_folder import Run, depends

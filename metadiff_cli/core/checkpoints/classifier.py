@@ -13,6 +13,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
+from metadiff_cli.core.checkpoints.facts import known
 from metadiff_cli.core.checkpoints.file import Checkpoint, Part, load_checkpoint, save_checkpoint
 from metadiff_cli.core.checkpoints.headers import Positive
 from metadiff_cli.core.checkpoints.model import (
@@ -26,6 +27,8 @@ from metadiff_cli.core.checkpoints.model import (
 )
 from metadiff_cli.core.method.adapt import TaskClassifier
 from metadiff_cli.core.method.metric import TaskSettings
+from metadiff_cli.core.method.rejection import Rejector, rejector_of
+from metadiff_cli.core.method.support import TaskSupport
 
 DIGEST = 32  # bytes
 
@@ -86,6 +89,14 @@ class StoredClassifier:
     def classifier(self) -> SavedClassifier:
         """The part that predicts."""
         return SavedClassifier(self.model.images, self.task, self.classes)
+
+    def rejector(self) -> Rejector | None:
+        """The rejector of images that show none of the classes; None where no threshold was fitted."""
+        if self.model.metadiff.tuning.rejection is None:
+            return None
+        x, labels = self.task.metric.expand(self.support.features), torch.from_numpy(self.labels)
+        support = TaskSupport(x.unsqueeze(0), labels.to(x.device))
+        return rejector_of(self.model.metadiff, self.task, support, known=known(self.classes))
 
 
 def save_classifier(path: Path, stored: StoredClassifier) -> None:

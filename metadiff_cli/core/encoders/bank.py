@@ -135,6 +135,11 @@ class Encoding:
         usual = few if encoder.device.type == "cpu" else GPU_BATCH
         self.encoder, self.batch = encoder, batch or usual
 
+    @property
+    def size(self) -> int:
+        """The side of the images in pixels."""
+        return self.encoder.size
+
     def __call__(self, pixels: np.ndarray) -> Tensor:
         """Features (n, D) of pixels (n, S, S, 3) uint8.
 

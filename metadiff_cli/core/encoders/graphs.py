@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from metadiff_cli.core.encoders.networks import Encoder, weights_digest
+from metadiff_cli.core.encoders.session import RUNTIME, open_session
 from metadiff_cli.errors import ConfigError, MetaDiffError
 from metadiff_cli.files import atomic
 
 OPSET = 18  # the oldest that torch's exporter writes, and so the most widely read
 VERSION = 1  # of `describe` of the encoders: a change of it makes the graphs anew
 AGREEMENT = 0.9999  # the lowest cosine between features of torch and of the graph
-EXPORTER, RUNTIME = ("onnx", "onnxscript"), "onnxruntime"
+EXPORTER = ("onnx", "onnxscript")
 
 
 def missing_packages(names: Sequence[str] = (*EXPORTER, RUNTIME)) -> list[str]:
@@ -34,8 +34,8 @@ def missing_packages(names: Sequence[str] = (*EXPORTER, RUNTIME)) -> list[str]:
     return [name for name in names if find_spec(name) is None]
 
 
-def graph_of(network: nn.Module, example: Tensor, inputs: str, outputs: str, *, what: str, hint: str) -> Any:
-    """The ONNX program of a network, for any number of inputs like `example` (B, ...).
+def graph_of(network: nn.Module, example: Tensor, inputs: str, outputs: Sequence[str], *, what: str, hint: str) -> Any:
+    """The ONNX program of a network, for any number of inputs like `example` (B, ...), with names for all of them.
 
     Raises MetaDiffError, which names `what` the network is, and gives the `hint`.
     """
@@ -43,7 +43,7 @@ def graph_of(network: nn.Module, example: Tensor, inputs: str, outputs: str, *, 
         with _silent_exporter():
             return torch.onnx.export(
                 network.eval(), (example,), dynamo=True, verbose=False, opset_version=OPSET, external_data=False,
-                input_names=[inputs], output_names=[outputs], dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=[inputs], output_names=list(outputs), dynamic_shapes=({0: torch.export.Dim("batch")},),
             )  # fmt: skip
     except Exception as error:  # the exporter raises whatever its passes raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -62,15 +62,6 @@ def _silent_exporter() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
-
-
-def open_session(path: Path) -> Any:
-    """The session of onnxruntime for a graph in a file, with as many threads as torch has."""
-    runtime = import_module(RUNTIME)
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.enable_cpu_mem_arena = False  # memory is given back: batches differ in size
-    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 class Graphs:
@@ -132,24 +123,24 @@ class Graphs:
         with FileLock(f"{path}.lock"):
             if path.is_file():
                 try:
-                    return open_session(path)
+                    return open_session(path, torch.get_num_threads())
                 except Exception:  # of a damaged file; it can be made again, whatever onnxruntime says of it
                     path.unlink()
             self.note(f"making a graph of the encoder for images of {side} pixels; it is kept")
             with atomic(path) as temporary:
                 self._make(side, temporary)
-            return open_session(path)
+            return open_session(path, torch.get_num_threads())
 
     def _make(self, side: int, path: Path) -> None:
         """Write the graph, which has to give the features that torch gives. Raises MetaDiffError."""
         hint = "use --backend torch"
         network, example = _Describing(self.encoder), torch.zeros(2, 3, side, side)
-        program = graph_of(network, example, "images", "features", what="this encoder", hint=hint)
+        program = graph_of(network, example, "images", ["features"], what="this encoder", hint=hint)
         program.save(str(path), external_data=False)
         images = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             ours = self.encoder.describe(images)
-        theirs = torch.from_numpy(open_session(path).run(None, {"images": images.numpy()})[0])
+        theirs = torch.from_numpy(open_session(path, torch.get_num_threads()).run(None, {"images": images.numpy()})[0])
         if not bool((F.cosine_similarity(ours, theirs, dim=1) > AGREEMENT).all()):
             raise MetaDiffError("the features of the graph differ from those of torch", hint=hint)
 

@@ -80,13 +80,28 @@ class ImageEncoder:
         return self._features(pixels, self.graphs or self.encoder.describe)
 
     def traceable(self, pixels: Tensor) -> Tensor:
-        """The computation of `encode`, in a form that the ONNX exporter can trace."""
-        return self._features(pixels, self.encoder.describe)
+        """The computation of `encode`, in a form that the ONNX exporter can trace.
+
+        Views of one size are described together: a copy of the network for each view would take long to load.
+        """
+        views = list(self._views(self._normal(pixels)))
+        z: list[Tensor] = []
+        for side in dict.fromkeys(view.shape[-1] for view in views):
+            same = [view for view in views if view.shape[-1] == side]
+            features = self._normalised(self.encoder.describe(torch.cat(same)))
+            z += features.view(len(same), -1, features.shape[1]).unbind()
+        return self._averaged(z)
 
     def _features(self, pixels: Tensor, describe: Callable[[Tensor], Tensor]) -> Tensor:
+        return self._averaged([self._normalised(describe(view)) for view in self._views(self._normal(pixels))])
+
+    def _normal(self, pixels: Tensor) -> Tensor:
+        """Normalised images (B, 3, S, S) of pixels (B, S, S, 3)."""
         mean, std = (sent(torch.tensor(v), self.device) for v in (self.mean, self.std))
-        images = normalise(sent(pixels, self.device), mean, std)
-        z = [self._normalised(describe(view)) for view in self._views(images)]
+        return normalise(sent(pixels, self.device), mean, std)
+
+    def _averaged(self, z: list[Tensor]) -> Tensor:
+        """The features (B, D) of images, from those of their views."""
         return z[0] if len(z) == 1 else self._normalised(torch.stack(z).sum(dim=0))
 
     def _normalised(self, z: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from metadiff_cli.config.schema import PRETRAINED
 from metadiff_cli.core.checkpoints.file import reason_of
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
-from metadiff_cli.core.encoders.lite import LICENCE, MEAN, STD, WHEELS, EfficientNetLite, Wheel
+from metadiff_cli.core.encoders.lite import HEAD, LICENCE, MEAN, STD, WHEELS, EfficientNetLite, Wheel
 from metadiff_cli.core.encoders.networks import Encoder
 from metadiff_cli.core.encoders.weights import densenet_names, difference, efficientnet_names, read_weights
 from metadiff_cli.errors import CheckpointError, ConfigError, MetaDiffError
@@ -65,6 +65,11 @@ class Architecture:
     def network(self, size: int, *, download: bool = False, progress: bool = False) -> nn.Module:
         """A network from images (B, 3, size, size) to features (B, D); without `download`, with random weights."""
         raise AssertionError("a library defines its own networks")
+
+    def channels(self, network: nn.Module, size: int) -> int:
+        """D of a network on the meta device, found by passing an image of `size` pixels through it."""
+        _, channels = network(torch.zeros(1, 3, size, size, device="meta")).shape
+        return int(channels)
 
     def fitted(self, state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
         """The weights `state` of a file under the names of `network`, without those of the classification layer."""
@@ -121,6 +126,10 @@ class LiteModel(Architecture):
         if download:
             network.load_state_dict(wheel.read())
         return network
+
+    def channels(self, network: nn.Module, size: int) -> int:
+        """D is known: the first pass on the meta device would load torch's compiler, which takes a second."""
+        return HEAD
 
     def fitted(self, state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
         return {name: t for name, t in state.items() if not name.startswith("_fc.")}
@@ -253,14 +262,13 @@ def probe(name: str, size: int) -> tuple[int, dict[str, torch.Size]]:
     try:
         with Weightless():
             net = source.network(size).to("meta").eval()
-        features = net(torch.zeros(1, 3, size, size, device="meta"))
-        _, channels = features.shape
+        channels = source.channels(net, size)
     except Exception as error:  # each of a thousand models has its own way to refuse
         raise ConfigError(
             f"{name} gives no feature vector for images of {size} pixels ({reason_of(error)})",
             hint=f"its own size is {source.size}: leave features.size out, or use another encoder",
         ) from error
-    return int(channels), {key: tensor.shape for key, tensor in net.state_dict().items()}
+    return channels, {key: tensor.shape for key, tensor in net.state_dict().items()}
 
 
 def _fill(source: Architecture, net: nn.Module, file: Path) -> None:

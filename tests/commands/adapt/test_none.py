@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from metadiff_cli import FewShotClassifier
-from metadiff_cli.classify.support_set import NONE
 from metadiff_cli.commands.adapt.labelled import Score, is_right
 from metadiff_cli.commands.adapt.output import Outcome, shown
 from metadiff_cli.commands.adapt.report import write_report
 from metadiff_cli.console import Screen
+from metadiff_cli.core.checkpoints.facts import NONE
 from tests.worlds import Page, Result, outcome, paint, report, validate
 
 CLI = Callable[..., Result]

@@ -16,59 +16,42 @@ from jsonschema import Draft202012Validator
 from metadiff_cli.core.checkpoints import onnx as export
 from metadiff_cli.core.checkpoints.classifier import load_classifier, settings_header
 from metadiff_cli.data.images import load_square
-from tests.worlds import COLOURS, Result, invoke, paint
+from tests.worlds import Result
 
 CLI = Callable[..., Result]
+Graph = tuple[Path, dict[str, Any]]
 NEEDED = "the extra [onnx] is not installed"
 
 
-@pytest.fixture(scope="module")
-def classifier(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved classifier of two averaged samples, with class names that are not all ASCII."""
-    folder = tmp_path_factory.mktemp("export")
-    for c, (name, colour) in enumerate(COLOURS.items()):
-        paint(folder / "support" / f"{name} ß" / "1.png", colour, seed=c)
-        paint(folder / "query" / f"{name}.png", colour, seed=100 + c)
-    result = invoke("adapt", "-S", folder / "support", "-Q", folder / "query", "-c", checkpoint, "--samples", "2",
-                    "--temperature", "1", "--save", folder / "mine.safetensors")  # fmt: skip
-    assert result.code == 0, result.err
-    return folder / "mine.safetensors"
-
-
-@pytest.fixture(scope="module")
-def graph(classifier: Path) -> tuple[Path, dict[str, Any]]:
-    """Its ONNX file, and what the command said."""
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(name, reason=NEEDED)
-    out = classifier.with_name("mine.onnx")
-    result = invoke("export", classifier, "--onnx", out, "--json")
-    assert result.code == 0, result.err
-    return out, json.loads(result.out)
-
-
-def test_pixels_in_the_probabilities_of_adapt_out(classifier: Path, graph: tuple[Path, dict[str, Any]]) -> None:
-    saved = load_classifier(classifier, torch.device("cpu")).classifier
-    assert len(saved.task.weights) == 2
-    files = sorted((classifier.parent / "query").iterdir())
+def test_pixels_in_the_probabilities_of_adapt_out(saved_classifier: Path, graph: Graph) -> None:
+    stored = load_classifier(saved_classifier, torch.device("cpu"))
+    saved, rejector = stored.classifier, stored.rejector()
+    assert len(saved.task.weights) == 2 and rejector is not None
+    files = sorted((saved_classifier.parent / "query").iterdir())
     pixels = torch.from_numpy(np.stack([load_square(file, saved.images.size) for file in files]))
     run = export.open_graph(graph[0])
     assert run is not None
-    ours = saved.probabilities(saved.images.encode(pixels))
+    z = saved.images.encode(pixels)
+    ours, margins = saved.probabilities(z), rejector.margins(saved.task.metric.expand(z).unsqueeze(0))[0]
     assert float(ours.max() - ours.min()) > 0.05  # or agreement would mean little
-    assert torch.allclose(run(pixels), ours, rtol=0, atol=export.TOLERANCE)
-    assert torch.allclose(run(pixels[1:2]), ours[1:2], rtol=0, atol=export.TOLERANCE)
+    for rows in (slice(None), slice(1, 2)):
+        found, found_margins = run(pixels[rows])
+        assert torch.allclose(found, ours[rows], rtol=0, atol=export.TOLERANCE)
+        assert torch.allclose(found_margins, margins[rows], rtol=0, atol=export.MARGIN_TOLERANCE)
 
 
-def test_the_file_says_what_it_is(classifier: Path, graph: tuple[Path, dict[str, Any]]) -> None:
+def test_the_file_says_what_it_is(saved_classifier: Path, graph: Graph) -> None:
     path, document = graph
-    saved = load_classifier(classifier, torch.device("cpu")).classifier
+    saved = load_classifier(saved_classifier, torch.device("cpu")).classifier
     runtime = pytest.importorskip("onnxruntime", reason=NEEDED)
     session = runtime.InferenceSession(str(path))
     kept = session.get_modelmeta().custom_metadata_map
     facts = json.loads(kept["metadiff"])
     assert json.loads(kept["classes"]) == list(saved.classes) == document["classes"]
     assert facts["settings"] == settings_header(saved.task.settings)
-    assert facts["image"]["size"] == saved.images.size == session.get_inputs()[0].shape[1]
+    assert facts["pixels"]["size"] == saved.images.size == session.get_inputs()[0].shape[1]
+    assert facts["support"] == dict.fromkeys(saved.classes, 1) and len(facts["pictures"]) == len(saved.classes)
+    assert document["margins"]["shape"] == ["n"] and facts["rejection"]["false_rejection_rate"] == 0.05
     Draft202012Validator(json.loads((resources("metadiff_cli.schemas") / "export-1.json").read_text())).validate(
         document
     )
@@ -88,28 +71,43 @@ class Traced:
 
 
 def test_a_graph_that_differs_is_not_written(
-    cli: CLI, classifier: Path, graph: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: CLI,
+    saved_classifier: Path,
+    graph: Graph,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(export, "_traced", lambda classifier: Traced(graph[0]))
-    assert cli("export", classifier, "--onnx", tmp_path / "same.onnx").code == 0
-    monkeypatch.setattr(export, "open_graph", lambda path: lambda pixels: torch.zeros(len(pixels), len(COLOURS)))
-    result = cli("export", classifier, "--onnx", tmp_path / "x.onnx")
-    assert result.code == 1 and "differs" in result.err
+    assert cli("export", saved_classifier, "--onnx", tmp_path / "same.onnx").code == 0
+    exact = export.open_graph(graph[0])
+    assert exact is not None
+    for output in (0, 1):  # the probabilities, the margins
+
+        def wrong(pixels: torch.Tensor, output: int = output) -> tuple[torch.Tensor, ...]:
+            return tuple(found + 0.1 * (number == output) for number, found in enumerate(exact(pixels)))
+
+        monkeypatch.setattr(export, "open_graph", lambda path, wrong=wrong: wrong)
+        result = cli("export", saved_classifier, "--onnx", tmp_path / "x.onnx")
+        assert result.code == 1 and f"the {('probabilities', 'margins')[output]} of the ONNX graph" in result.err
     assert [path.name for path in tmp_path.iterdir()] == ["same.onnx"]
 
 
 def test_without_onnxruntime_it_says_that_nothing_was_compared(
-    cli: CLI, classifier: Path, graph: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: CLI,
+    saved_classifier: Path,
+    graph: Graph,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(export, "_traced", lambda classifier: Traced(graph[0]))
     monkeypatch.setattr(export, "open_graph", lambda path: None)
-    result = cli("export", classifier, "--onnx", tmp_path / "x.onnx", "--json")
+    result = cli("export", saved_classifier, "--onnx", tmp_path / "x.onnx", "--json")
     assert result.code == 0 and "onnxruntime" in result.err
     assert json.loads(result.out)["difference"] is None
 
 
 def test_what_cannot_be_exported(
-    cli: CLI, classifier: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: CLI, saved_classifier: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "x.onnx"
     monkeypatch.setattr(export, "require_exporter", lambda: None)
@@ -117,16 +115,18 @@ def test_what_cannot_be_exported(
     assert model.code == 4 and "adapt --save" in model.err
     assert cli("export", tmp_path / "gone.safetensors", "--onnx", out).code == 4
     out.write_text("kept")
-    assert (refused := cli("export", classifier, "--onnx", out)).code == 2 and "--overwrite" in refused.err
-    assert cli("export", classifier, "--onnx", tmp_path, "--overwrite").code == 2
-    (tmp_path / "link.onnx").symlink_to(classifier)
-    for same in (classifier, tmp_path / "link.onnx"):
-        assert "the classifier itself" in cli("export", classifier, "--onnx", same, "--overwrite").err
-    assert cli("inspect", classifier).code == 0
+    assert (refused := cli("export", saved_classifier, "--onnx", out)).code == 2 and "--overwrite" in refused.err
+    assert cli("export", saved_classifier, "--onnx", tmp_path, "--overwrite").code == 2
+    (tmp_path / "link.onnx").symlink_to(saved_classifier)
+    for same in (saved_classifier, tmp_path / "link.onnx"):
+        assert "the classifier itself" in cli("export", saved_classifier, "--onnx", same, "--overwrite").err
+    assert cli("inspect", saved_classifier).code == 0
     assert out.read_text() == "kept"
 
 
-def test_a_missing_extra_is_named(cli: CLI, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_named(
+    cli: CLI, saved_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("metadiff_cli.core.encoders.graphs.find_spec", lambda name: None)
-    result = cli("export", classifier, "--onnx", tmp_path / "x.onnx")
+    result = cli("export", saved_classifier, "--onnx", tmp_path / "x.onnx")
     assert result.code == 2 and "onnxscript" in result.err and "[onnx]: pip install" in result.err
