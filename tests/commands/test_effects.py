@@ -58,7 +58,7 @@ ADAPT = Walk(
         "--checkpoint": "gone.safetensors", "--save": "new.safetensors", "--report": "new.html",
         "--steps": "3", "--samples": "2", "--temperature": "1", "--guidance": "2", "--config": "own.yaml",
         "--set": "seed=5", "--seed": "5", "--encoder": "lite0", "--encoder-weights": "saved.safetensors",
-        "--views": "6",
+        "--views": "6", "--suggest": "2",
     },
     {
         "--overwrite": {"--save": "saved.safetensors"}, "--json": {"--format": "table"},

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,11 @@ class Outcome:
             "top": [{"label": label, "confidence": round(p, DIGITS)} for label, p in self.ranking[:top_k]],
             **{key: value for key, value in optional.items() if value is not None},
         }
+
+
+def percentages(ranking: Sequence[tuple[str, float]]) -> str:
+    """Classes with their probabilities, as a line of text."""
+    return ", ".join(f"{name} {p:.0%}" for name, p in ranking)
 
 
 @dataclass
@@ -135,8 +140,7 @@ def _write_table(to: Writing, outcomes: Iterator[Outcome]) -> int:
         if outcome.readable:
             label = "(rejected)" if outcome.label is None else outcome.label
             others = outcome.ranking[0 if outcome.rejected else 1 : to.top_k]
-            runners_up = ", ".join(f"{name} {p:.0%}" for name, p in others)
-            rows.append((outcome.path, label, f"{outcome.confidence:.1%}", runners_up))
+            rows.append((outcome.path, label, f"{outcome.confidence:.1%}", percentages(others)))
     if rows:
         title = f"{counted(len(rows), 'image')}, {len(to.head['classes'])} classes"
         if to.head["protocol"] == "transductive":

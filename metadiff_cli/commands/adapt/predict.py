@@ -13,6 +13,7 @@ from metadiff_cli.commands.adapt.inputs import Queries, Query
 from metadiff_cli.commands.adapt.labelled import Score
 from metadiff_cli.commands.adapt.output import DIGITS, Errors, Outcome
 from metadiff_cli.commands.adapt.sorting import Sorting
+from metadiff_cli.commands.adapt.suggestions import Suggestions
 from metadiff_cli.console import Screen, counted
 from metadiff_cli.data.scan import left_out
 
@@ -35,8 +36,12 @@ class Predictions:
         labelled: bool,
         sorting: Sorting | None,
         keep: bool,
+        suggest: int | None = None,
     ) -> None:
-        """`keep` holds on to all outcomes, for a report; otherwise memory does not grow with the number of images."""
+        """`keep` holds on to all outcomes, for a report; otherwise memory does not grow with the number of images.
+
+        `suggest` is the number of images to suggest for labelling; None suggests none.
+        """
         self.ready, self.queries, self.screen = ready, queries, screen
         self.ranked, self.reject_below, self.sorting = max(top_k, RANKED), reject_below, sorting
         self.classes = ready.classifier.classes
@@ -46,6 +51,7 @@ class Predictions:
         self.twin_of = ready.classifier.support.path_of()
         self.twins = self.rejected = 0
         self.kept: list[Outcome] | None = [] if keep else None
+        self.suggestions = None if suggest is None else Suggestions(ready.classifier, suggest)
 
     def outcomes(self, encoded: Iterator[list[Encoded]]) -> Iterator[Outcome]:
         """The outcome of each query image, in the order of the queries, from their features a batch at a time."""
@@ -55,6 +61,8 @@ class Predictions:
             if self.sorting is not None and outcome.readable:
                 outcome = self._sorted(outcome, self.sorting)
             self._count(outcome)
+            if self.suggestions is not None and image.features is not None and scores is not None:
+                self.suggestions.add(self._in_place(outcome), image.features, scores[0])
             yield outcome
 
     def _scored(self, batch: list[Encoded]) -> Iterator[tuple[Encoded, Scores | None]]:
@@ -102,19 +110,26 @@ class Predictions:
         if outcome.twin is not None and self.twins <= NAMED:
             self.screen.warn(f"query {outcome.path} is also in the support ({outcome.twin})")
         if self.kept is not None:
-            moved = self.sorting is not None and self.sorting.sorter.move and outcome.sorted_to is not None
-            self.kept.append(replace(outcome, path=str(outcome.sorted_to)) if moved else outcome)
+            self.kept.append(self._in_place(outcome))
+
+    def _in_place(self, outcome: Outcome) -> Outcome:
+        """The outcome with the path where the image lies now."""
+        moved = self.sorting is not None and self.sorting.sorter.move and outcome.sorted_to is not None
+        return replace(outcome, path=str(outcome.sorted_to)) if moved else outcome
 
     def tail(self) -> dict[str, Any]:
         """What the JSON document says after the predictions."""
         scored = {} if self.score is None else {"labelled": self.score.document()}
-        return {**scored, "skipped": dict(self.queries.skipped), "errors": self.errors.document()}
+        suggested = {} if self.suggestions is None else {"suggested": self.suggestions.document()}
+        return {**scored, **suggested, "skipped": dict(self.queries.skipped), "errors": self.errors.document()}
 
-    def finish(self, *, matrix: bool) -> None:
-        """Say on stderr what happened, and show the score; its confusion matrix on stdout where `matrix` is set."""
+    def finish(self, output: str) -> None:
+        """Say on stderr what happened. Show the score and the suggestions; tables go to stdout where it has one."""
         screen = self.screen
         if self.score is not None:
-            self.score.show(screen, matrix=matrix)
+            self.score.show(screen, matrix=output == "table")
+        if self.suggestions is not None and output != "json":
+            self.suggestions.show(screen, table=output == "table")
         if self.rejected:
             screen.note(f"rejected: {counted(self.rejected, 'query image')}")
         if self.twins > NAMED:

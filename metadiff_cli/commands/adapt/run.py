@@ -72,7 +72,7 @@ def _predict(given: Options, ready: Ready, queries: Queries, sorting: Sorting | 
     screen, top_k = builder.screen, given.top_k or TOP
     predictions = Predictions(
         ready, queries, screen, top_k=top_k, reject_below=given.reject_below, labelled=given.labelled, sorting=sorting,
-        keep=given.report is not None,
+        keep=given.report is not None, suggest=given.suggest,
     )  # fmt: skip
     source = str(given.classifier or _model_source(given, ready))
     head = {"schema": "metadiff.adapt/1", **ready.document(), "checkpoint": source, "seed": builder.config.seed}
@@ -84,7 +84,7 @@ def _predict(given: Options, ready: Ready, queries: Queries, sorting: Sorting | 
         encoded = builder.encode(queries, ready.classifier.model.images, "predicting", bar=bar)
     writing = Writing(screen, top_k, head, predictions.tail)
     predicted = WRITERS[given.output](writing, predictions.outcomes(encoded))
-    predictions.finish(matrix=given.output == "table")
+    predictions.finish(given.output)
     if given.report is not None:
         _write_report(given.report, given, predictions, builder.config, source, bar)
     _check_end(given, predictions, predicted)
