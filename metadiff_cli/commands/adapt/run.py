@@ -1,5 +1,6 @@
 """The body of `metadiff adapt`: options in, predictions, files and an exit code out."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from metadiff_cli.commands.adapt.checks import (
     sampling_of,
 )
 from metadiff_cli.commands.adapt.inputs import Queries, find_queries
+from metadiff_cli.commands.adapt.offenders import query_mistakes
 from metadiff_cli.commands.adapt.output import WRITERS, Writing
 from metadiff_cli.commands.adapt.predict import Predictions
 from metadiff_cli.commands.adapt.report import AdaptReport, write_report
@@ -21,6 +23,7 @@ from metadiff_cli.commands.settings import model_config
 from metadiff_cli.commands.settings import start as start_device
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen, counted
+from metadiff_cli.core.evaluation.support_check import Mistake
 from metadiff_cli.core.method.rejection import require_rejection
 from metadiff_cli.data.hub import fetch, shown
 from metadiff_cli.data.sort import Sorter
@@ -109,13 +112,24 @@ def _write_report(path: Path, given: Options, predictions: Predictions, config: 
         outcomes=predictions.kept or [],
         facts={"checkpoint": Path(source).name, "seed": config.seed, **_rejection_facts(given, ready)},
         notes=[ready.dependence] if ready.dependence else [],
-        support_check=check_sentences(ready.check, support),
+        support_check=check_sentences(ready.check, support)[:1],
+        suspects=() if ready.check is None else ready.check.suspects,
+        mistakes=_mistakes(predictions),
+        suggested=None if predictions.suggestions is None else predictions.suggestions.chosen,
         broken_support=support.broken,
         confusion=None if score is None else score.counts(),
     )
     with screen.progress("drawing the report", shown=bar) as advance:
         write_report(path, report, workers=config.runtime.num_workers, progress=advance)
     screen.note(f"report written: {path}")
+
+
+def _mistakes(predictions: Predictions) -> Sequence[Mistake]:
+    """Images that were taken for another class: query images whose class is known, else held-out support images."""
+    check = predictions.ready.check
+    if predictions.score is not None:
+        return query_mistakes(predictions.kept or [], predictions.classes)
+    return () if check is None else check.mistakes
 
 
 def _rejection_facts(given: Options, ready: Ready) -> dict[str, object]:

@@ -20,8 +20,8 @@ SUSPECT_ODDS = 20.0  # of another class against the image's own; 1 to 3 % of cor
 
 
 @dataclass(frozen=True)
-class Suspect:
-    """A support image that looks like another class than its own, with the probability of that class."""
+class Mistake:
+    """An image that looks like another class than its own, with the probability of that class."""
 
     path: str
     label: str
@@ -33,13 +33,16 @@ class Suspect:
 class SupportCheck:
     """The estimated accuracy in percent: the mean over classes with two or more images, from `images` held-out images.
 
-    `confused` lists pairs of classes with the number of images that were taken for the other class, most first.
+    `mistakes` are the images that were taken for another class, in the order of the support, and `suspects` those among
+    them that look mislabelled, the clearest case first. `confused` lists pairs of classes with the number of images
+    that were taken for the other class, most first.
     """
 
     images: int
     accuracy: float
     confused: tuple[tuple[str, str, int], ...]
-    suspects: tuple[Suspect, ...]
+    suspects: tuple[Mistake, ...]
+    mistakes: tuple[Mistake, ...] = ()
 
 
 @torch.inference_mode()
@@ -62,15 +65,19 @@ def check_support(
     predicted = probabilities.argmax(dim=1)
     right = predicted == labels
     per_class = [float(right[labels == c].float().mean()) for c in range(len(counts)) if counts[c] >= 2]
-    found = _suspects(labels, probabilities, counts[labels] >= FEWEST_TO_SUSPECT)
+    suspects = _suspects(labels, probabilities, counts[labels] >= FEWEST_TO_SUSPECT)
+    mistaken = torch.nonzero(held_out & ~right).flatten().tolist()
+
+    def mistake(image: int) -> Mistake:
+        best = int(predicted[image])
+        return Mistake(paths[image], classes[int(labels[image])], classes[best], float(probabilities[image, best]))
+
     return SupportCheck(
         int(held_out.sum()),
         100 * sum(per_class) / len(per_class),
         _confused(classes, labels[held_out], predicted[held_out]),
-        tuple(
-            Suspect(paths[image], classes[label], classes[other], confidence)
-            for image, label, other, confidence in found
-        ),
+        tuple(mistake(image) for image in suspects),
+        tuple(mistake(image) for image in mistaken),
     )
 
 
@@ -84,12 +91,11 @@ def _confused(classes: Sequence[str], labels: Tensor, predicted: Tensor) -> tupl
     return tuple((first, second, number) for (first, second), number in ordered)
 
 
-def _suspects(labels: Tensor, probabilities: Tensor, eligible: Tensor) -> list[tuple[int, int, int, float]]:
-    """Image, its class, the class that it looks like, and the probability of that class; the clearest case first."""
+def _suspects(labels: Tensor, probabilities: Tensor, eligible: Tensor) -> list[int]:
+    """The images that look like another class, the clearest case first."""
     found = []
     for image in torch.nonzero(eligible).flatten().tolist():
-        label, best = int(labels[image]), int(probabilities[image].argmax())
-        own, other = float(probabilities[image, label]), float(probabilities[image, best])
+        own, other = float(probabilities[image, labels[image]]), float(probabilities[image].max())
         if other > SUSPECT_ODDS * own:
-            found.append((own / other, (image, label, best, other)))
-    return [suspect for _, suspect in sorted(found)]
+            found.append((own / other, image))
+    return [image for _, image in sorted(found)]
