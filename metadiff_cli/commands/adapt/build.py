@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from metadiff_cli.classify.classifier import Classifier, adapt
 from metadiff_cli.classify.images import Encoded, encode_images
 from metadiff_cli.classify.models import installed_encoders, model_of_encoder, open_model
 from metadiff_cli.classify.support_set import Pool, SupportSet, pool_of, read_support
+from metadiff_cli.commands.adapt.advice import NAMED, check_document, check_sentences, unlike_sentence
 from metadiff_cli.commands.adapt.checks import Options
 from metadiff_cli.commands.adapt.inputs import Queries
 from metadiff_cli.commands.settings import accelerated
@@ -22,14 +23,12 @@ from metadiff_cli.core.checkpoints.file import KINDS, read_header
 from metadiff_cli.core.checkpoints.model import Model
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
 from metadiff_cli.core.evaluation.support_check import SupportCheck, check_support
-from metadiff_cli.core.method.adapt import Sampling
+from metadiff_cli.core.method.adapt import Sampling, doubt_about
 from metadiff_cli.core.method.rejection import Rejector, require_rejection
 from metadiff_cli.data.folders import Split
 from metadiff_cli.data.listing import open_labelled
 from metadiff_cli.data.scan import Scan, class_name, left_out, suggestion
 from metadiff_cli.errors import CheckpointError, DataError
-
-NAMED = 5  # cases of one kind that stderr names one by one
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,8 @@ class Ready:
     """A classifier that is ready to predict.
 
     `queries` are the features of the query images where they guided the adaptation. `dependence` says what predictions
-    depend on beside the support and their own image. `rejector` is there with `--reject auto`.
+    depend on beside the support and their own image. `rejector` is there with `--reject auto`. `doubt` is that of
+    `doubt_about`; None for a classifier that is used as it was saved.
     """
 
     classifier: Classifier
@@ -45,6 +45,12 @@ class Ready:
     queries: list[list[Encoded]] | None = None
     dependence: str = ""
     rejector: Rejector | None = None
+    doubt: float | None = None
+
+    @property
+    def unlike(self) -> str:
+        """A sentence on a support that is unlike the base classes; empty for any other."""
+        return unlike_sentence(self.doubt)
 
     def document(self) -> dict[str, Any]:
         """What the JSON document says of the classifier."""
@@ -52,7 +58,8 @@ class Ready:
         return {
             "classes": list(classifier.classes),
             "support": classifier.support.counts(),
-            "support_check": None if self.check is None else _check_document(self.check, classifier.support),
+            "support_check": None if self.check is None else check_document(self.check, classifier.support),
+            "doubt": None if self.doubt is None else round(self.doubt, 6),
             "protocol": "inductive" if pool is None else "transductive",
             "unlabelled": 0 if pool is None else len(pool.digests),
             "rejection": self.rejection(),
@@ -180,8 +187,11 @@ class Builder:
             pool = _joined(self._unlabelled(unlabeled, start.model), pool)
         classifier = adapt(start.model, images, self.sampling, seed=self.config.seed, pool=pool)
         check = self._check(classifier, images)
-        self._tell(classifier, check)
-        return Ready(classifier, check, encoded, _dependence(pool, transductive=guiding is not None))
+        doubt = float(doubt_about(start.model.metadiff, images.task(start.model.metadiff.metric)))
+        dependence = _dependence(pool, transductive=guiding is not None)
+        ready = Ready(classifier, check, encoded, dependence, doubt=doubt)
+        self._tell(ready)
+        return ready
 
     def _support(self, found: Found | None, start: Start) -> SupportSet:
         """The support of a folder or listing, joined to that of a saved classifier, with warnings about its images."""
@@ -212,9 +222,12 @@ class Builder:
             raise DataError("no image of --unlabeled can be read", hint="give other images, or leave out --unlabeled")
         return pool
 
-    def _tell(self, classifier: Classifier, check: SupportCheck | None) -> None:
-        """Say on stderr what held-out support images tell, and with `--verbose` how the classifier was adapted."""
-        estimate, *suspects = check_sentences(check, classifier.support) or [""]
+    def _tell(self, ready: Ready) -> None:
+        """Say on stderr what the support images tell, and with `--verbose` how the classifier was adapted."""
+        classifier = ready.classifier
+        if ready.unlike:
+            self.screen.note(ready.unlike)
+        estimate, *suspects = check_sentences(ready.check, classifier.support) or [""]
         if estimate:
             self.screen.note(estimate)
         for text in suspects[:NAMED]:
@@ -260,36 +273,3 @@ def _dependence(pool: Pool | None, *, transductive: bool) -> str:
     if transductive:
         return "transductive: each prediction also depends on the other query images"
     return f"guided by {len(pool.digests)} unlabelled images: each prediction also depends on them"
-
-
-def check_sentences(check: SupportCheck | None, support: SupportSet) -> list[str]:
-    """What held-out images say of the support: first the estimate, then each image that looks mislabelled."""
-    if check is None:
-        return []
-    estimate = f"support: estimated accuracy {check.accuracy:.0f} % ({check.images} images held out in turn)"
-    if left_out := single_images(support):
-        more = ", ..." if len(left_out) > NAMED else ""
-        estimate += f"; classes with one image are not in it: {', '.join(left_out[:NAMED])}{more}"
-    if check.confused:
-        first, second, _ = check.confused[0]
-        estimate += f"; most confused: {first} / {second}, one more image of each would help most"
-    return [estimate] + [
-        f"{suspect.path} looks mislabelled: it is in '{suspect.label}' and looks like '{suspect.looks_like}' "
-        f"({suspect.confidence:.0%})"
-        for suspect in check.suspects
-    ]
-
-
-def single_images(support: SupportSet) -> list[str]:
-    """The classes with one image, which no image can be left out of."""
-    return [name for name, count in support.counts().items() if count == 1]
-
-
-def _check_document(check: SupportCheck, support: SupportSet) -> dict[str, Any]:
-    return {
-        "images": check.images,
-        "left_out": single_images(support),
-        "accuracy": round(check.accuracy, 4),
-        "confused": [{"classes": [first, second], "images": n} for first, second, n in check.confused],
-        "suspects": [{**asdict(s), "confidence": round(s.confidence, 6)} for s in check.suspects],
-    }

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from metadiff_cli.classify.images import Encoded
-from metadiff_cli.commands.adapt.build import NAMED, Ready
+from metadiff_cli.commands.adapt.advice import NAMED
+from metadiff_cli.commands.adapt.build import Ready
 from metadiff_cli.commands.adapt.inputs import Queries, Query
 from metadiff_cli.commands.adapt.labelled import Score
 from metadiff_cli.commands.adapt.output import DIGITS, Errors, Outcome

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from metadiff_cli.commands.adapt.build import Builder, Found, Ready, Start, check_sentences
+from metadiff_cli.commands.adapt.advice import check_sentences
+from metadiff_cli.commands.adapt.build import Builder, Found, Ready, Start
 from metadiff_cli.commands.adapt.checks import (
     Options,
     check_folders,
@@ -111,7 +112,7 @@ def _write_report(path: Path, given: Options, predictions: Predictions, config: 
         support=images if any(images.values()) else {},
         outcomes=predictions.kept or [],
         facts={"checkpoint": Path(source).name, "seed": config.seed, **_rejection_facts(given, ready)},
-        notes=[ready.dependence] if ready.dependence else [],
+        notes=[text for text in (ready.dependence, ready.unlike) if text],
         support_check=check_sentences(ready.check, support)[:1],
         suspects=() if ready.check is None else ready.check.suspects,
         mistakes=_mistakes(predictions),
