@@ -30,7 +30,10 @@ def check_sentences(check: SupportCheck | None, support: SupportSet) -> list[str
         estimate += f"; classes with one image are not in it: {', '.join(left_out[:NAMED])}{more}"
     if check.confused:
         first, second, _ = check.confused[0]
-        estimate += f"; most confused: {first} / {second}, one more image of each would help most"
+        estimate += f"; most confused: {first} / {second}"
+    if check.lacking is not None:
+        count = support.counts()[check.lacking]
+        estimate += f"; one more image of {check.lacking}, which has {count}, would help most"
     return [estimate] + [
         f"{suspect.path} looks mislabelled: it is in '{suspect.label}' and looks like '{suspect.looks_like}' "
         f"({suspect.confidence:.0%})"
@@ -49,6 +52,7 @@ def check_document(check: SupportCheck, support: SupportSet) -> dict[str, Any]:
         "images": check.images,
         "left_out": single_images(support),
         "accuracy": round(check.accuracy, 4),
+        "lacking": check.lacking,
         "confused": [{"classes": [first, second], "images": n} for first, second, n in check.confused],
         "suspects": [{**asdict(s), "confidence": round(s.confidence, 6)} for s in check.suspects],
     }

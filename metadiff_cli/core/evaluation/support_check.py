@@ -35,7 +35,8 @@ class SupportCheck:
 
     `mistakes` are the images that were taken for another class, in the order of the support, and `suspects` those among
     them that look mislabelled, the clearest case first. `confused` lists pairs of classes with the number of images
-    that were taken for the other class, most first.
+    that were taken for the other class, most first. `lacking` is a class of few images, which gains most from one
+    more; None where classes have as many, or no image was taken for another class.
     """
 
     images: int
@@ -43,6 +44,7 @@ class SupportCheck:
     confused: tuple[tuple[str, str, int], ...]
     suspects: tuple[Mistake, ...]
     mistakes: tuple[Mistake, ...] = ()
+    lacking: str | None = None
 
 
 @torch.inference_mode()
@@ -67,6 +69,7 @@ def check_support(
     per_class = [float(right[labels == c].float().mean()) for c in range(len(counts)) if counts[c] >= 2]
     suspects = _suspects(labels, probabilities, counts[labels] >= FEWEST_TO_SUSPECT)
     mistaken = torch.nonzero(held_out & ~right).flatten().tolist()
+    lacking = _lacking(labels, probabilities, counts)
 
     def mistake(image: int) -> Mistake:
         best = int(predicted[image])
@@ -78,7 +81,21 @@ def check_support(
         _confused(classes, labels[held_out], predicted[held_out]),
         tuple(mistake(image) for image in suspects),
         tuple(mistake(image) for image in mistaken),
+        None if lacking is None or not mistaken else classes[lacking],
     )
+
+
+def _lacking(labels: Tensor, probabilities: Tensor, counts: Tensor) -> int | None:
+    """The class of the fewest images, if the largest has twice as many; of several, that of the largest error.
+
+    Of classes with as many images none gains more than another, whatever their errors say (measured at 3 images each).
+    """
+    fewest = counts == counts.min()
+    if 2 * int(counts.min()) > int(counts.max()):
+        return None
+    error = 1 - probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
+    each = torch.zeros(len(counts)).index_add(0, labels, error) / counts
+    return int(torch.where(fewest, each, -1).argmax())
 
 
 def _confused(classes: Sequence[str], labels: Tensor, predicted: Tensor) -> tuple[tuple[str, str, int], ...]:
