@@ -130,7 +130,7 @@ def _mistakes(predictions: Predictions) -> Sequence[Mistake]:
     check = predictions.ready.check
     if predictions.score is not None:
         return query_mistakes(predictions.kept or [], predictions.classes)
-    return () if check is None else check.mistakes
+    return () if check is None else [m for m in check.mistakes if m not in check.suspects]
 
 
 def _rejection_facts(given: Options, ready: Ready) -> dict[str, object]:
