@@ -85,8 +85,8 @@ def write_report(
         more_suspects=len(report.suspects) - len(suspects),
         pairs=[(pair, partial(_pictured, figures, thumbnails)) for pair, figures in pairs],
         suggested=lambda: zip(suggested, thumbnails.of([outcome.path for outcome in suggested]), strict=True),
-        listed=[(os.path.abspath(path), name) for name, paths in report.support.items() for path in paths],
-        absolute=os.path.abspath, percent=_percent,
+        listed=[(file, name) for name, paths in report.support.items() for path in paths if (file := _listed(path))],
+        path_of=_listed, percent=_percent,
         confusion=_confusion_rows(report),
         broken=[*report.broken_support, *((o.path, o.reason) for o in report.outcomes if not o.readable)],
     )  # fmt: skip
@@ -116,6 +116,12 @@ class _Card:
     @property
     def wrong(self) -> bool:
         return self.outcome.truth not in (None, self.outcome.label) and not self.outcome.rejected
+
+
+def _listed(path: str) -> str:
+    """The absolute path of an image for a CSV file; empty for a name that is not UTF-8, which no CSV file can hold."""
+    absolute = os.path.abspath(path)
+    return absolute if absolute.encode(errors="ignore").decode() == absolute else ""
 
 
 def _percent(share: float) -> str:

@@ -116,6 +116,8 @@ def test_suggested_images_have_a_field_for_their_class(photos: Path) -> None:
     assert "red 40 %, green 30 %" in page.text.replace("\xa0", " ") and "--support labels.csv" in page.text
     saved = page_of(photos, report(photos, suggested=images[:2], support={}))
     assert "--classifier FILE --support labels.csv" in saved.text
+    named = page_of(photos, report(photos, suggested=[outcome("a/\udcff.png", list(COLOURS), [0.4, 0.3, 0.2, 0.1])]))
+    assert not any("data-path" in a for a in named.all("input")) and "rename the file to label it" in named.text
     for nothing in (None, []):
         assert "Worth labelling" not in page_of(photos, report(photos, suggested=nothing)).text
 

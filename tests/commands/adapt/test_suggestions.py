@@ -47,6 +47,14 @@ def test_rows_for_a_program_stay_alone_on_stdout(cli: CLI, place: Path, checkpoi
     assert "worth labelling next: 2 images" in table.out and "worth labelling" not in table.err
 
 
+def test_a_saved_classifier_suggests_the_same(cli: CLI, place: Path, checkpoint: Path) -> None:
+    first = validate(
+        cli("adapt", *BOTH, "-c", checkpoint, "--json", "--suggest", "3", "--save", "a"), "metadiff.adapt/1"
+    )
+    saved = ["--classifier", "a", "-Q", "query", "--suggest", "3", "--json"]
+    assert validate(cli("adapt", *saved), "metadiff.adapt/1")["suggested"] == first["suggested"]
+
+
 def test_a_moved_image_is_named_where_it_is_now(cli: CLI, place: Path, checkpoint: Path) -> None:
     moving = ["--sort-into", "sorted", "--move", "--suggest", "3"]
     document = validate(cli("adapt", *BOTH, "-c", checkpoint, "--json", *moving), "metadiff.adapt/1")
