@@ -89,9 +89,11 @@ def _lacking(labels: Tensor, probabilities: Tensor, counts: Tensor) -> int | Non
     """The class of the fewest images, if the largest has twice as many; of several, that of the largest error.
 
     Of classes with as many images none gains more than another, whatever their errors say (measured at 3 images each).
+    Of several classes with one image there is no error to choose by.
     """
     fewest = counts == counts.min()
-    if 2 * int(counts.min()) > int(counts.max()):
+    several = int(counts.min()) == 1 and int(fewest.sum()) > 1
+    if several or 2 * int(counts.min()) > int(counts.max()):
         return None
     error = 1 - probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
     each = torch.zeros(len(counts)).index_add(0, labels, error) / counts

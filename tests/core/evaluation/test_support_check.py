@@ -76,7 +76,8 @@ def test_it_counts_what_held_out_images_are_taken_for(metric: Metric) -> None:
 
 
 @pytest.mark.parametrize(
-    ("counts", "lacking"), [((4, 4, 1, 4), "c"), ((9, 3, 9, 9), "b"), ((4, 9, 9, 5), "a"), ((4, 5, 5, 7), None)]
+    ("counts", "lacking"),
+    [((4, 4, 1, 4), "c"), ((9, 3, 9, 9), "b"), ((4, 9, 9, 5), "a"), ((4, 5, 5, 7), None), ((1, 1, 4, 4), None)],
 )
 def test_a_class_of_few_images_lacks_one(metric: Metric, counts: tuple[int, ...], lacking: str | None) -> None:
     check = check_of(metric, dict(zip("abcd", counts, strict=True)), noise=3.0)
