@@ -60,7 +60,7 @@ ADAPT = Walk(
         "--checkpoint": "gone.safetensors", "--save": "new.safetensors", "--report": "new.html",
         "--steps": "3", "--samples": "2", "--temperature": "1", "--guidance": "2", "--config": "own.yaml",
         "--set": "seed=5", "--seed": "5", "--encoder": "lite0", "--encoder-weights": "saved.safetensors",
-        "--views": "6", "--forget": "red/0.png", "--relabel": "fix.csv", "--rename": "red=pink",
+        "--views": "6", "--forget": "red/0.png", "--relabel": "fix.csv", "--rename": "red=pink", "--suggest": "2",
     },
     {
         "--overwrite": {"--save": "saved.safetensors"}, "--json": {"--format": "table"},

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ from metadiff_cli.classify.classifier import Classifier, adapt
 from metadiff_cli.classify.images import Encoded, encode_images
 from metadiff_cli.classify.models import installed_encoders, model_of_encoder, open_model
 from metadiff_cli.classify.support_set import Pool, SupportSet, pool_of, read_support
+from metadiff_cli.commands.adapt.advice import check_document, check_sentences, unlike_sentence
 from metadiff_cli.commands.adapt.checks import Options
 from metadiff_cli.commands.adapt.corrected import corrected
 from metadiff_cli.commands.adapt.corrections import Corrections
 from metadiff_cli.commands.adapt.inputs import Queries, find_queries
-from metadiff_cli.commands.adapt.output import NAMED, shown
+from metadiff_cli.commands.adapt.output import NAMED
 from metadiff_cli.commands.adapt.predict import Scores, guided_by
+from metadiff_cli.commands.adapt.suggestions import Suggestions
 from metadiff_cli.commands.runtime import accelerated
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
@@ -27,8 +29,9 @@ from metadiff_cli.core.checkpoints.file import KINDS, read_header
 from metadiff_cli.core.checkpoints.model import Model
 from metadiff_cli.core.encoders.bank import Encoding
 from metadiff_cli.core.encoders.image_encoder import ImageEncoder
+from metadiff_cli.core.evaluation.mistakes import Mistake
 from metadiff_cli.core.evaluation.support_check import SupportCheck, check_support
-from metadiff_cli.core.method.adapt import Sampling
+from metadiff_cli.core.method.adapt import Sampling, doubt_about
 from metadiff_cli.core.method.rejection import Rejector, require_rejection
 from metadiff_cli.data.folders import Split
 from metadiff_cli.data.listing import open_labelled
@@ -41,7 +44,8 @@ class Ready:
     """A classifier that is ready to predict.
 
     `queries` are the features of the query images where they guided the adaptation. `dependence` says what predictions
-    depend on beside the support and their own image. `rejector` is there with `--reject auto`.
+    depend on beside the support and their own image. `rejector` is there with `--reject auto`. `doubt` is that of
+    `doubt_about`; None for a classifier that is used as it was saved.
     """
 
     classifier: Classifier
@@ -49,6 +53,12 @@ class Ready:
     queries: list[list[Encoded]] | None = None
     dependence: str = ""
     rejector: Rejector | None = None
+    doubt: float | None = None
+
+    @property
+    def unlike(self) -> str:
+        """A sentence on a support that is unlike the base classes; empty for any other."""
+        return unlike_sentence(self.doubt)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -88,6 +98,20 @@ class Ready:
                 files[support.classes[label]].append(image)
         return files if any(files.values()) else {}
 
+    @property
+    def suspects(self) -> Sequence[Mistake]:
+        """Support images that look mislabelled."""
+        return () if self.check is None else self.check.suspects
+
+    @property
+    def mistakes(self) -> Sequence[Mistake]:
+        """Other support images that were taken for another class when they were held out."""
+        return () if self.check is None else [m for m in self.check.mistakes if m not in self.check.suspects]
+
+    def suggestions(self, count: int) -> Suggestions:
+        """What chooses so many query images that are worth labelling."""
+        return Suggestions(self.classifier, count)
+
     def sentences(self) -> list[str]:
         """What held-out support images say of the support."""
         return check_sentences(self.check, self.classifier.support)
@@ -98,7 +122,8 @@ class Ready:
         return {
             "classes": list(classifier.classes),
             "support": classifier.support.counts(),
-            "support_check": None if self.check is None else _check_document(self.check, classifier.support),
+            "support_check": None if self.check is None else check_document(self.check, classifier.support),
+            "doubt": None if self.doubt is None else round(self.doubt, 6),
             "protocol": "inductive" if pool is None else "transductive",
             "unlabelled": 0 if pool is None else len(pool.digests),
             "rejection": self.rejection(),
@@ -252,8 +277,11 @@ class Builder:
             pool = _joined(self._unlabelled(unlabeled, start.model), pool)
         classifier = adapt(start.model, images, self.sampling, seed=self.config.seed, pool=pool)
         check = self._check(classifier, images)
-        self._tell(classifier, check)
-        return Ready(classifier, check, encoded, _dependence(pool, transductive=guiding is not None))
+        doubt = float(doubt_about(start.model.metadiff, images.task(start.model.metadiff.metric)))
+        dependence = _dependence(pool, transductive=guiding is not None)
+        ready = Ready(classifier, check, encoded, dependence, doubt=doubt)
+        self._tell(ready)
+        return ready
 
     def _support(self, found: Found | None, start: Start) -> SupportSet:
         """The support of a folder or listing, joined to that of a saved classifier, with warnings about its images."""
@@ -284,9 +312,12 @@ class Builder:
             raise DataError("no image of --unlabeled can be read", hint="give other images, or leave out --unlabeled")
         return pool
 
-    def _tell(self, classifier: Classifier, check: SupportCheck | None) -> None:
-        """Say on stderr what held-out support images tell, and with `--verbose` how the classifier was adapted."""
-        estimate, *suspects = check_sentences(check, classifier.support) or [""]
+    def _tell(self, ready: Ready) -> None:
+        """Say on stderr what the support images tell, and with `--verbose` how the classifier was adapted."""
+        classifier = ready.classifier
+        if ready.unlike:
+            self.screen.note(ready.unlike)
+        estimate, *suspects = check_sentences(ready.check, classifier.support) or [""]
         if estimate:
             self.screen.note(estimate)
         for text in suspects[:NAMED]:
@@ -332,36 +363,3 @@ def _dependence(pool: Pool | None, *, transductive: bool) -> str:
     if transductive:
         return "transductive: each prediction also depends on the other query images"
     return guided_by(len(pool.digests))
-
-
-def check_sentences(check: SupportCheck | None, support: SupportSet) -> list[str]:
-    """What held-out images say of the support: first the estimate, then each image that looks mislabelled."""
-    if check is None:
-        return []
-    estimate = f"support: estimated accuracy {check.accuracy:.0f} % ({check.images} images held out in turn)"
-    if left_out := single_images(support):
-        more = ", ..." if len(left_out) > NAMED else ""
-        estimate += f"; classes with one image are not in it: {', '.join(left_out[:NAMED])}{more}"
-    if check.confused:
-        first, second, _ = check.confused[0]
-        estimate += f"; most confused: {shown(first)} / {shown(second)}, one more image of each would help most"
-    return [estimate] + [
-        f"{suspect.path} looks mislabelled: it is in '{suspect.label}' and looks like '{suspect.looks_like}' "
-        f"({suspect.confidence:.0%})"
-        for suspect in check.suspects
-    ]
-
-
-def single_images(support: SupportSet) -> list[str]:
-    """The classes with one image, which no image can be left out of."""
-    return [name for name, count in support.counts().items() if count == 1]
-
-
-def _check_document(check: SupportCheck, support: SupportSet) -> dict[str, Any]:
-    return {
-        "images": check.images,
-        "left_out": single_images(support),
-        "accuracy": round(check.accuracy, 4),
-        "confused": [{"classes": [first, second], "images": n} for first, second, n in check.confused],
-        "suspects": [{**asdict(s), "confidence": round(s.confidence, 6)} for s in check.suspects],
-    }

@@ -47,6 +47,7 @@ class Options:
     reject_below: float | None
     reject: str | None
     labelled: bool
+    suggest: int | None
     strict: bool
     sort_into: Path | None
     move: bool

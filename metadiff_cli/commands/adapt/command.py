@@ -127,6 +127,17 @@ def adapt(
         bool,
         option(OUTPUT, "--labelled", help="The query has class folders or labels: show accuracy and confusions."),
     ] = False,
+    suggest: Annotated[
+        int | None,
+        option(
+            OUTPUT,
+            "--suggest",
+            metavar="N",
+            min=1,
+            default="none",
+            help="Name the N query images worth labelling next.",
+        ),
+    ] = None,
     strict: Annotated[bool, option(OUTPUT, "--strict", help="Exit with code 3 when any image has an error.")] = False,
     sort_into: Annotated[
         Path | None,
@@ -244,8 +255,8 @@ def adapt(
         corrections=Corrections(forget or [], relabel, rename or []), checkpoint=checkpoint,
         encoder=encoder, encoder_weights=encoder_weights, views=views,
         format=format, as_json=as_json, top_k=top_k, reject_below=reject_below, reject=reject, labelled=labelled,
-        strict=strict, sort_into=sort_into, move=move, transductive=transductive, unlabeled=unlabeled, save=save,
-        report=report, overwrite=overwrite, config=config, set=settings or [],
+        suggest=suggest, strict=strict, sort_into=sort_into, move=move, transductive=transductive, unlabeled=unlabeled,
+        save=save, report=report, overwrite=overwrite, config=config, set=settings or [],
         flags={
             **options.runtime_flags(seed, device, threads, num_workers, batch_size, backend),
             **options.sampler_flags(steps, samples, temperature, guidance),

@@ -17,11 +17,12 @@ from metadiff_cli.commands.adapt.checks import (
 )
 from metadiff_cli.commands.adapt.inputs import find_queries
 from metadiff_cli.commands.adapt.label import label, shows_bar
-from metadiff_cli.commands.adapt.predict import Scores, guided_by
+from metadiff_cli.commands.adapt.predict import Chooser, Scores, guided_by
 from metadiff_cli.commands.adapt.sorting import Sorting
 from metadiff_cli.commands.settings import model_config
 from metadiff_cli.config.schema import Config
 from metadiff_cli.console import Screen
+from metadiff_cli.core.evaluation.mistakes import Mistake
 from metadiff_cli.data.sort import Sorter
 from metadiff_cli.errors import CheckpointError, ConfigError
 
@@ -34,6 +35,7 @@ ADAPTING = (
     "transductive",
     "unlabeled",
     "save",
+    "suggest",
 )  # options that need what a graph does not hold
 
 
@@ -72,6 +74,9 @@ class ReadyGraph:
     graph: ExportedClassifier
     rejects: bool
     broken: Sequence[tuple[str, str]] = ()
+    unlike: str = ""
+    suspects: Sequence[Mistake] = ()
+    mistakes: Sequence[Mistake] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -104,6 +109,7 @@ class ReadyGraph:
             "classes": list(facts.classes),
             "support": facts.support,
             "support_check": None,
+            "doubt": None,
             "protocol": "transductive" if facts.unlabelled else "inductive",
             "unlabelled": facts.unlabelled,
             "rejection": self.rejection(),
@@ -117,6 +123,10 @@ class ReadyGraph:
     def files(self) -> dict[str, list[str]]:
         """No files: the graph knows the names of its support images only."""
         return {}
+
+    def suggestions(self, count: int) -> Chooser:
+        """Nothing: the graph gives no features to compare images by."""
+        raise AssertionError("--suggest is refused before")
 
     def sentences(self) -> list[str]:
         """Nothing: no image can be held out any more."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from metadiff_cli.classify.images import Encoded
 from metadiff_cli.commands.adapt.checks import Options
 from metadiff_cli.commands.adapt.inputs import Queries
+from metadiff_cli.commands.adapt.offenders import query_mistakes
 from metadiff_cli.commands.adapt.output import WRITERS, Writing
 from metadiff_cli.commands.adapt.predict import Labeller, Predictions
 from metadiff_cli.commands.adapt.report import AdaptReport, write_report
@@ -32,13 +33,13 @@ def label(
     top_k = given.top_k or TOP
     predictions = Predictions(
         ready, queries, screen, top_k=top_k, reject_below=given.reject_below, labelled=given.labelled, sorting=sorting,
-        keep=given.report is not None,
+        keep=given.report is not None, suggest=given.suggest,
     )  # fmt: skip
     source = str(given.classifier or _model_source(given, ready))
     head = {"schema": "metadiff.adapt/1", **ready.document(), "checkpoint": source, "seed": config.seed}
     writing = Writing(screen, top_k, head, predictions.tail)
     predicted = WRITERS[given.output](writing, predictions.outcomes(encoded))
-    predictions.finish(matrix=given.output == "table")
+    predictions.finish(given.output)
     if given.report is not None:
         _write_report(given.report, given, predictions, config, source)
     _check_end(given, predictions, predicted)
@@ -62,8 +63,11 @@ def _write_report(path: Path, given: Options, predictions: Predictions, config: 
         support=ready.files(),
         outcomes=predictions.kept or [],
         facts={"checkpoint": Path(source).name, "seed": config.seed, **_rejection_facts(given, ready)},
-        notes=[ready.dependence] if ready.dependence else [],
-        support_check=ready.sentences(),
+        notes=[text for text in (ready.dependence, ready.unlike) if text],
+        support_check=ready.sentences()[:1],
+        suspects=ready.suspects,
+        mistakes=ready.mistakes if score is None else query_mistakes(predictions.kept or [], predictions.classes),
+        suggested=None if predictions.suggestions is None else predictions.suggestions.chosen,
         broken_support=ready.broken,
         confusion=None if score is None else score.counts(),
     )

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,11 @@ class Outcome:
             "top": [{"label": label, "confidence": round(p, DIGITS)} for label, p in self.ranking[:top_k]],
             **{key: value for key, value in optional.items() if value is not None},
         }
+
+
+def percentages(ranking: Sequence[tuple[str, float]]) -> str:
+    """Classes with their probabilities, as a line of text."""
+    return ", ".join(f"{shown(name)} {p:.0%}" for name, p in ranking)
 
 
 @dataclass
@@ -143,10 +148,9 @@ def _write_table(to: Writing, outcomes: Iterator[Outcome]) -> int:
     for outcome in outcomes:
         if outcome.readable:
             others = outcome.ranking[0 if outcome.rejected else 1 : to.top_k]
-            runners_up = ", ".join(f"{shown(name)} {p:.0%}" for name, p in others)
             if outcome.label == NONE:
                 none.add(len(rows))
-            rows.append((outcome.path, shown(outcome.label), f"{outcome.confidence:.1%}", runners_up))
+            rows.append((outcome.path, shown(outcome.label), f"{outcome.confidence:.1%}", percentages(others)))
     if rows:
         classes = [name for name in to.head["classes"] if name != NONE]
         title = f"{counted(len(rows), 'image')}, {counted(len(classes), 'class', 'classes')}"

@@ -12,6 +12,7 @@ from metadiff_cli.commands.adapt.output import DIGITS, NAMED, Errors, Outcome
 from metadiff_cli.commands.adapt.sorting import Sorting
 from metadiff_cli.console import Screen, counted
 from metadiff_cli.core.checkpoints.facts import NONE
+from metadiff_cli.core.evaluation.mistakes import Mistake
 from metadiff_cli.data.scan import left_out
 
 RANKED = 3  # classes per image that are kept even where --top-k is lower: the report shows two runners-up
@@ -22,6 +23,23 @@ Scores = tuple[list[float], float | None]  # probabilities (N,) and margin of on
 def guided_by(images: int) -> str:
     """What predictions depend on where unlabelled images guided the adaptation; an empty text where there were none."""
     return f"guided by {images} unlabelled images: each prediction also depends on them" if images else ""
+
+
+class Chooser(Protocol):
+    """Chooses query images that are worth labelling (suggestions.py)."""
+
+    def add(self, outcome: Outcome, features: Any, probabilities: list[float]) -> None:
+        """Take in a query image."""
+
+    @property
+    def chosen(self) -> list[Outcome]:
+        """The images, the most useful one first; to be asked for when all were taken in."""
+
+    def document(self) -> list[dict[str, Any]]:
+        """The images as JSON."""
+
+    def show(self, screen: Screen, *, table: bool) -> None:
+        """Name the images on the screen."""
 
 
 class Labeller(Protocol):
@@ -46,6 +64,21 @@ class Labeller(Protocol):
     @property
     def dependence(self) -> str:
         """What predictions depend on beside the support and their own image."""
+
+    @property
+    def unlike(self) -> str:
+        """A sentence on a support that is unlike the base classes; empty for any other."""
+
+    @property
+    def suspects(self) -> Sequence[Mistake]:
+        """Support images that look mislabelled."""
+
+    @property
+    def mistakes(self) -> Sequence[Mistake]:
+        """Other support images that were taken for another class when they were held out."""
+
+    def suggestions(self, count: int) -> Chooser:
+        """What chooses so many query images that are worth labelling."""
 
     def scores(self, features: Sequence[Any]) -> list[Scores]:
         """The scores of images, from what `Encoded` holds of each."""
@@ -77,8 +110,12 @@ class Predictions:
         labelled: bool,
         sorting: Sorting | None,
         keep: bool,
+        suggest: int | None = None,
     ) -> None:
-        """`keep` holds on to all outcomes, for a report; otherwise memory does not grow with the number of images."""
+        """`keep` holds on to all outcomes, for a report; otherwise memory does not grow with the number of images.
+
+        `suggest` is the number of images to suggest for labelling; None suggests none.
+        """
         self.ready, self.queries, self.screen = ready, queries, screen
         self.ranked, self.reject_below, self.sorting = max(top_k, RANKED), reject_below, sorting
         self.classes = ready.classes
@@ -88,6 +125,7 @@ class Predictions:
         self.twin_of = ready.twins
         self.twins = self.rejected = 0
         self.kept: list[Outcome] | None = [] if keep else None
+        self.suggestions = None if suggest is None else ready.suggestions(suggest)
 
     def outcomes(self, encoded: Iterator[list[Encoded]]) -> Iterator[Outcome]:
         """The outcome of each query image, in the order of the queries, from their features a batch at a time."""
@@ -97,6 +135,8 @@ class Predictions:
             if self.sorting is not None and outcome.readable:
                 outcome = self._sorted(outcome, self.sorting)
             self._count(outcome)
+            if self.suggestions is not None and image.features is not None and scores is not None:
+                self.suggestions.add(self._in_place(outcome), image.features, scores[0])
             yield outcome
 
     def _scored(self, batch: list[Encoded]) -> Iterator[tuple[Encoded, Scores | None]]:
@@ -138,19 +178,26 @@ class Predictions:
         if outcome.twin is not None and self.twins <= NAMED:
             self.screen.warn(f"query {outcome.path} is also in the support ({outcome.twin})")
         if self.kept is not None:
-            moved = self.sorting is not None and self.sorting.sorter.move and outcome.sorted_to is not None
-            self.kept.append(replace(outcome, path=str(outcome.sorted_to)) if moved else outcome)
+            self.kept.append(self._in_place(outcome))
+
+    def _in_place(self, outcome: Outcome) -> Outcome:
+        """The outcome with the path where the image lies now."""
+        moved = self.sorting is not None and self.sorting.sorter.move and outcome.sorted_to is not None
+        return replace(outcome, path=str(outcome.sorted_to)) if moved else outcome
 
     def tail(self) -> dict[str, Any]:
         """What the JSON document says after the predictions."""
         scored = {} if self.score is None else {"labelled": self.score.document()}
-        return {**scored, "skipped": dict(self.queries.skipped), "errors": self.errors.document()}
+        suggested = {} if self.suggestions is None else {"suggested": self.suggestions.document()}
+        return {**scored, **suggested, "skipped": dict(self.queries.skipped), "errors": self.errors.document()}
 
-    def finish(self, *, matrix: bool) -> None:
-        """Say on stderr what happened, and show the score; its confusion matrix on stdout where `matrix` is set."""
+    def finish(self, output: str) -> None:
+        """Say on stderr what happened. Show the score and the suggestions; tables go to stdout where it has one."""
         screen = self.screen
         if self.score is not None:
-            self.score.show(screen, matrix=matrix)
+            self.score.show(screen, matrix=output == "table")
+        if self.suggestions is not None and output != "json":
+            self.suggestions.show(screen, table=output == "table")
         if self.rejected:
             screen.note(f"rejected: {counted(self.rejected, 'query image')}")
         if self.twins > NAMED:

@@ -7,18 +7,22 @@ written while it is rendered, so its thumbnails are never in memory together. Th
 
 import base64
 import io
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from metadiff_cli.commands.adapt.labelled import is_right
+from metadiff_cli.commands.adapt.offenders import SUSPECTS, confused_pairs
 from metadiff_cli.commands.adapt.output import Outcome, shown
 from metadiff_cli.commands.pages.page import write_page
 from metadiff_cli.core.checkpoints.facts import NONE
+from metadiff_cli.core.evaluation.mistakes import Mistake
 from metadiff_cli.data.cache import decode_images, no_progress
 
 THUMBNAIL = 128  # pixels per side, of the central square that the classifier sees
@@ -32,8 +36,10 @@ class AdaptReport:
     """Everything that the page shows. `support` holds the image paths of each class; a saved classifier has none.
 
     `facts` are shown as name and value. `notes` are sentences that a reader must not miss. `support_check` says how
-    well the classes can be told apart. `broken_support` lists path and reason. `confusion[i][j]` is the number of
-    labelled images of class i that were predicted as class j.
+    well the classes can be told apart, and `suspects` are the support images that look mislabelled. `mistakes` are the
+    images of known class that were taken for another: query images with `--labelled`, else held-out support images.
+    `suggested` are the images to label next, None where nobody asked. `broken_support` lists path and reason.
+    `confusion[i][j]` is the number of labelled images of class i that were predicted as class j.
     """
 
     classes: Sequence[str]
@@ -42,6 +48,9 @@ class AdaptReport:
     facts: Mapping[str, object] = field(default_factory=dict)
     notes: Sequence[str] = ()
     support_check: Sequence[str] = ()
+    suspects: Sequence[Mistake] = ()
+    mistakes: Sequence[Mistake] = ()
+    suggested: Sequence[Outcome] | None = None
     broken_support: Sequence[tuple[str, str]] = ()
     confusion: Sequence[Sequence[int]] | None = None
 
@@ -59,7 +68,11 @@ def write_report(
     `progress` is called with the number of thumbnails made, and of all thumbnails.
     """
     readable = [outcome for outcome in report.outcomes if outcome.readable]
-    total = len(readable) + sum(len(images) for images in report.support.values())
+    pairs = [(pair, _beside(report, pair.mistakes)) for pair in confused_pairs(report.mistakes)]
+    suspects, suggested = _beside(report, report.suspects[:SUSPECTS]), report.suggested or ()
+    compared = [*suspects, *(figure for _, figures in pairs for figure in figures)]
+    pictures = sum(len(figure.paths) for figure in compared) + len(suggested)
+    total = pictures + len(readable) + sum(len(images) for images in report.support.values())
     thumbnails = _Thumbnails(workers, progress, total)
     labelled = Counter(outcome.label for outcome in readable)
     write_page(
@@ -71,6 +84,12 @@ def write_report(
         labelled_truth=any(outcome.truth is not None for outcome in readable),
         rows=lambda: _class_rows(report, readable, thumbnails),
         cards=lambda: _cards(report, readable, thumbnails),
+        suspects=partial(_pictured, suspects, thumbnails),
+        more_suspects=len(report.suspects) - len(suspects),
+        pairs=[(pair, partial(_pictured, figures, thumbnails)) for pair, figures in pairs],
+        suggested=lambda: zip(suggested, thumbnails.of([outcome.path for outcome in suggested]), strict=True),
+        listed=[(file, name) for name, paths in report.support.items() for path in paths if (file := _listed(path))],
+        path_of=_listed, percent=_percent,
         confusion=_confusion_rows(report),
         broken=[*report.broken_support, *((o.path, o.reason) for o in report.outcomes if not o.readable)],
     )  # fmt: skip
@@ -109,11 +128,17 @@ class _Card:
             (shown(name), p) for name, p in self.outcome.ranking[0 if self.outcome.rejected else 1 : 1 + RUNNERS_UP]
         ]
 
-    @staticmethod
-    def percent(share: float) -> str:
-        if share in (0, 1):
-            return f"{100 * share:.0f} %"
-        return "> 99 %" if share > 0.99 else "< 1 %" if share < 0.01 else f"{100 * share:.0f} %"
+
+def _listed(path: str) -> str:
+    """The absolute path of an image for a CSV file; empty for a name that is not UTF-8, which no CSV file can hold."""
+    absolute = os.path.abspath(path)
+    return absolute if absolute.encode(errors="ignore").decode() == absolute else ""
+
+
+def _percent(share: float) -> str:
+    if share in (0, 1):
+        return f"{100 * share:.0f} %"
+    return "> 99 %" if share > 0.99 else "< 1 %" if share < 0.01 else f"{100 * share:.0f} %"
 
 
 @dataclass(frozen=True)
@@ -167,6 +192,25 @@ def _cards(report: AdaptReport, readable: Sequence[Outcome], thumbnails: _Thumbn
         truth, label = outcome.truth, outcome.label
         wrong = truth is not None and label is not None and not is_right(truth, label, report.classes)
         yield _Card(outcome, uri, REJECTED if label is None else number[label], wrong)
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """A mistake beside a support image of the class that it looks like, where there is one."""
+
+    mistake: Mistake
+    paths: tuple[str, ...]
+
+
+def _beside(report: AdaptReport, mistakes: Sequence[Mistake]) -> list[_Figure]:
+    return [_Figure(m, (m.path, *report.support.get(m.looks_like, ())[:1])) for m in mistakes]
+
+
+def _pictured(figures: Sequence[_Figure], thumbnails: _Thumbnails) -> Iterator[tuple[Mistake, list[str]]]:
+    """Each mistake with the data URIs of its pictures."""
+    uris = thumbnails.of([path for figure in figures for path in figure.paths])
+    for figure in figures:
+        yield figure.mistake, [next(uris) for _ in figure.paths]
 
 
 def _class_rows(report: AdaptReport, readable: Sequence[Outcome], thumbnails: _Thumbnails) -> Iterator[_ClassRow]:

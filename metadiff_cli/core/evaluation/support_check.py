@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metadiff_cli.core.evaluation.mistakes import Mistake
 from metadiff_cli.core.method.adapt import TaskClassifier
 from metadiff_cli.core.method.held_out import MOST, HeldOut
 from metadiff_cli.core.method.support import TaskSupport
@@ -20,26 +21,21 @@ SUSPECT_ODDS = 20.0  # of another class against the image's own; 1 to 3 % of cor
 
 
 @dataclass(frozen=True)
-class Suspect:
-    """A support image that looks like another class than its own, with the probability of that class."""
-
-    path: str
-    label: str
-    looks_like: str
-    confidence: float
-
-
-@dataclass(frozen=True)
 class SupportCheck:
     """The estimated accuracy in percent: the mean over classes with two or more images, from `images` held-out images.
 
-    `confused` lists pairs of classes with the number of images that were taken for the other class, most first.
+    `mistakes` are the images that were taken for another class, in the order of the support, and `suspects` those among
+    them that look mislabelled, the clearest case first. `confused` lists pairs of classes with the number of images
+    that were taken for the other class, most first. `lacking` is a class of few images, which gains most from one
+    more; None where classes have as many, or no image was taken for another class.
     """
 
     images: int
     accuracy: float
     confused: tuple[tuple[str, str, int], ...]
-    suspects: tuple[Suspect, ...]
+    suspects: tuple[Mistake, ...]
+    mistakes: tuple[Mistake, ...] = ()
+    lacking: str | None = None
 
 
 @torch.inference_mode()
@@ -62,16 +58,37 @@ def check_support(
     predicted = probabilities.argmax(dim=1)
     right = predicted == labels
     per_class = [float(right[labels == c].float().mean()) for c in range(len(counts)) if counts[c] >= 2]
-    found = _suspects(labels, probabilities, counts[labels] >= FEWEST_TO_SUSPECT)
+    suspects = _suspects(labels, probabilities, counts[labels] >= FEWEST_TO_SUSPECT)
+    mistaken = torch.nonzero(held_out & ~right).flatten().tolist()
+    lacking = _lacking(labels, probabilities, counts)
+
+    def mistake(image: int) -> Mistake:
+        best = int(predicted[image])
+        return Mistake(paths[image], classes[int(labels[image])], classes[best], float(probabilities[image, best]))
+
     return SupportCheck(
         int(held_out.sum()),
         100 * sum(per_class) / len(per_class),
         _confused(classes, labels[held_out], predicted[held_out]),
-        tuple(
-            Suspect(paths[image], classes[label], classes[other], confidence)
-            for image, label, other, confidence in found
-        ),
+        tuple(mistake(image) for image in suspects),
+        tuple(mistake(image) for image in mistaken),
+        None if lacking is None or not mistaken else classes[lacking],
     )
+
+
+def _lacking(labels: Tensor, probabilities: Tensor, counts: Tensor) -> int | None:
+    """The class of the fewest images, if the largest has twice as many; of several, that of the largest error.
+
+    Of classes with as many images none gains more than another, whatever their errors say (measured at 3 images each).
+    Of several classes with one image there is no error to choose by.
+    """
+    fewest = counts == counts.min()
+    several = int(counts.min()) == 1 and int(fewest.sum()) > 1
+    if several or 2 * int(counts.min()) > int(counts.max()):
+        return None
+    error = 1 - probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
+    each = torch.zeros(len(counts)).index_add(0, labels, error) / counts
+    return int(torch.where(fewest, each, -1).argmax())
 
 
 def _confused(classes: Sequence[str], labels: Tensor, predicted: Tensor) -> tuple[tuple[str, str, int], ...]:
@@ -84,12 +101,11 @@ def _confused(classes: Sequence[str], labels: Tensor, predicted: Tensor) -> tupl
     return tuple((first, second, number) for (first, second), number in ordered)
 
 
-def _suspects(labels: Tensor, probabilities: Tensor, eligible: Tensor) -> list[tuple[int, int, int, float]]:
-    """Image, its class, the class that it looks like, and the probability of that class; the clearest case first."""
+def _suspects(labels: Tensor, probabilities: Tensor, eligible: Tensor) -> list[int]:
+    """The images that look like another class, the clearest case first."""
     found = []
     for image in torch.nonzero(eligible).flatten().tolist():
-        label, best = int(labels[image]), int(probabilities[image].argmax())
-        own, other = float(probabilities[image, label]), float(probabilities[image, best])
+        own, other = float(probabilities[image, labels[image]]), float(probabilities[image].max())
         if other > SUSPECT_ODDS * own:
-            found.append((own / other, (image, label, best, other)))
-    return [suspect for _, suspect in sorted(found)]
+            found.append((own / other, image))
+    return [image for _, image in sorted(found)]

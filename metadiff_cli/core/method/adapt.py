@@ -288,16 +288,21 @@ def _prepared(metadiff: MetaDiff, support: TaskSupport, sampling: Sampling, pool
     return _Process(metadiff, support, sampling, task, pool)
 
 
+def doubt_about(metadiff: MetaDiff, support: TaskSupport) -> Tensor:
+    """Return the doubt (B,), 0 to 1, that the statistics of the base classes fit tasks; 0 where there are none."""
+    metric, usual = metadiff.metric, metadiff.tuning.usual
+    if usual is None or metric.space is None:
+        return support.x.new_zeros(len(support.x))
+    return doubt_of(metric.stats(support.means() - metric.origin, count_of(support.counts)), usual)
+
+
 def fitted_settings(metadiff: MetaDiff, support: TaskSupport, guidance: float | None = None) -> TaskSettings:
     """Return the hyper-parameters that were fitted for tasks like these; `guidance` is a where the caller asks for one.
 
     Tasks that lie unusually far from the base classes give up most of their statistics.
     """
-    tuning, metric, ways, shots = metadiff.tuning, metadiff.metric, support.ways, support.shots
-    doubt = support.x.new_zeros(len(support.x))
-    if tuning.usual is not None and metric.space is not None:
-        stats = metric.stats(support.means() - metric.origin, count_of(support.counts))
-        doubt = doubt_of(stats, tuning.usual)
+    tuning, ways, shots = metadiff.tuning, support.ways, support.shots
+    doubt = doubt_about(metadiff, support)
     ones = torch.ones_like(doubt)
     return TaskSettings(
         guidance=doubted_guidance(doubt, tuning.guidance.at(ways, shots)) if guidance is None else guidance * ones,

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from metadiff_cli.commands.adapt.offenders import SUSPECTS
 from metadiff_cli.commands.adapt.output import Outcome
 from metadiff_cli.commands.adapt.report import REJECTED, THUMBNAIL, AdaptReport, write_report
+from metadiff_cli.core.evaluation.support_check import Mistake
 from metadiff_cli.errors import MetaDiffError
 from tests.worlds import COLOURS, HOSTILE, Page, outcome, report
 
@@ -83,6 +86,42 @@ def test_the_confusion_table(photos: Path) -> None:
     assert "Confusion" not in page_of(photos, report(photos)).text
 
 
+def test_mistakes_stand_beside_an_image_of_the_class_that_they_look_like(photos: Path) -> None:
+    query, support = photos / "query", photos / "support"
+    suspects = [Mistake(str(support / "blue" / f"{i}.png"), "blue", "grey", 0.9) for i in range(SUSPECTS + 2)]
+    mistakes = [
+        Mistake(str(query / "red.png"), "red", "green", 0.6),
+        Mistake(str(query / "green.png"), "green", "red", 0.995),
+        Mistake(str(query / "grey.png"), "grey", "blue", 0.5),
+    ]
+    data = report(photos, suspects=suspects, mistakes=mistakes)
+    page = page_of(photos, data)
+    assert len(page.all("figure", "offender")) == SUSPECTS + 3
+    assert "blue , looks like grey 90 %" in page.text and "2 more: see the output of --json" in page.text
+    assert page.text.index("green / red 2 images") < page.text.index("blue / grey 1 image")
+    assert page.text.index("green , taken for red > 99 %") < page.text.index("red , taken for green 60 %")
+    assert page.source.count('alt="Support image of ') == SUSPECTS + 3
+    assert "held out in turn" in page.text
+    alone = page_of(photos, report(photos, mistakes=mistakes, support={}))  # of a saved classifier
+    assert len(alone.all("figure", "offender")) == 3 and "Support image of" not in alone.source
+    assert "Look at these first" not in page_of(photos, report(photos)).text
+
+
+def test_suggested_images_have_a_field_for_their_class(photos: Path) -> None:
+    images = [outcome(str(photos / "query" / f"{c}.png"), list(COLOURS), [0.4, 0.3, 0.2, 0.1]) for c in COLOURS]
+    page = page_of(photos, report(photos, suggested=images[:2]))
+    fields = [a for a in page.all("input") if a.get("list") == "names"]
+    assert [json.loads(a["data-path"] or "") for a in fields] == [image.path for image in images[:2]]
+    assert sum(a["value"] in COLOURS for a in page.all("option")) == len(COLOURS)
+    assert "red 40 %, green 30 %" in page.text.replace("\xa0", " ") and "--support labels.csv" in page.text
+    saved = page_of(photos, report(photos, suggested=images[:2], support={}))
+    assert "--classifier FILE --support labels.csv" in saved.text
+    named = page_of(photos, report(photos, suggested=[outcome("a/\udcff.png", list(COLOURS), [0.4, 0.3, 0.2, 0.1])]))
+    assert not any("data-path" in a for a in named.all("input")) and "rename the file to label it" in named.text
+    for nothing in (None, []):
+        assert "Worth labelling" not in page_of(photos, report(photos, suggested=nothing)).text
+
+
 @settings(
     max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
@@ -95,6 +134,8 @@ def test_text_never_becomes_markup(photos: Path, text: str) -> None:
             Outcome(f"{word}y.png", reason=word),
         ]
         return report(photos, names, outcomes=outcomes, support={}, facts={word: word}, notes=[word],
+                      suspects=[Mistake(word, word, word, 0.5)], mistakes=[Mistake(word, word, word, 0.5)],
+                      suggested=outcomes[:1],
                       support_check=[word], broken_support=[(word, word)], confusion=[[1] * 4] * 4)  # fmt: skip
 
     plain = [(tag, sorted(a)) for tag, a in page_of(photos, filled("word")).tags]

@@ -10,6 +10,7 @@ import pytest
 
 from metadiff_cli.commands.adapt.output import Outcome
 from metadiff_cli.commands.adapt.report import AdaptReport, write_report
+from metadiff_cli.data.listing import open_labelled
 from tests.worlds import COLOURS, HOSTILE, outcome, paint, report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; it is the extra [browser]")
@@ -184,3 +185,32 @@ def test_without_scripts_everything_is_shown(launch: Callable[..., Any], page_fi
     with launch(page_file, "still") as page:
         assert page.locator(".card").count() == MANY and page.locator(".card").last.is_visible()
         assert not page.is_visible("#filters") and not page.locator("button.show").first.is_visible()
+
+
+@pytest.mark.parametrize("screen", ["desktop", "phone"])
+def test_labels_are_saved_as_a_support(
+    launch: Callable[..., Any], photos: Path, tmp_path_factory: pytest.TempPathFactory, screen: str
+) -> None:
+    odd = photos / "query" / 'an "odd", name\'s.png'
+    (photos / "query" / "red.png").rename(odd)
+    images = [outcome(str(path), list(COLOURS), [0.4, 0.3, 0.2, 0.1]) for path in sorted((photos / "query").iterdir())]
+    data = report(photos, outcomes=images, suggested=images)
+    write_report(photos / "report.html", data)
+    file = tmp_path_factory.mktemp("downloads") / "labels.csv"  # not where the images are
+    with launch(photos / "report.html", screen) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= SCREENS[screen]["viewport"]["width"]
+        fields = page.locator("#suggested input")
+        assert page.is_disabled("#save") and page.inner_text("#labelled") == "0 of 4 labelled"
+        fields.nth(0).fill(HOSTILE)
+        fields.nth(1).fill("  blue ")
+        fields.nth(2).fill("   ")
+        assert page.inner_text("#labelled") == "2 of 4 labelled"
+        with page.expect_download() as download:
+            page.click("#save")
+        assert download.value.suggested_filename == "labels.csv"
+        download.value.save_as(file)
+    split = open_labelled(file)
+    found = [(path, split.classes[label]) for path, label in zip(split.paths, split.labels, strict=True)]
+    support = [(path, name) for name, paths in data.support.items() for path in paths]
+    assert found == [*support, (images[0].path, HOSTILE), (images[1].path, "blue")]
+    assert images[0].path == str(odd) and all(Path(path).is_file() for path, _ in found)

@@ -35,7 +35,9 @@ def model(tmp_path: Path) -> Model:
 
 def test_a_model_comes_back_with_all_that_was_fitted(model: Model, tmp_path: Path) -> None:
     table = TaskTable((2, 5), (1, 5), ((0.5, 1.0), (0.75, 0.25)))
-    tuning = Tuning(table, table, table, table, table, table, table, Usual(table, 0.5), rejection=Rejection(table, 0.05))
+    tuning = Tuning(
+        table, table, table, table, table, table, table, Usual(table, 0.5), rejection=Rejection(table, 0.05)
+    )
     targets = torch.randn(3, model.images.feature_size)
     metadiff = replace(model.metadiff, tuning=tuning, targets=targets, most_shots=5)
     save_model(tmp_path / "again.safetensors", model.images, metadiff, model.header)

@@ -67,12 +67,35 @@ def test_it_counts_what_held_out_images_are_taken_for(metric: Metric) -> None:
     assert {(first, second): number for first, second, number in check.confused} == pairs
     numbers = [number for *_, number in check.confused]
     assert numbers == sorted(numbers, reverse=True)
+    found = [(m.path, m.label, m.looks_like) for m in check.mistakes]
+    assert found == [
+        (str(i), "abcd"[label], "abcd"[predicted[i]])
+        for i, label in enumerate(labels)
+        if label != 2 and predicted[i] != label
+    ]
+
+
+@pytest.mark.parametrize(
+    ("counts", "lacking"),
+    [((4, 4, 1, 4), "c"), ((9, 3, 9, 9), "b"), ((4, 9, 9, 5), "a"), ((4, 5, 5, 7), None), ((1, 1, 4, 4), None)],
+)
+def test_a_class_of_few_images_lacks_one(metric: Metric, counts: tuple[int, ...], lacking: str | None) -> None:
+    check = check_of(metric, dict(zip("abcd", counts, strict=True)), noise=3.0)
+    assert check is not None and check.mistakes and check.lacking == lacking
+    clear = check_of(metric, dict(zip("abcd", counts, strict=True)))
+    assert clear is not None and not clear.mistakes and clear.lacking is None
+
+
+def test_of_several_classes_of_few_images_the_one_with_a_wrong_image_lacks_one(metric: Metric) -> None:
+    check = check_of(metric, {"a": 3, "b": 3, "c": 9}, swap=("b", "c"))
+    assert check is not None and check.lacking == "b"
 
 
 def test_clear_classes_are_told_apart(metric: Metric) -> None:
     check = check_of(metric, {"a": 3, "b": 5, "c": 1})
     assert check is not None
     assert check.images == 8 and check.accuracy == 100 and check.confused == () and check.suspects == ()
+    assert check.mistakes == () and check.lacking is None
 
 
 def test_one_image_per_class_says_nothing(metric: Metric) -> None:
