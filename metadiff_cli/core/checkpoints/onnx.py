@@ -29,7 +29,7 @@ from metadiff_cli.errors import ConfigError, MetaDiffError
 from metadiff_cli.files import atomic
 
 TOLERANCE = 1e-4  # of the difference between our probabilities and those of the graph
-MARGIN_TOLERANCE = 1e-2  # the same of margins, which are nats: sums of scores of some tens
+MARGIN_TOLERANCE = 1e-3  # the same of margins, in nats
 MAX_BYTES = 2**31 - 2**24  # of weights in one protobuf file, which ends at 2 GiB
 TRIED = 3  # random images that the graph is tried on; not as many as it is traced with
 
