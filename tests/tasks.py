@@ -107,7 +107,7 @@ class Slow:
         if metric.space is not None:
             origin = metric.expand(metric.space.mean).double()
         share = float(settings.domain)
-        self.domain = (1 - share) * origin + share * means.mean(dim=0)
+        self.domain = (1 - share) * origin + share * self.x.mean(dim=0)
         self.phi = self.embed(self.x)
         moved = means - self.domain
         if metric.space is not None:

@@ -282,7 +282,7 @@ def _prepared(metadiff: MetaDiff, support: TaskSupport, sampling: Sampling, pool
         settings = replace(settings, temperature=task_temperatures(logits, some.one_hot()[rows], usual))
     correction = metadiff.tuning.correction.at(support.ways, support.shots)
     settings = replace(settings, temperature=correction * settings.temperature)
-    middle = support.means().mean(dim=1, keepdim=True)
+    middle = support.middle()
     domain = torch.lerp(metric.origin.to(middle).expand_as(middle), middle, settings.domain.view(-1, 1, 1))
     task = TaskClassifier(metric, settings, domain, middle.unsqueeze(0))  # its weights are what the process gives
     return _Process(metadiff, support, sampling, task, pool)

@@ -160,7 +160,7 @@ class Geometry:
         self.counts = members.sum(dim=-1, keepdim=True)  # (F, N, 1)
         classes = F.pad(members / self.counts, (0, 1))  # (F, N, m + 1): coefficients of the class means
         share = share.view(-1, 1, 1)
-        middle = share * classes.mean(dim=1)  # (B, F, m + 1): of the domain
+        middle = share * F.pad(keep / keep.sum(dim=1, keepdim=True), (0, 1))  # (B, F, m + 1): of the domain
         middle[..., -1:] = 1 - share
         self.middle, self.means = middle, (classes - middle.unsqueeze(2)).flatten(1, 2)  # (B, F N, m + 1)
         self.across = [middle @ matrix.mT for matrix in products.matrices]  # P of (B, F, n + 1): image . domain

@@ -45,6 +45,15 @@ class TaskSupport:
         share = self.one_hot() / self.counts.clamp_min(1)
         return share.T @ self.x
 
+    def middle(self) -> Tensor:
+        """Return the mean of all images (B, 1, D): what a task's domain is estimated by.
+
+        Images weigh alike, not classes. The noise of a class is in the domain, and takes logits away from it, as much
+        as its mean weighs there times the variance of that mean: with images that weigh alike that is the same for
+        every class, and with classes that weigh alike the class with most images would win (docs/experiments.md).
+        """
+        return self.x.mean(dim=1, keepdim=True)
+
     def thinned(self, most: int) -> Tensor:
         """Return the rows of about `most` images or fewer: an equal number of each class, all of a small one."""
         each = max(2, most // self.ways)

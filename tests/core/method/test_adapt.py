@@ -394,7 +394,7 @@ def test_a_task_from_elsewhere_gives_up_the_prior_and_takes_its_own_domain(shots
 def test_the_domain_is_between_that_of_the_base_classes_and_that_of_the_task() -> None:
     metric = metric_of(ONE)
     support = support_of(metric, (1, 3, 2))
-    middle = support.means().mean(dim=1)[0]  # each class counts the same, whatever its images
+    middle = support.x.mean(dim=1)[0]  # each image counts the same, whatever its class
     for share in (0.0, 0.5, 1.0):
         found = adapted(tuned(metric, **{**SETTINGS, "domain": share}), support).domain[0, 0]
         torch.testing.assert_close(found, (1 - share) * metric.origin + share * middle, atol=1e-4, rtol=1e-4)
@@ -451,3 +451,16 @@ def test_tuned_changes_what_it_names() -> None:
 def test_ranks_and_seeds_belong_to_classes_and_tasks() -> None:
     assert ranks_of(np.array([[30, 10, 20], [5, 6, 4]])).tolist() == [[2, 0, 1], [1, 2, 0]]
     assert seeds_of(3, 2, 2) == seeds_of(3, 0, 4)[2:] and len(set(seeds_of(3, 0, 50) + seeds_of(4, 0, 50))) == 100
+
+
+def test_a_class_of_many_images_does_not_win_by_their_number() -> None:
+    """Were classes to weigh alike in the domain, the noise of their one image would cost the others dearly."""
+    g = torch.Generator().manual_seed(0)
+    own = torch.randn(20, 5, 1, 24, generator=g) + 1.5 * torch.randn(20, 5, 24, 24, generator=g)
+    own = F.normalize(own + 3.0, dim=-1)  # all classes of a task have much in common
+    labels = torch.tensor([0] * 9 + [1, 2, 3, 4])
+    support = TaskSupport(torch.cat([own[:, 0, :9], own[:, 1:, 0]], dim=1), labels)
+    probabilities = adapted(MetaDiff(Metric((24,))), support).probabilities(own[:, :, 9:].flatten(1, 2))
+    predicted = probabilities.argmax(dim=-1)
+    assert 0.1 < float((predicted == 0).float().mean()) < 0.3
+    assert float((predicted == torch.arange(5).repeat_interleave(15)).float().mean()) > 0.62

@@ -164,5 +164,5 @@ def test_of_very_many_images_some_choose_and_all_adapt(monkeypatch: pytest.Monke
     chosen = adapted(tuned(metric), holdable(support)).settings
     assert torch.equal(found.settings.guidance, chosen.guidance)
     torch.testing.assert_close(found.settings.temperature, chosen.temperature)
-    middle = support.means().mean(dim=1)[0]
+    middle = support.x.mean(dim=1)[0]
     torch.testing.assert_close(found.domain[0, 0], 0.8 * middle + 0.2 * metric.origin, atol=1e-4, rtol=1e-4)
