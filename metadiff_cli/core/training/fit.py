@@ -43,6 +43,7 @@ START = {"guidance": 4.0, "level": 0.2, "domain": 0.5, "temperature": 2.0, "scal
 # of the published form, whose metric has no plain parts: features as they are, and no descent
 PAPER = {**START, "guidance": 1.0, "level": 0.0, "domain": 0.0, "scale": 1.0, "prior": NO_DESCENT}
 BETTER = 0.1  # points that a candidate has to be ahead by: a standard error over the episodes
+FEW_WAYS = (2, 3)  # for which rejection is fitted as well: its scores of few classes are others
 MOST_CORRECTED = 10.0  # the largest factor on a temperature
 LOSS, BURDEN = 0.2, 3.0  # points below the class mean that a domain may lose, and what further ones count more
 
@@ -164,7 +165,7 @@ def fit_rejection(metadiff: MetaDiff, validation: ValidationTasks) -> Rejection:
     none = Rejection(TaskTable.constant(0.0), RATE)
     fitted = metadiff.tuned(rejection=none)
     offsets: dict[tuple[int, int], float] = {}
-    for way in sorted({2, *validation.ways}):
+    for way in sorted({*FEW_WAYS, *validation.ways}):
         for shot in validation.shots:
             margins = []
             for task in validation.few_tasks(way, shot):
