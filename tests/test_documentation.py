@@ -2,10 +2,8 @@
 
 import importlib.util
 import re
-import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,11 +17,8 @@ from metadiff_cli.app import app
 from metadiff_cli.config.load import flat
 from metadiff_cli.config.schema import Config
 from tests.benchmarks.__main__ import build_parser
+from tests.written import DOCS, PAGES, README, ROOT, commands_of
 
-ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *DOCS]
 WITH_COMMANDS = {"README.md", "index.md", "start.md", "adapt.md", "train.md", "evaluate.md", "share.md", "pipelines.md"}
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -34,20 +29,10 @@ def options(command: Any) -> set[str]:
     return {o for p in command.params for o in p.opts} | {"--help"} | {o for c in inner for o in options(c)}
 
 
-def written(page: Path) -> Iterator[list[str]]:
-    """The words of each line of code that runs metadiff, also behind a pipe, a path or a launcher."""
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    # an odd number of fences before a piece means that it is code, after the name of its language
-    code = "\n".join(block for block in text.split("\n```")[1::2] if block.startswith("sh\n"))
-    launchers = r"(?:.*(?:\||&&) |.*/bin/|uvx --from \S+ |docker run .* |torchrun .*-m )?"
-    for line in re.findall(rf"^{launchers}metadiff(?:_cli)? ([a-z].*)$", code, re.M):
-        yield shlex.split(line.partition(" > ")[0], comments=True)
-
-
 @every_page
 def test_commands_parse(page: Path) -> None:
     """Typer takes each command line with all its options and values; nothing is run."""
-    lines = list(written(page))
+    lines = [command.words for command in commands_of(page)]
     assert lines or page.name not in WITH_COMMANDS
     for words in lines:
         command: Any = typer.main.get_command(app)

@@ -44,7 +44,7 @@ def soak(sizes: Sizes) -> Report:
             rows.append((f"{what}, {unit} in one process", len(looks), round(memory, 1), int(files)))
             ratios.append(Ratio(f"{what}: growth in MB", memory, most=KEPT))
             ratios.append(Ratio(f"{what}: growth in open files", files, most=0))
-        for what, count in (("adapt", sizes.soak_processes), ("evaluate", max(2, sizes.soak_processes // 4))):
+        for what, count in (("adapt", sizes.soak_processes), ("evaluate", sizes.soak_processes // 4)):
             failed, results = _at_once(_command(what, place), count, place / f"cache-{what}")
             rows.append((f"{what}, {count} processes at once", count, "", ""))
             ratios.append(Ratio(f"{what}: processes that failed", failed, most=0))
