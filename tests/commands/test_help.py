@@ -1,4 +1,4 @@
-"""Every help text: a summary of one line, named groups, units and defaults, and examples (test_examples.py runs them)."""
+"""Every help text: a summary of one line, named groups, units, defaults, and examples (test_examples.py runs them)."""
 
 import re
 from collections.abc import Callable, Iterator
