@@ -1,6 +1,6 @@
 """The pictures of the README and of docs/, made anew: `python docs/pictures.py` writes docs/images.
 
-Runs the real commands on the pictures of `metadiff demo`, records the terminal with Rich (demo.svg and adapt.svg), and
+Runs the real commands on the pictures of `metadiff demo`, records the terminal with Rich (demo.svg), and
 opens the report in a headless Chromium (report.png; extra [browser]).
 """
 
@@ -83,7 +83,6 @@ def main() -> None:
         photograph_report(folder / "metadiff-demo" / "report.html")
         shutil.copytree(DEMO / "imgs", folder / "imgs")
         shutil.copytree(DEMO / "query", folder / "q")
-        record_terminal("adapt", ["adapt", "--support", "./imgs", "--query", "./q"], folder)
 
 
 if __name__ == "__main__":

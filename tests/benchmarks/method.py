@@ -72,7 +72,12 @@ def episodes(sizes: Sizes) -> Report:
     few, fewer = max(1, protocol.episodes // 10), max(1, protocol.episodes // 100)  # theirs take longer
     fixed = LogisticRegression(max_iter=1000)
     chosen = LogisticRegressionCV(  # as many values as ours tries, on as many folds
-        Cs=len(GUIDANCE_GRID), cv=sizes.shot, max_iter=1000, l1_ratios=(0,), use_legacy_attributes=False
+        Cs=len(GUIDANCE_GRID),
+        cv=sizes.shot,
+        max_iter=1000,
+        scoring="neg_log_loss",
+        l1_ratios=(0,),
+        use_legacy_attributes=False,
     )
     speed = rates({
         "MetaDiff": ours,

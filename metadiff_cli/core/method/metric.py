@@ -26,7 +26,7 @@ from metadiff_cli.core.method.support import SupportStats
 from metadiff_cli.core.method.task_space import TaskSpace
 
 HALF_TRUST = 10.0  # the guidance scale at which the plain and the whitened form weigh the same
-SHORTEST = 1e-6  # what a length counts for at least
+SHORTEST = 1e-5  # what a length counts for at least: features that are alike differ by rounding, up to 1e-6
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ class TaskSupport:
         as its mean weighs there times the variance of that mean: with images that weigh alike that is the same for
         every class, and with classes that weigh alike the class with most images would win (docs/experiments.md).
         """
-        return self.x.mean(dim=1, keepdim=True)
+        share = self.counts / len(self.labels)
+        return (share.view(1, -1, 1) * self.means()).sum(dim=1, keepdim=True)
 
     def thinned(self, most: int) -> Tensor:
         """Return the rows of about `most` images or fewer: an equal number of each class, all of a small one."""

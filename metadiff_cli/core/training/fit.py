@@ -165,7 +165,7 @@ def fit_rejection(metadiff: MetaDiff, validation: ValidationTasks) -> Rejection:
     none = Rejection(TaskTable.constant(0.0), RATE)
     fitted = metadiff.tuned(rejection=none)
     offsets: dict[tuple[int, int], float] = {}
-    for way in sorted({*FEW_WAYS, *validation.ways}):
+    for way in sorted({*filter(validation.allows, FEW_WAYS), *validation.ways}):
         for shot in validation.shots:
             margins = []
             for task in validation.few_tasks(way, shot):

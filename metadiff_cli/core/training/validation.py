@@ -71,7 +71,7 @@ class ValidationTasks:
             if not self.shots:
                 raise DataError("a fit needs two validation classes of two images", hint="add images")
             ways = [way for way in WAYS if way <= most] or [most]
-            self.ways = [way for way in ways if way > 1 and all(self._able(way, shot) for shot in self.shots)]
+            self.ways = [way for way in ways if way > 1 and self.allows(way)]
             self.shots = self.shots if self.ways else self.shots[:-1]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -80,6 +80,10 @@ class ValidationTasks:
     def tasks(self, way: int, shot: int) -> list[DomainTasks]:
         """Return the episodes of each domain that has the classes and images; the same ones whenever asked."""
         return self._tasks(way, shot, EPISODES)
+
+    def allows(self, way: int) -> bool:
+        """Whether some domain has so many classes, for each number of shots."""
+        return all(self._able(way, shot) for shot in self.shots)
 
     def few_tasks(self, way: int, shot: int) -> list[DomainTasks]:
         """Return the first of these episodes, for what needs fewer of them."""

@@ -86,7 +86,7 @@ def test_everything_is_fitted_for_the_ways_and_shots_that_the_images_allow(name:
         assert all(0 < s.temperature < 1e4 for s in settings)
     assert (tuning.usual is None) == (metric.space is None or not metric.plain)
     assert tuning.rejection is not None and tuning.rejection.rate == RATE
-    assert tuning.rejection.offsets.ways == (2, 5) and tuning.rejection.offsets.shots == (1, 2, 5)
+    assert tuning.rejection.offsets.ways == (2, 3, 5) and tuning.rejection.offsets.shots == (1, 2, 5)
     for way, shot in grid:
         said = [note for note in notes if note.startswith(f"{way}-way {shot}-shot: ")]
         assert said and "over the class mean" in said[-1]
