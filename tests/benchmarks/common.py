@@ -65,7 +65,7 @@ TINY = Sizes(
     features=16, classes=8, per_class=24, batch=2, query=2, inner=(1, 2), memory_inner=(2,), image=32, images=12,
     pretrain_batch=4, pretrain_steps=1, train_steps=2, slow_steps=4, fast_steps=2, draw_steps=3, samples=2, episodes=4,
     draw_episodes=2, large_images=(20,), large_classes=12, large_per_class=24, large_features=16, soak_runs=2,
-    soak_steps=20, soak_processes=2, method_features=32, method_episodes=10, method_classes=12, method_images=4,
+    soak_steps=20, soak_processes=0, method_features=32, method_episodes=10, method_classes=12, method_images=4,
     rounds=1, seconds=0.0,
 )  # fmt: skip
 
