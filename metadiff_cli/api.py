@@ -55,7 +55,7 @@ class FewShotClassifier:
     checkpoint : path of a `checkpoint.safetensors`; None for the one that comes with the package.
     encoder : "lite0", "timm:MODEL", "torchvision:MODEL" or a file, in place of a checkpoint: no class statistics then.
     views : views of an image, 1, 2, 5 or 6; None for those of the checkpoint.
-    guidance : scale of the support gradient, above 0; "auto" chooses it from the support.
+    guidance : how far the class statistics are distrusted, above 0 (1: not at all); "auto" chooses it for each task.
     steps : denoising steps S; None for 10, or for 100 at a temperature above 0, where fewer draw too narrow.
     samples : classifiers M whose probabilities are averaged; they differ at a temperature above 0.
     temperature : noise temperature, 0 for the posterior mean, 1 to draw from the posterior.
