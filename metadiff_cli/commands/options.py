@@ -100,7 +100,13 @@ Temperature = Annotated[
 ]  # fmt: skip
 Guidance = Annotated[
     str | None,
-    option(SAMPLER, "--guidance", metavar="A", default="auto", help="How far class statistics are distrusted: auto, or 1 (not at all) and up."),
+    option(
+        SAMPLER,
+        "--guidance",
+        metavar="A",
+        default="auto",
+        help="How far class statistics are distrusted: auto, or 1 (not at all) and up.",
+    ),
 ]
 
 ConfigFile = Annotated[

@@ -18,7 +18,7 @@ import pytest
 from metadiff_cli.files import LEFTOVER
 from tests.worlds import SMALL
 
-KILLS = 8  # a third of them waits for a file that is being written
+KILLS = 5  # a third of them waits for a file that is being written
 ARGUMENTS = ["metatrain", "--preset", "glyphs-5w1s", "--threads", "1", *SMALL]
 COMPARED = ("checkpoint.safetensors", "encoder.safetensors", "state.safetensors", "metrics.csv")
 Started = Callable[..., ForkServerProcess]
