@@ -36,6 +36,7 @@ NOT_RUN = {
     "evaluate --data drawn": "its data are drawn by a script of docs/ that takes a minute",
     "metatrain --preset glyphs-5w1s": ".ci/run runs it as it stands",
     "metatrain --preset photos --data mini-imagenet": "with 2,528 features it takes a minute",
+    "adapt --support ./imgs --query ./q --encoder lite0": "an example of --help, which is run",
     "pretrain --data photos --set data.size=84 --epochs 30": "30 epochs take long; the examples of --help run others",
     "metatrain --data photos --encoder runs/photos-encoder": "it takes the file of the line before",
     "metatrain --encoder lite0 --data birds": "the same; test_several_data.py does it with another encoder",

@@ -87,7 +87,6 @@ def wait_for_a_write(process: ForkServerProcess, *folders: Path) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_bytes(
     start: Started, whole: tuple[Path, float], tmp_path: Path
 ) -> None:
