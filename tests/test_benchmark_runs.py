@@ -1,6 +1,6 @@
 """The benchmarks run at their smallest sizes; how fast things are is no matter of a test.
 
-Memory, flat and soak start many processes, and are run by hand: `python -m tests.benchmarks memory flat soak`.
+Some start many processes, and are run by hand: `python -m tests.benchmarks adapt memory flat soak`.
 """
 
 import json
@@ -25,7 +25,7 @@ def measured(name: str, capsys: pytest.CaptureFixture[str], *more: str) -> dict[
     return result
 
 
-@pytest.mark.parametrize("name", sorted({*BENCHMARKS} - {"memory", "flat", "evaluation", "soak"}))
+@pytest.mark.parametrize("name", sorted({*BENCHMARKS} - {"adapt", "memory", "flat", "evaluation", "soak"}))
 def test_a_benchmark_runs_and_tells_its_ratios(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     measured(name, capsys)
 
