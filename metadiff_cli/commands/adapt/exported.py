@@ -26,18 +26,6 @@ from metadiff_cli.core.evaluation.mistakes import Mistake
 from metadiff_cli.data.sort import Sorter
 from metadiff_cli.errors import CheckpointError, ConfigError
 
-ADAPTING = (
-    "support",
-    "none",
-    "forget",
-    "relabel",
-    "rename",
-    "transductive",
-    "unlabeled",
-    "save",
-    "suggest",
-)  # options that need what a graph does not hold
-
 
 def run(given: Options, screen: Screen) -> None:
     """Label the query images. Raises a MetaDiffError for what cannot be done."""
@@ -134,11 +122,17 @@ class ReadyGraph:
 
 
 def _check_adapting(given: Options) -> None:
-    """Raise ConfigError for options that adapt a classifier, which an exported one cannot be."""
-    options = [f"--{name}" for name in ADAPTING if getattr(given, name, None) or getattr(given.corrections, name, None)]
-    if wrong := [*options, *adapting_settings(given)]:
+    """Raise ConfigError for options that need the support, of which an exported classifier holds names only."""
+    needing = {
+        "--support": given.support, "--none": given.none, "--forget": given.corrections.forget,
+        "--relabel": given.corrections.relabel, "--rename": given.corrections.rename,
+        "--transductive": given.transductive, "--unlabeled": given.unlabeled, "--save": given.save,
+        "--suggest": given.suggest,
+    }  # fmt: skip
+    if wrong := [*(option for option, value in needing.items() if value), *adapting_settings(given)]:
         raise ConfigError(
-            f"{wrong[0]} has no effect: {given.classifier} is an exported classifier, which cannot be adapted again",
+            f"{wrong[0]} has no effect: {given.classifier} is an exported classifier, which holds no features of its "
+            "support and cannot be adapted again",
             hint="leave it out, or give the .safetensors classifier that it was exported from",
         )
 
